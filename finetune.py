@@ -1,0 +1,55 @@
+"""Fine-tuning: stage two, from a masked model to a whole one, or to other data.
+
+The idea (MaskDM, arXiv 2306.11363, and MaskDiT's unmasking tuning, 2306.09305). A model that was trained on a tenth of the tokens has
+never seen a whole image; a short stage with all tokens visible teaches it how the parts belong together. The first stage's weights are
+loaded into a fresh network with a fresh optimizer and a fresh average, and train.py's own loop runs on. MaskDM starts from the raw
+weights (`--weights model`), not from their average. Measured here: this stage needs a learning rate of its own, see --lr.
+
+    python train.py --mask 0.9 --minutes 4 && python finetune.py --minutes 2      # the newest run, all tokens visible
+    python finetune.py --from runs/A/last.pt --data photos/ --fraction 0.1        # to other data, a tenth of it [MaskDM transfer]
+    python finetune.py --mask-from 0.5 --mask 0 --ramp cosine4                    # a falling ratio [MaskDiT]
+
+Network, schedule, prediction, space, data and batch are the first stage's unless a flag says otherwise.
+"""
+from dataclasses import dataclass
+
+import train
+from data import UserError
+from sample import newest, read_checkpoint, run
+from train import Options, make_parser, merge, option
+
+# What a first stage hands on. All other options (mask, ramp, learning rate, length, ...) are this stage's own.
+INHERITED = ("data", "val", "size", "gray", "flip", "model", "patch", "skips", "decoder", "policy", "block", "schedule", "predict", "weighting",
+             "time_sampling", "space", "labels", "label_dropout", "batch", "micro_batch", "cache_gb", "workers", "amp")
+FIXED = ("predict", "space", "model", "patch", "skips", "decoder")              # cannot change: the weights would mean something else
+
+
+@dataclass(frozen=True)
+class TuneOptions(Options):
+    """train.py's options with this stage's defaults, and where it starts from."""
+    from_: str = option(None, "checkpoint or folder of the first stage; the newest run when left out", kind=str, name="from")
+    weights: str = option("model", "start from the raw weights or from their average", choices=("model", "ema"))
+    lr: float = option(5e-4, "peak learning rate; constant by default, since a decay would starve this short stage")
+    lr_end: float = option(0.05, "the cosine decay ends at this share of --lr; 1 keeps it constant")
+    minutes: float = option(None, "length of this stage; 2 when neither this nor --steps is given", kind=float)
+
+
+def main(argv=None):
+    given = vars(make_parser(TuneOptions, __doc__.split("\n")[0]).parse_args(argv))
+    o, ckpt = merge(TuneOptions, given, "finetune")
+    if ckpt:
+        return train.resume(o, ckpt, "finetune")
+    source = o.from_ or str(newest())
+    first = read_checkpoint(source)
+    for name in FIXED:
+        if name in given and given[name] != first["config"][name]:
+            raise UserError(f"--{name} {given[name]}: {source} was trained with {first['config'][name]}, and its weights fit nothing else")
+    inherited = {name: first["config"][name] for name in INHERITED}
+    length = {} if "steps" in given or "minutes" in given else dict(minutes=2.0)
+    o = TuneOptions(**(inherited | length | given | dict(from_=source, out=o.out)))
+    print(f"from {source}, step {first['step']}, {'averaged' if o.weights == 'ema' else 'raw'} weights")
+    train.train(o, first=(first[o.weights], first["meta"]), stage="finetune")
+
+
+if __name__ == "__main__":
+    run(main)

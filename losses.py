@@ -1,0 +1,76 @@
+"""Losses: denoise what is seen, reconstruct what is hidden.
+
+The idea. Score matching regresses the noise (or the image) in every patch. If only K patches went through the network, only K
+patches have an answer, so only those are scored (MaskDM, arXiv 2306.11363) and the sum is divided by K: the scale of the loss
+does not depend on the mask ratio. With a decoder (MaskDiT, 2306.09305) hidden patches have an answer too, and guessing them from
+their neighbours is a second task:
+
+    L = mean over visible tokens of  sum_f w_f(t) |out_f - target_f|^2   +   lambda mean over hidden tokens of |out - patch|^2
+
+The targets belong to the prediction (schedules.py); the weights w_f are per image and are applied before any mean, in float32.
+The reconstruction reads the network's *raw* output: through EDM's c_skip the noisy patch, which is the target, would leak in.
+
+Shapes: B batch, N tokens, P values per patch and field; out (B, heads C, H, W), z (B, C, H, W), n as drawn by schedule.noise.
+"""
+import torch
+
+from mask import patchify
+
+
+def plain(t):
+    """Weight 1 for the image head and for the noise head."""
+    return torch.ones_like(t), torch.ones_like(t)
+
+
+def ddm(t):
+    """[DDM] the released weights: 1/t for the image head, 1/(1 - t + 1e-4) for the noise head (t >= 1e-4)."""
+    return 1 / t, 1 / (1 - t + 1e-4)
+
+
+WEIGHTS = {"plain": plain, "ddm": ddm}                                          # of the two heads of `both`; one head has weight 1
+
+
+def clean_target(schedule, z, n, t):
+    """The image itself, in units of its standard deviation."""
+    return z / schedule.s
+
+
+def noisy_target(schedule, z, n, t):
+    """[MaskDiT, released code] the noisy image: what the dropped patch looked like."""
+    return schedule.corrupt(z, n, t)
+
+
+RECON_TARGETS = {"clean": clean_target, "noisy": noisy_target}
+
+
+def normalise(u, eps=1e-6):
+    """Every patch to mean 0 and (unbiased) variance 1, as MAE and the released MaskDiT do. (B, N, P) -> (B, N, P)."""
+    return (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + eps).sqrt()
+
+
+def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, recon_target="clean"):
+    """-> objective(out, z, n, t, m), the scalar training loss in float32.
+
+    weighting: a name in WEIGHTS, used by the prediction `both`. recon: lambda, 0 for none; it needs a decoder, whose outputs at hidden
+    patches it scores against RECON_TARGETS[recon_target], the noisy one normalised patch by patch. m None: nothing is hidden, and
+    the reconstruction term is absent (not 0/0)."""
+
+    def objective(out, z, n, t, m):
+        C = z.shape[1]
+        weights = [w.float() for w in WEIGHTS[weighting](t)] if predict == "both" else []
+        error = 0
+        for i, (guess, target) in enumerate(zip(out.float().split(C, 1), schedule.target(z, n, t, predict))):
+            square = patchify((guess - target) ** 2, patch).mean(-1)                                                 # (B, N)
+            error = error + (weights[i].to(square)[:, None] * square if i < len(weights) else square)
+        if m is None:
+            return error.mean()
+        loss = error.gather(1, m.keep).mean()                                   # [MaskDM] visible tokens only, divided by K
+        if recon:
+            hidden = ~m.visible                                                                                      # (B, N)
+            wanted = patchify(RECON_TARGETS[recon_target](schedule, z, n, t), patch)
+            wanted = normalise(wanted) if recon_target == "noisy" else wanted
+            miss = ((patchify(out[:, :C].float(), patch) - wanted) ** 2).mean(-1)                                    # (B, N)
+            loss = loss + recon * (miss * hidden).sum() / hidden.sum()          # [MaskDiT] lambda = 0.1
+        return loss
+
+    return objective

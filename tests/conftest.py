@@ -1,0 +1,31 @@
+"""Put the project's root on the import path, keep hypothesis deterministic, and hide the slow sweeps behind --slow."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# The same examples on every machine and no deadline: a test must not depend on time.
+settings.register_profile("glimpse", deadline=None, derandomize=True, max_examples=25,
+                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.load_profile("glimpse")
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the long sweeps: many kills, many ranks, every pair")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a long sweep, run with --slow")

@@ -1,0 +1,243 @@
+"""Laws of every schedule, prediction and step; a new entry of a registry is tested the day it is added."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schedules import PREDICTIONS, SCHEDULES, T_MIN, TIMES, times
+
+f64 = torch.float64
+every = pytest.mark.parametrize("name", SCHEDULES)
+time = st.floats(1e-3, 0.999)
+scale = st.floats(0.1, 3)
+
+
+def t_(*values):
+    return torch.tensor(values, dtype=f64)
+
+
+def draw(schedule, shape=(3, 2, 4, 4), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(shape, generator=g, dtype=f64) * schedule.s
+    return z, schedule.noise(z, g)
+
+
+@every
+def test_time_0_is_the_image_and_noise_only_grows(name):
+    schedule = SCHEDULES[name]
+    t = torch.linspace(0, 1, 10001, dtype=f64)
+    a, b = schedule.a(t), schedule.b(t)
+    assert a[0] == 1 and b[0] == 0
+    assert torch.isfinite(a).all() and torch.isfinite(b).all()
+    assert (b.diff() >= 0).all() and (a.diff() <= 0).all() and (a >= 0).all()
+    snr = 2 * (a[1:].log() - b[1:].log())
+    assert (snr.diff() < 0).all()
+    assert all(e(t_(0.0)).abs() < 1e-15 and e(t_(1.0)).abs() < 1e-15 for e in schedule.slopes)
+
+
+@every
+@given(t=st.floats(0.01, 0.99))
+def test_coefficients_are_smooth_inside(name, t):
+    """One-sided difference quotients agree: no jump, no kink."""
+    h = 1e-6
+    for f in (SCHEDULES[name].a, SCHEDULES[name].b, *SCHEDULES[name].slopes):
+        left, right = (f(t_(t)) - f(t_(t - h))) / h, (f(t_(t + h)) - f(t_(t))) / h
+        assert torch.allclose(left, right, rtol=1e-2, atol=1e-3 + 1e-2 * float(left.abs()))
+
+
+@every
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@given(t=time, s=scale)
+def test_split_inverts_target(name, predict, t, s):
+    schedule = replace(SCHEDULES[name], s=s)
+    z, n = draw(schedule)
+    t = t_(t, t / 2, min(0.999, t * 1.5))
+    zt = schedule.corrupt(z, n, t)
+    out = torch.cat(schedule.target(z, n, t, predict), 1)
+    assert out.shape[1] == schedule.heads(predict) * z.shape[1]
+    x0, noise = schedule.split(out, zt, t, predict)
+    tolerance = 1e-9 * max(1, *[float(schedule.b(u) / schedule.a(u)) for u in t], *[float(schedule.a(u) / schedule.b(u)) for u in t])
+    assert torch.allclose(x0, z, atol=tolerance, rtol=1e-9)
+    assert torch.allclose(noise, n, atol=tolerance, rtol=1e-9)
+    assert torch.allclose(schedule.corrupt(x0, noise, t), zt, atol=tolerance)
+
+
+@every
+@given(t=st.floats(0, 1), s=scale)
+def test_the_unit_target_has_variance_one_and_no_correlation_with_the_input(name, t, s):
+    """Exact second moments: F and x_t are linear in x0 (variance s^2) and eps (variance 1), so read off their coefficients."""
+    schedule = replace(SCHEDULES[name], s=s)
+    a, b = schedule.a(t_(t)), schedule.b(t_(t))
+    one, zero = torch.ones(1, 1, 1, 1, dtype=f64), torch.zeros(1, 1, 1, 1, dtype=f64)
+    target = PREDICTIONS["unit"].target
+    F_x, F_eps = target(one, zero, a, b, s)[0].item(), target(zero, one, a, b, s)[0].item()
+    assert F_x ** 2 * s ** 2 + F_eps ** 2 == pytest.approx(1, abs=1e-9)
+    assert (F_x * a.item() * s ** 2 + F_eps * b.item()) * schedule.scale(t).item() == pytest.approx(0, abs=1e-9)
+    assert (a ** 2 * s ** 2 + b ** 2).item() * schedule.scale(t).item() ** 2 == pytest.approx(1)
+
+
+@given(sigma=st.floats(0.002, 79), s=scale)
+def test_unit_is_edms_preconditioning_when_a_is_one(sigma, s):
+    """[EDM] D = c_skip x + c_out F with c_skip = s^2/(sigma^2+s^2), c_out = sigma s/sqrt(sigma^2+s^2), c_in = 1/sqrt(sigma^2+s^2)."""
+    schedule = replace(SCHEDULES["edm"], s=s)
+    t = (sigma / 80) ** (1 / 7)
+    x, F = torch.randn(1, 1, 2, 2, dtype=f64), torch.randn(1, 1, 2, 2, dtype=f64)
+    D = s ** 2 / (sigma ** 2 + s ** 2) * x + sigma * s / math.sqrt(sigma ** 2 + s ** 2) * F
+    assert torch.allclose(schedule.split(F, x, t, "unit")[0], D, rtol=1e-8)
+    assert schedule.scale(t).item() == pytest.approx(1 / math.sqrt(sigma ** 2 + s ** 2))
+
+
+@pytest.mark.parametrize("name", ["vp-linear", "vp-cosine"])
+@given(t=time)
+def test_v_is_minus_unit_for_variance_preserving_schedules(name, t):
+    schedule = SCHEDULES[name]
+    z, n = draw(schedule)
+    v, F = schedule.target(z, n, t_(t), "v")[0], schedule.target(z, n, t_(t), "unit")[0]
+    assert torch.allclose(v, -F, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, discrete", [
+    ("vp-linear", lambda k: math.prod(1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(k))),
+    ("vp-cosine", lambda k: (math.cos((k / 1000 + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2)])
+@pytest.mark.parametrize("k", [1, 10, 100, 250, 500, 750, 900])
+def test_vp_schedules_follow_ddpms_thousand_betas(name, discrete, k):
+    a2 = SCHEDULES[name].a(t_(k / 1000)).item() ** 2
+    assert a2 == pytest.approx(discrete(k), rel=0.08) and SCHEDULES[name].b(t_(k / 1000)).item() ** 2 == pytest.approx(1 - a2)
+
+
+def moments_of_step(schedule, t, s, churn):
+    """x_s = A x0 + (variance) after a step with exact x0 from x_t = a_t x0 + b_t eps: read from impulses, no Monte Carlo."""
+    one, zero = torch.ones(1, 1, 1, 1, dtype=f64), torch.zeros(1, 1, 1, 1, dtype=f64)
+    slopes = tuple(zero for _ in schedule.slopes)
+    a, b = schedule.a(t_(t)), schedule.b(t_(t))
+    mean = schedule.step(a * one, one, t, s, churn, zero, slopes)
+    kept = schedule.step(b * one, zero, t, s, churn, zero, slopes)             # coefficient of eps
+    fresh = schedule.step(zero, zero, t, s, churn, one, slopes)                # coefficient of the new noise
+    return mean.item(), kept.item(), fresh.item()
+
+
+@every
+@given(t=st.floats(2e-3, 1), part=st.floats(0, 0.999), churn=st.floats(0, 1))
+def test_the_step_keeps_the_marginal_for_every_churn(name, t, part, churn):
+    schedule, s = SCHEDULES[name], t * part
+    mean, kept, fresh = moments_of_step(schedule, t, s, churn)
+    a, b = schedule.a(t_(s)).item(), schedule.b(t_(s)).item()
+    assert mean == pytest.approx(a, abs=1e-9)
+    assert kept ** 2 + fresh ** 2 == pytest.approx(b ** 2, rel=1e-9, abs=1e-12)
+    if churn == 0:
+        assert fresh == 0
+
+
+@every
+@given(t=st.floats(0.01, 1), p=st.floats(0.01, 0.99), q=st.floats(0.01, 0.99), churn=st.floats(0, 1))
+def test_two_steps_have_the_law_of_one(name, t, p, q, churn):
+    """t -> u -> s: the old noise that survives is the product, so with equal marginals the joint law of (x_t, x_s) is equal."""
+    schedule, u = SCHEDULES[name], t * p
+    s = u * q
+    keep = lambda a, b: 1 - schedule.churned(t_(a), t_(b), churn).item()
+    assert keep(t, u) * keep(u, s) == pytest.approx(keep(t, s), rel=1e-6, abs=1e-12)
+
+
+@every
+@given(t=st.floats(2e-3, 1), churn=st.floats(0, 1))
+def test_one_step_to_zero_with_the_true_image_returns_it_from_anywhere(name, t, churn):
+    schedule = SCHEDULES[name]
+    z, n = draw(schedule)
+    K = n.split(2, 1)[1:]
+    zt = schedule.corrupt(z, n, t_(t))
+    assert torch.equal(schedule.step(zt, z, t, 0.0, churn, torch.randn_like(z), K), z)
+
+
+@every
+@given(t=st.floats(0.05, 1), part=st.floats(0.01, 0.9))
+def test_a_deterministic_step_follows_the_path_of_image_noise_and_slopes(name, t, part):
+    schedule = SCHEDULES[name]
+    z, n = draw(schedule)
+    s = t * part
+    xs = schedule.step(schedule.corrupt(z, n, t_(t)), z, t, s, 0.0, None, n.split(2, 1)[1:])
+    assert torch.allclose(xs, schedule.corrupt(z, n, t_(s)), atol=1e-6)
+
+
+@given(t=st.floats(0.01, 1), part=st.floats(0.001, 0.999))
+def test_churn_1_is_ddms_brownian_bridge(t, part):
+    """[DDM] variance b_s^2 (b_t^2 - b_s^2) / b_t^2, i.e. s (t - s) / t for b = sqrt t."""
+    s = t * part
+    assert moments_of_step(SCHEDULES["ddm"], t, s, 1.0)[2] ** 2 == pytest.approx(s * (t - s) / t)
+
+
+@pytest.mark.parametrize("name", ["vp-linear", "vp-cosine"])
+@given(t=st.floats(0.01, 0.99), part=st.floats(0.01, 0.99))
+def test_churn_1_is_ddpms_ancestral_posterior_on_vp_schedules(name, t, part):
+    """[DDPM] q(x_s | x_t, x0): variance (1 - abar_s)/(1 - abar_t) (1 - abar_t/abar_s), coefficient of x_t sqrt(abar_t/abar_s)(1 - abar_s)/(1 - abar_t)."""
+    schedule, s = SCHEDULES[name], t * part
+    A, B = schedule.a(t_(t)).item() ** 2, schedule.a(t_(s)).item() ** 2
+    _, kept, fresh = moments_of_step(schedule, t, s, 1.0)
+    assert fresh ** 2 == pytest.approx((1 - B) / (1 - A) * (1 - A / B), rel=1e-6)
+    assert kept / math.sqrt(1 - A) == pytest.approx(math.sqrt(A / B) * (1 - B) / (1 - A), rel=1e-6)
+
+
+@every
+@given(s=scale)
+def test_time_at_inverts_angle(name, s):
+    schedule = replace(SCHEDULES[name], s=s)
+    t = torch.linspace(0.001, 0.999, 50, dtype=f64)
+    assert torch.allclose(schedule.time_at(schedule.angle(t)), t, atol=1e-6)
+
+
+@every
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_sampling_starts_where_the_image_can_be_read_and_little_of_it_is_left(name, predict):
+    schedule = replace(SCHEDULES[name], s=0.5)
+    start = schedule.start(predict)
+    a, b = schedule.a(t_(start)), schedule.b(t_(start))
+    assert 0 < start <= 1 and b / (a * schedule.s) > 50
+    z, n = draw(schedule)
+    out = torch.cat(schedule.target(z, n, t_(start), predict), 1)
+    assert torch.isfinite(schedule.split(out, schedule.corrupt(z, n, t_(start)), t_(start), predict)[0]).all()
+
+
+@pytest.mark.parametrize("kind", TIMES)
+@every
+def test_training_times_lie_inside_and_are_reproducible(kind, name):
+    schedule = replace(SCHEDULES[name], s=0.5)
+    t = times(kind, schedule, 64, torch.Generator().manual_seed(0))
+    assert t.shape == (64,) and t.dtype == f64 and t.min() >= T_MIN and t.max() <= 1
+    assert torch.equal(t, times(kind, schedule, 64, torch.Generator().manual_seed(0)))
+    assert not torch.equal(t, times(kind, schedule, 64, torch.Generator().manual_seed(1)))
+
+
+def test_uniform_times_cover_every_bin_of_the_batch_once():
+    t = times("uniform", SCHEDULES["ddm"], 50, torch.Generator().manual_seed(0))
+    assert sorted((t * 50).floor().clamp(max=49).long().tolist()) == list(range(50)) or t.sort().values.diff().max() < 1.01 / 50
+
+
+def test_lognormal_times_have_edms_noise_levels():
+    schedule = replace(SCHEDULES["ddm"], s=0.5)
+    t = times("lognormal", schedule, 4000, torch.Generator().manual_seed(0))
+    log_sigma = (schedule.b(t) / schedule.a(t)).log()
+    assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.02) and log_sigma.std().item() == pytest.approx(1.2, abs=0.03)
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEDULES if SCHEDULES[n].slopes])
+def test_random_slopes_are_clamped_normal_and_vanish_at_both_ends(name):
+    schedule = SCHEDULES[name]
+    z, n = draw(schedule, (4, 2, 32, 32))
+    K = n[:, 2:]
+    assert K.abs().max() == 1 and K.var().item() == pytest.approx(0.516, abs=0.03)     # variance of clamp(N(0,1), -1, 1)
+    assert torch.allclose(schedule.corrupt(z, n, t_(1.0)), n[:, :2])
+
+
+@every
+def test_corruption_and_masking_commute_bitwise(name):
+    from mask import draw as draw_mask, patchify
+    schedule = SCHEDULES[name]
+    z, n = draw(schedule, (3, 2, 8, 8))
+    m = draw_mask("patch", 3, 4, 4, 0.6, torch.Generator().manual_seed(0))
+    t = t_(0.1, 0.5, 0.9)
+    after = m.gather(patchify(schedule.corrupt(z, n, t), 2))
+    fields = [m.gather(patchify(f, 2))[:, None] for f in (z, *n.split(2, 1))]          # (B, 1, K, P): mask first
+    before = schedule.corrupt(fields[0], torch.cat(fields[1:], 1), t)[:, 0]
+    assert torch.equal(after, before)

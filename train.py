@@ -1,0 +1,573 @@
+"""Training: one loop for every method, on a laptop or on many GPUs.
+
+    python train.py                                          # built-in faces, tiny model, minutes on a CPU
+    python train.py --data photos/ --size 64 --mask 0.9      # your own folder or zip, a tenth of the tokens per step
+    torchrun --nproc_per_node=8 train.py --mask 0.9          # the same file on 8 GPUs (or 8 CPU processes)
+
+The loop below is the whole program; every other file exists to make one of its six lines readable. What happens around it:
+
+    draws       noise, times, masks, flips and label drops are a function of (seed, step, shard), where a shard is a slice of the global
+                batch; k processes x one shard and one process x k shards (--micro-batch) therefore take the same step, and nothing
+                about randomness has to be saved for an exact resume
+    progress    step / plan in [0, 1] drives learning rate and mask ratio. `--minutes` is turned into a plan after 20 timed steps
+    files       runs/NAME/: config.json, log.csv, loss.png, samples/000500.png, last.pt and 000500.pt (DESIGN: all plain data)
+
+Shapes: B images per shard, C channels, h x w tokens, t in [0, 1]; x uint8 -> [-1, 1], z what the space makes of it.
+"""
+import argparse
+import copy
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import UserError, grid, holdout, load_images, to_float, to_uint8
+from losses import RECON_TARGETS, WEIGHTS, build_objective
+from mask import POLICIES, RATIOS, draw, ratio_at, visible_count
+from sample import VERSION, Loaded, build, newest, pick_device, read_checkpoint, run, sample, seeded
+from schedules import PREDICTIONS, SCHEDULES, TIMES, times
+from vae import SPACES
+from vit import MODELS
+
+
+# --- options: a field is a default and a line of help; argparse is made from them ------------------------------------------------
+
+def option(default, help, kind=None, choices=None, name=None):
+    """A field of Options. kind: the type where the default does not tell; choices: a registry; name: the flag where it differs."""
+    return field(default=default, metadata=dict(help=help, kind=kind or type(default), choices=choices, name=name))
+
+
+@dataclass(frozen=True)
+class Options:
+    data: str = option("faces", "images: a folder, a .zip, cifar-10-python.tar.gz, or faces (drawn by data.py)")
+    val: str = option("0.02", "held-out images: a fraction of --data, or a path")
+    size: int = option(32, "images are cropped square and resized to this side")
+    fraction: float = option(1.0, "share of the training images that is used, in (0, 1]")
+    gray: bool = option(False, "one channel instead of three")
+    flip: bool = option(True, "mirror half of the images")
+    cache_gb: float = option(4.0, "decoded images are kept in memory up to this size, all processes of a machine together")
+    workers: int = option(2, "processes that decode images when they do not fit in memory")
+    model: str = option("tiny", "size of the network", choices=MODELS)
+    patch: int = option(4, "side of a token")
+    skips: bool = option(False, "long skip connections (U-ViT, the network of MaskDM)")
+    decoder: int = option(0, "blocks of the light decoder on all tokens (MaskDiT); 0 for none")
+    mask: float = option(0.0, "share of the tokens that is hidden, in [0, 1)")
+    mask_from: float = option(None, "share at the start of a ramp", kind=float)
+    ramp: str = option("constant", "how the share goes from --mask-from to --mask", choices=RATIOS)
+    policy: str = option("patch", "which tokens are hidden", choices=POLICIES)
+    block: int = option(4, "side of the squares of --policy block, in tokens")
+    schedule: str = option("ddm", "how the image fades and the noise grows", choices=SCHEDULES)
+    predict: str = option("unit", "what the network predicts", choices=PREDICTIONS)
+    weighting: str = option("plain", "weights of the two heads of --predict both", choices=WEIGHTS)
+    time_sampling: str = option("uniform", "how training times are drawn", choices=TIMES)
+    recon: float = option(0.0, "weight of reconstructing hidden patches (MaskDiT: 0.1); needs --decoder and --mask")
+    recon_target: str = option("clean", "what is reconstructed", choices=RECON_TARGETS)
+    space: str = option("pixel", "where diffusion happens", choices=SPACES)
+    labels: bool = option(False, "condition on a class per first-level folder")
+    label_dropout: float = option(0.1, "share of the labels dropped, for guidance; used with --labels")
+    steps: int = option(None, "number of steps; --minutes decides when left out", kind=int)
+    minutes: float = option(None, "length of the run; 4 when neither this nor --steps is given", kind=float)
+    batch: int = option(64, "images per step, over all processes")
+    micro_batch: int = option(None, "images per forward pass; the rest is accumulated", kind=int)
+    lr: float = option(1e-3, "peak learning rate")
+    warmup: int = option(200, "steps of linear warm-up, at most a tenth of the run")
+    lr_end: float = option(0.05, "the cosine decay ends at this share of --lr; 1 keeps it constant")
+    beta1: float = option(0.9, "AdamW")
+    beta2: float = option(0.99, "AdamW")
+    wd: float = option(0.01, "weight decay")
+    clip: float = option(1.0, "largest norm of the gradient")
+    ema: float = option(0.999, "decay of the averaged weights, reached by min(decay, (1 + step) / (10 + step))")
+    amp: str = option("auto", "mixed precision; auto: bf16 where the hardware has it", choices=("auto", "bf16", "fp16", "off"))
+    compile: bool = option(False, "torch.compile every block (minutes to start; worth it on GPUs)")
+    checkpoint_blocks: bool = option(False, "recompute blocks in the backward pass: less memory, a third slower")
+    seed: int = option(0, "of everything")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    threads: int = option(0, "CPU threads per process; 0: cores divided by processes under torchrun, else torch's own choice")
+    out: str = option(None, "folder of the run; runs/DATE-TIME when left out", kind=str)
+    resume: bool = option(False, "continue --out (or the newest run) if it has a checkpoint")
+    save_every: int = option(2000, "steps between checkpoints")
+    sample_every: int = option(500, "steps between sample grids and validation losses")
+
+
+def make_parser(options, description):
+    """An argparse parser with one flag per field; a field that is not given stays absent, so that "given" can be told from "default"."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(options):
+        meta, flag = f.metadata, "--" + (f.metadata["name"] or f.name).replace("_", "-")
+        help = f"{meta['help']} (default: {f.default if f.default is not True else 'on'})"
+        if meta["kind"] is bool:
+            flag = "--no-" + flag[2:] if f.default else flag
+            parser.add_argument(flag, dest=f.name, action="store_false" if f.default else "store_true",
+                                help=("not: " if f.default else "") + help)
+        else:
+            parser.add_argument(flag, dest=f.name, type=meta["kind"], choices=meta["choices"] and list(meta["choices"]), help=help)
+    return parser
+
+
+REFUSALS = [                                                                    # (is refused, why and what to do)
+    (lambda o: not 0 <= o.mask < 1, "--mask must be in [0, 1): the share of hidden tokens"),
+    (lambda o: o.mask_from is not None and not 0 <= o.mask_from < 1, "--mask-from must be in [0, 1)"),
+    (lambda o: o.ramp != "constant" and o.mask_from is None, "--ramp needs --mask-from, the share it starts at"),
+    (lambda o: o.ramp == "constant" and o.mask_from is not None, "--mask-from needs a --ramp that is not constant"),
+    (lambda o: o.size % o.patch, "--size must be a multiple of --patch"),
+    (lambda o: o.recon and not o.decoder, "--recon needs --decoder: without one, hidden patches have no output"),
+    (lambda o: o.recon and not (o.mask or o.mask_from), "--recon needs --mask: there is nothing hidden to reconstruct"),
+    (lambda o: o.weighting != "plain" and o.predict != "both", "--weighting is about two heads: use --predict both"),
+    (lambda o: not 0 < o.fraction <= 1, "--fraction must be in (0, 1]"),
+    (lambda o: o.block < 1, "--block must be at least 1"),
+    (lambda o: o.batch < 1 or (o.micro_batch is not None and o.micro_batch < 1), "--batch and --micro-batch must be at least 1"),
+    (lambda o: o.steps is not None and o.steps < 1, "--steps must be at least 1"),
+    (lambda o: o.minutes is not None and o.minutes <= 0, "--minutes must be positive"),
+    (lambda o: o.save_every < 1 or o.sample_every < 1, "--save-every and --sample-every must be at least 1"),
+    (lambda o: o.lr <= 0 or o.clip <= 0 or o.warmup < 0 or o.wd < 0, "--lr and --clip must be positive, --warmup and --wd not negative"),
+    (lambda o: not (0 <= o.ema < 1 and 0 <= o.beta1 < 1 and 0 <= o.beta2 < 1), "--ema, --beta1 and --beta2 must be in [0, 1)"),
+    (lambda o: not (0 <= o.lr_end <= 1 and 0 <= o.label_dropout <= 1), "--lr-end and --label-dropout must be in [0, 1]"),
+]
+
+
+def check(o):
+    """Refuse, before any work, what cannot be: one table, one line each."""
+    for refused, why in REFUSALS:
+        if refused(o):
+            raise UserError(why)
+
+
+FREE = {"steps", "out", "resume", "save_every", "sample_every", "device", "threads", "workers", "cache_gb"}
+
+
+def merge(options, given, stage):
+    """The run's options from defaults and command line or, with --resume, from the run itself. -> (options, checkpoint or None).
+
+    A resumed run keeps its own options: one that is given with another value is refused by name, unless it is in FREE."""
+    o = options(**given)
+    out = Path(o.out) if o.out else newest().parent if o.resume and Path("runs/latest").exists() else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    last = out / "last.pt"
+    if not last.exists():
+        return dataclasses.replace(o, out=str(out)), None
+    if not o.resume:
+        raise UserError(f"--out {out} already holds a run: add --resume to continue it, or give another --out")
+    ckpt = read_checkpoint(last)
+    if ckpt["meta"]["stage"] != stage:
+        raise UserError(f"--resume: {out} was made by {ckpt['meta']['stage']}.py, not by {stage}.py; give the --out of the run to continue")
+    for name, value in given.items():
+        if name not in FREE and value != ckpt["config"][name]:
+            raise UserError(f"--{name.replace('_', '-')} {value}: the run in {out} has {ckpt['config'][name]}; "
+                            f"resume it without this flag, or start another run with another --out")
+    if o.steps is not None and o.steps < ckpt["meta"]["plan"]:
+        raise UserError(f"--steps {o.steps}: the run in {out} has a plan of {ckpt['meta']['plan']} steps; a resumed run can only become longer")
+    return options(**(ckpt["config"] | {k: v for k, v in given.items() if k in FREE} | dict(out=str(out)))), ckpt
+
+
+# --- machine -------------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Machine:
+    """Which process this is among how many, and what it computes on."""
+    rank: int
+    world: int
+    local_world: int
+    device: torch.device
+
+    def agree(self, value):
+        """Rank 0's number, on every rank."""
+        if self.world == 1:
+            return value
+        box = torch.tensor([float(value)], dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
+        dist.broadcast(box, 0)
+        return type(value)(box.item())
+
+    def reduce(self, value, how=dist.ReduceOp.SUM):
+        """Sum (or MAX) of a number over all ranks."""
+        if self.world == 1:
+            return value
+        box = torch.tensor([float(value)], dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
+        dist.all_reduce(box, how)
+        return box.item()
+
+
+def start_machine(o):
+    """Join the other processes of torchrun, if there are any, and choose device and threads."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    device = pick_device(o.device)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                              # TF32 where float32 is left
+    if o.threads or world > 1:                                                  # torchrun sets OMP_NUM_THREADS=1 unasked
+        torch.set_num_threads(o.threads or max(1, len(os.sched_getaffinity(0)) // local_world if hasattr(os, "sched_getaffinity") else 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Machine(rank, world, local_world, device)
+
+
+def amp_type(amp, device):
+    """The autocast type, or None for float32. auto: bfloat16 where it is fast, on CPUs only with AVX512-BF16 (elsewhere it is 40 to
+    500 times slower), never float16."""
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError("--amp fp16 needs a CUDA GPU; use --amp auto")
+    if amp in ("bf16", "fp16"):
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    if amp == "off" or device.type == "mps":
+        return None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private names: absent means no
+    return torch.bfloat16 if fast and getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)() else None
+
+
+# --- files -------------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible", "images_per_second"]
+
+
+def save_atomic(value, path):
+    """torch.save that is either the whole new file or the old one, whatever happens in between."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(value, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def keep_copy(path, copy_to):
+    """A second name for a finished checkpoint, without a second copy on disk where the file system allows it."""
+    copy_to.unlink(missing_ok=True)
+    try:
+        os.link(path, copy_to)
+    except OSError:
+        shutil.copyfile(path, copy_to)
+
+
+def open_log(path, step):
+    """log.csv for appending, cut back to `step`: what ran after the checkpoint will run again."""
+    rows = []
+    if path.exists():
+        with open(path, newline="") as f:
+            rows = [r for r in csv.DictReader(f) if r["step"] and r["images_per_second"] and int(r["step"]) <= step]
+    with open(path.with_suffix(".tmp"), "w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path.with_suffix(".tmp"), path)
+    return open(path, "a", newline="", buffering=1)
+
+
+def draw_loss(log, path, width=640, height=360):
+    """log.csv -> a picture: training loss (grey), validation loss (red), logarithmic, over steps."""
+    with open(log, newline="") as f:
+        rows = list(csv.DictReader(f))
+    curves = {name: [(int(r["step"]), float(r[name])) for r in rows if r[name] and 0 < float(r[name]) < math.inf] for name in ("loss", "val_loss")}
+    points = [p for curve in curves.values() for p in curve]
+    if not points:
+        return
+    left, right, top, bottom = 60, width - 12, 24, height - 30
+    last, lo, hi = max(p[0] for p in points), math.log(min(p[1] for p in points)), math.log(max(p[1] for p in points))
+    place = lambda s, v: (left + (right - left) * s / last, bottom - (bottom - top) * (math.log(v) - lo) / max(hi - lo, 1e-9))
+    picture = Image.new("RGB", (width, height), "white")
+    ink = ImageDraw.Draw(picture)
+    for i in range(5):
+        v = math.exp(lo + (hi - lo) * i / 4)
+        ink.line([place(0, v), place(last, v)], fill=(230, 230, 230))
+        ink.text((6, place(0, v)[1] - 6), f"{v:.3g}", fill="black")
+        ink.text((place(last * i / 4, v)[0] - 10, bottom + 8), f"{last * i // 4}", fill="black")
+    for name, colour in (("loss", (150, 150, 150)), ("val_loss", (200, 30, 30))):
+        if len(curves[name]) > 1:
+            ink.line([place(*p) for p in curves[name]], fill=colour, width=2 if name == "val_loss" else 1)
+    ink.text((left, 6), "training loss", fill=(120, 120, 120))
+    ink.text((left + 110, 6), "validation loss (all tokens visible)", fill=(200, 30, 30))
+    picture.save(path)
+
+
+# --- one number that compares runs ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def validate(model, images, schedule, space, predict, device, amp, n=256, levels=8):
+    """Denoising error on held-out images at fixed times and noise, all tokens visible: |x0_hat - x0|^2 in units of what a linear
+    guess leaves unknown at that time (b^2 s^2 / V), averaged over `levels` equal steps of angle. 1 means nothing is known. It is the only
+    loss that compares mask ratios, and it compares predictions too, since x0_hat is read after `split`."""
+    top = schedule.angle(torch.tensor(schedule.start(predict)))
+    ts = schedule.time_at((torch.arange(levels, dtype=torch.float64) + 0.5) / levels * top)
+    errors = []
+    for lo in range(0, min(n, len(images)), 64):
+        x, y = images.take(torch.arange(lo, min(lo + 64, n, len(images))))
+        z = space.encode(to_float(x).to(device))
+        noise = schedule.noise(z.cpu(), seeded(1, lo)).to(device)
+        t = ts[(lo + torch.arange(len(z))) % levels].to("cpu" if device.type == "mps" else device)
+        zt = schedule.corrupt(z, noise, t)
+        with amp():
+            out = model(zt, t, y.to(device) if model.embed_class is not None else None)
+        x0, _ = schedule.split(out, zt, t, predict)
+        known = (schedule.b(t) * schedule.s * schedule.scale(t)) ** 2
+        errors.append(((x0 - z) ** 2).mean((1, 2, 3)).double().cpu() / known.cpu())
+    return torch.cat(errors).mean().item()
+
+
+# --- the order of the images ---------------------------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    return torch.randperm(n, generator=seeded(seed, 3, epoch))
+
+
+def shard(n, seed, first, count):
+    """Images number first ... first + count of an endless sequence of epochs, each a permutation of all n by itself. -> (count,)"""
+    i = torch.arange(first, first + count)
+    return torch.cat([permutation(n, seed, epoch)[i[i // n == epoch] % n] for epoch in range(first // n, (first + count - 1) // n + 1)])
+
+
+# --- the run -------------------------------------------------------------------------------------------------------------------------
+
+TIMED = 20                                                                      # steps that are timed before --minutes becomes a plan
+LOG_EVERY = 10
+TOO_MANY = 20                                                                   # non-finite steps in a row that end a run
+
+
+def train(o, ckpt=None, first=None, stage="train"):
+    """Train with options `o`. ckpt: a checkpoint to continue exactly. first: (state dict, meta) of a first stage to start from."""
+    check(o)
+    machine = start_machine(o)
+    rank, world, device = machine.rank, machine.world, machine.device
+    on_cpu = device.type == "mps"                                               # float64 does not exist there
+    micro = o.micro_batch or max(1, o.batch // world)
+    if o.batch % (micro * world):
+        raise UserError(f"--batch {o.batch} cannot be cut into {world} process(es) x --micro-batch {micro}: it must be a multiple of {micro * world}")
+    accumulate = o.batch // (micro * world)                                     # shards per process
+    dtype = amp_type(o.amp, device)
+    amp = lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+    # Data: every process knows the same images in the same order; held-out ones never enter training.
+    settings = dict(size=o.size, gray=o.gray, labels=o.labels, cache_gb=o.cache_gb / machine.local_world, progress=rank == 0)
+    images, held_out = holdout(load_images(o.data, seed=o.seed, **settings), o.val, seed=o.seed, **settings)
+    if o.fraction < 1:
+        images = images.subset(torch.randperm(len(images), generator=seeded(o.seed, 7))[:max(1, round(o.fraction * len(images)))])
+    classes = list(images.classes) if o.labels else []
+
+    # Model: all that a reader of the checkpoint needs to rebuild it is in meta.
+    torch.manual_seed(o.seed)
+    if ckpt:
+        meta = ckpt["meta"]
+    else:
+        space = SPACES[o.space](images.channels)
+        some, _ = images.take(torch.arange(min(len(images), 1024)))
+        meta = dict(stage=stage, schedule=o.schedule, predict=o.predict, space=o.space, channels=images.channels, size=o.size, classes=classes,
+                    data_std=first[1]["data_std"] if first else space.encode(to_float(some)).double().square().mean().sqrt().item(),
+                    model=dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].heads(o.predict), patch=o.patch, skips=o.skips,
+                               decoder=o.decoder, classes=len(classes), **MODELS[o.model]),
+                    plan=None, skipped=0, loss_sum=0.0, logged=0, shards=world * accumulate)
+    net, schedule, space = build(meta)
+    if first:
+        fit(net, *first)
+    net.checkpoint_blocks = o.checkpoint_blocks
+    net.to(device)
+    averaged = copy.deepcopy(net).eval().requires_grad_(False)                  # the EMA is a model of its own: it is what gets sampled
+    objective = build_objective(schedule, o.predict, o.patch, o.weighting, o.recon, o.recon_target)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.wd, fused=device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, seconds, skipped, logged = 0, 0.0, meta["skipped"], meta["logged"]
+    loss_sum = torch.tensor(meta["loss_sum"], dtype=torch.float64, device="cpu" if on_cpu else device)
+    if ckpt:
+        net.load_state_dict(ckpt["model"])
+        averaged.load_state_dict(ckpt["ema"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        scaler.load_state_dict(ckpt["scaler"])
+        torch.set_rng_state(ckpt["rng"])                                        # ours need none: this is for your own dropout
+        step, seconds = ckpt["step"], ckpt["seconds"]
+    if o.compile:
+        for block in net.blocks:
+            block.compile(dynamic=False)
+    model = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else net
+
+    # The plan: how many steps the run has. --minutes becomes one after a few timed steps.
+    plan = o.steps or meta["plan"]
+    minutes = o.minutes or (None if o.steps else 4.0)
+    h = w = o.size // space.factor // o.patch
+    ratio_of = lambda progress: ratio_at(o.ramp, progress, o.mask if o.mask_from is None else o.mask_from, o.mask)
+    out = Path(o.out)
+
+    def save(numbered):
+        now = meta | dict(plan=plan, skipped=skipped, loss_sum=float(loss_sum), logged=logged)
+        save_atomic(dict(version=VERSION, config=dataclasses.asdict(o), meta=now, step=step, images=step * o.batch, seconds=seconds,
+                         model=net.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         rng=torch.get_rng_state()), out / "last.pt")
+        if numbered:
+            keep_copy(out / "last.pt", out / f"{step:06d}.pt")
+        (out.parent / "latest").write_text(str(out))
+
+    def evaluate():
+        """Validation loss, and a grid of samples on fixed noise, both from the averaged weights."""
+        loaded = Loaded(averaged, schedule, space, o.predict, meta, device)
+        with amp():
+            pictures = sample(loaded, 16, 10, labels=torch.arange(16) % len(classes) if classes else None)
+        grid(to_uint8(pictures)).save(out / "samples" / f"{step:06d}.png")
+        return validate(averaged, held_out, schedule, space, o.predict, device, amp)
+
+    if rank == 0:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(o) | dict(stage=stage), indent=1))
+        log = open_log(out / "log.csv", step)
+        counts = sorted({visible_count(h * w, ratio_of(i / 1000)) for i in range(1001)})
+        print(f"{len(images)} images of {o.data} at {o.size} px ({len(held_out)} held out); {o.model} model, "
+              f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters\n"
+              f"{h * w} tokens, visible: {', '.join(map(str, counts))}; batch {o.batch} = {world} process(es) x {accumulate} x {micro}; "
+              f"{device.type}, {str(dtype or torch.float32)[6:]}, {torch.get_num_threads()} threads\n"
+              f"run folder {out}" + (f", continued at step {step}" if ckpt else ""), flush=True)
+        if ckpt and meta["shards"] != world * accumulate:
+            print(f"note: this run began with {meta['shards']} shards per step, now {world * accumulate}: the same law, not the same numbers")
+        if step == 0:
+            looked = time.monotonic()
+            log.write(f"0,0,0,,{evaluate():.6g},,{ratio_of(0):.6g},{visible_count(h * w, ratio_of(0))},\n")
+            looked = time.monotonic() - looked                                  # what one look costs, for the plan
+
+    stop = []                                                                   # the signal that asked for the end, if any did
+
+    def ask_to_stop(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)                                   # a second Ctrl-C ends the program at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+    in_a_row, durations, ended = 0, [], False
+    begun = time.monotonic() - seconds
+    since = time.monotonic()
+    batches = images.batches((shard(len(images), o.seed, k * o.batch + (rank * accumulate + j) * micro, micro)
+                              for k in itertools.count(step) for j in range(accumulate)), o.workers)
+    bar = tqdm(total=plan, initial=step, desc=stage, unit="step", disable=None if rank == 0 else True, dynamic_ncols=True)
+
+    while not ended and (plan is None or step < plan):
+        tick = time.monotonic()
+        progress = step / plan if plan else 0.0
+        ratio = ratio_of(progress)
+        warm = min(o.warmup, plan // 10 if plan else o.warmup)
+        lr = o.lr * min(1.0, (step + 1) / (warm + 1)) * (o.lr_end + (1 - o.lr_end) * (1 + math.cos(math.pi * progress)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        for j in range(accumulate):
+            x, y = next(batches)
+            g = torch.Generator(device).manual_seed(seeded(o.seed, 5, step, rank * accumulate + j).initial_seed())
+            coin = lambda p: torch.rand(len(x), generator=g, device=device) < p                                      # (B,)
+            x = to_float(x.to(device, non_blocking=True))
+            x = torch.where(coin(0.5)[:, None, None, None], x.flip(3), x) if o.flip else x
+            y = torch.where(coin(o.label_dropout), -1, y.to(device)) if classes else None
+            # Gradients are averaged over processes once per step: the last shard's forward and backward do it, the others must not.
+            with model.no_sync() if world > 1 and j < accumulate - 1 else nullcontext():
+                with amp():
+                    z = space.encode(x)                                         # vae.py        pixels or latents
+                    m = draw(o.policy, len(z), h, w, ratio, g, o.block)         # mask.py       which tokens are seen
+                    n = schedule.noise(z, g)                                    # schedules.py  eps, and DDM's random slopes
+                    t = times(o.time_sampling, schedule, len(z), g)             #               when, in [0, 1]
+                    zt = schedule.corrupt(z, n, t)                              # schedules.py  a(t) z + b(t) eps
+                    guess = model(zt, t, y, m)                                  # vit.py        tokens in, image-shaped out
+                loss = objective(guess, z, n, t, m)                             # losses.py     score matching on the visible
+                scaler.scale(loss / accumulate).backward()
+            loss_sum += loss.detach().to(loss_sum.device) / accumulate
+
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.clip)         # of the averaged gradient, so the same on every rank:
+        if torch.isfinite(norm):                                                # all ranks skip a bad step, or none does
+            scaler.step(optimizer)
+            torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - min(o.ema, (1 + step) / (10 + step)))
+            in_a_row = 0
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            loss_sum.nan_to_num_(0.0, 0.0, 0.0)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        seconds = time.monotonic() - begun
+        bar.update()
+        if in_a_row >= TOO_MANY:
+            raise UserError(f"the last {TOO_MANY} gradients, up to step {step}, were not finite: try a smaller --lr or --amp off")
+
+        durations.append(time.monotonic() - tick)
+        if plan is None and len(durations) == TIMED:
+            # A ramp changes the cost of a step: count it as proportional to the visible tokens, plus a little.
+            cost = lambda p: visible_count(h * w, ratio_of(p)) + h * w / 16
+            each = sorted(durations)[TIMED // 2] * sum(cost(i / 100) for i in range(101)) / 101 / cost(0)
+            left = 60 * minutes - seconds - (looked if rank == 0 else 0)
+            plan = int(machine.agree(step + max(1, int(left / (each + (looked if rank == 0 else 0) / o.sample_every)))))
+            bar.total = plan
+        if world == 1 or step % LOG_EVERY == 0:
+            ended = bool(machine.reduce(bool(stop) or (minutes is not None and rank == 0 and seconds > 66 * minutes), dist.ReduceOp.MAX))
+        ended = ended or step == plan
+
+        look = step % o.sample_every == 0 or ended
+        if step % LOG_EVERY == 0 or look:
+            mean = machine.reduce(float(loss_sum)) / world / (step - logged)
+            speed = (step - logged) * o.batch / (time.monotonic() - since)
+            if rank == 0:
+                value = evaluate() if look else None
+                log.write(",".join([str(step), f"{seconds:.2f}", str(step * o.batch), f"{mean:.6g}", f"{value:.6g}" if look else "", f"{lr:.6g}",
+                                    f"{ratio:.6g}", str(visible_count(h * w, ratio)), f"{speed:.4g}"]) + "\n")
+                bar.set_postfix(loss=f"{mean:.4f}", img_s=f"{speed:.0f}")
+                if look:
+                    draw_loss(out / "log.csv", out / "loss.png")
+                    tqdm.write(f"step {step}/{plan}: loss {mean:.4f}, val_loss {value:.4f}, {speed:.0f} images/s" + (f", {skipped} steps skipped" if skipped else ""))
+            loss_sum.zero_()
+            logged, since = step, time.monotonic()
+        if rank == 0 and (step % o.save_every == 0 or ended):
+            save(numbered=step % o.save_every == 0)
+
+    bar.close()
+    if rank == 0:
+        log.close()
+        print(f"{'stopped' if step != plan else 'finished'} at step {step} of {plan} after {seconds / 60:.1f} minutes: {out / 'last.pt'}, "
+              f"{out / 'loss.png'}, {out / 'samples' / f'{step:06d}.png'}")
+    if world > 1:
+        dist.destroy_process_group()
+    if stop:
+        raise SystemExit(128 + stop[0])                                         # what a shell expects of a program ended by a signal
+    return out
+
+
+def fit(net, weights, meta):
+    """Load a first stage's weights. Inputs the first stage did not have (classes, a condition) start fresh; nothing else may differ."""
+    mine = net.state_dict()
+    fresh = {k for k in mine if k.startswith(("embed_class", "embed_cond"))}
+    wrong = [f"{k} {tuple(weights[k].shape) if k in weights else 'missing'} there, {tuple(mine[k].shape)} here"
+             for k in mine if (k not in weights and k not in fresh) or (k in weights and weights[k].shape != mine[k].shape)]
+    wrong += [f"{k} only there" for k in weights if k not in mine and not k.startswith(("embed_class", "embed_cond"))]
+    if wrong:
+        raise UserError(f"the checkpoint's network does not fit the options: {wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+                        + "; leave --model, --patch, --skips, --decoder, --predict, --schedule and --gray as they were")
+    net.load_state_dict({k: weights[k] for k in mine if k in weights}, strict=False)
+
+
+def resume(o, ckpt, stage):
+    """Continue a run, unless its plan is fulfilled (so that torchrun --max-restarts may repeat the command)."""
+    if ckpt["step"] >= (o.steps or ckpt["meta"]["plan"]):
+        print(f"{o.out} is finished: {ckpt['step']} steps; a larger --steps continues it")
+    else:
+        train(o, ckpt, stage=stage)
+
+
+def main(argv=None):
+    given = vars(make_parser(Options, __doc__.split("\n")[0]).parse_args(argv))
+    o, ckpt = merge(Options, given, "train")
+    if ckpt:
+        resume(o, ckpt, "train")
+    else:
+        train(o)
+
+
+if __name__ == "__main__":
+    run(main)
