@@ -1,0 +1,127 @@
+"""Laws of the objective: hidden tokens are not denoised, visible ones not reconstructed, the scale does not know the ratio."""
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from losses import RECON_TARGETS, WEIGHTS, build_objective, normalise
+from mask import draw, patchify
+from schedules import PREDICTIONS, SCHEDULES
+
+every_schedule, every_prediction = pytest.mark.parametrize("name", SCHEDULES), pytest.mark.parametrize("predict", PREDICTIONS)
+
+
+def scene(schedule, predict, ratio=0.6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(4, 2, 8, 8, generator=g)
+    n = schedule.noise(z, g)
+    t = torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
+    out = torch.randn(4, 2 * schedule.heads(predict), 8, 8, generator=g, requires_grad=True)
+    return out, z, n, t, draw("patch", 4, 4, 4, ratio, g)
+
+
+def brute_force(schedule, predict, weighting, out, z, n, t, m):
+    """The formula, one token at a time."""
+    targets = schedule.target(z, n, t, predict)
+    total = 0.0
+    for b in range(len(z)):
+        for i in m.keep[b].tolist():
+            row, column = divmod(i, 4)
+            window = (slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2))
+            for f, target in enumerate(targets):
+                weight = float(WEIGHTS[weighting](t)[f][b]) if predict == "both" and f < 2 else 1.0
+                guess = out[b, 2 * f:2 * f + 2][:, window[0], window[1]]
+                total = total + weight * ((guess - target[b][:, window[0], window[1]]) ** 2).mean()
+    return total / m.keep.numel()
+
+
+@every_schedule
+@every_prediction
+def test_score_matching_is_the_mean_over_visible_tokens(name, predict):
+    schedule = SCHEDULES[name]
+    out, z, n, t, m = scene(schedule, predict)
+    for weighting in WEIGHTS if predict == "both" else ["plain"]:
+        loss = build_objective(schedule, predict, 2, weighting)(out, z, n, t, m)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(brute_force(schedule, predict, weighting, out, z, n, t, m).item(), rel=1e-4)
+
+
+@every_schedule
+@every_prediction
+def test_hidden_tokens_get_no_gradient_from_score_matching(name, predict):
+    schedule = SCHEDULES[name]
+    out, z, n, t, m = scene(schedule, predict)
+    build_objective(schedule, predict, 2)(out, z, n, t, m).backward()
+    gradient = patchify(out.grad, 2).abs().sum(-1)
+    assert (gradient[~m.visible] == 0).all() and (gradient[m.visible] > 0).all()
+
+
+@pytest.mark.parametrize("target", RECON_TARGETS)
+def test_visible_tokens_get_no_gradient_from_reconstruction(target):
+    schedule = SCHEDULES["ddm"]
+    out, z, n, t, m = scene(schedule, "unit")
+    both = build_objective(schedule, "unit", 2, recon=1.0, recon_target=target)(out, z, n, t, m)
+    alone = build_objective(schedule, "unit", 2)(out, z, n, t, m)
+    gradient = patchify(torch.autograd.grad(both - alone, out)[0], 2).abs().sum(-1)
+    assert (gradient[m.visible] < 1e-7).all() and (gradient[~m.visible] > 1e-5).all()
+
+
+def test_reconstruction_is_the_mean_over_hidden_tokens_of_the_raw_output():
+    schedule = replace(SCHEDULES["edm"], s=0.5)
+    out, z, n, t, m = scene(schedule, "unit")
+    both = build_objective(schedule, "unit", 2, recon=0.1, recon_target="clean")(out, z, n, t, m)
+    alone = build_objective(schedule, "unit", 2)(out, z, n, t, m)
+    hidden = ~m.visible
+    expected = ((patchify(out, 2) - patchify(z, 2) / 0.5) ** 2)[hidden].mean()
+    assert (both - alone).item() == pytest.approx(0.1 * expected.item(), rel=1e-4)
+
+
+@every_prediction
+@pytest.mark.parametrize("target", RECON_TARGETS)
+def test_without_hidden_tokens_the_reconstruction_is_absent(predict, target):
+    schedule = SCHEDULES["ddm"]
+    out, z, n, t, _ = scene(schedule, predict)
+    with_recon = build_objective(schedule, predict, 2, recon=0.1, recon_target=target)(out, z, n, t, None)
+    assert torch.equal(with_recon, build_objective(schedule, predict, 2)(out, z, n, t, None)) and torch.isfinite(with_recon)
+
+
+@every_prediction
+def test_ratio_0_is_the_ordinary_denoising_loss(predict):
+    schedule = SCHEDULES["ddm"]
+    out, z, n, t, _ = scene(schedule, predict)
+    expected = sum(((o - w) ** 2).mean() for o, w in zip(out.split(2, 1), schedule.target(z, n, t, predict)))
+    assert build_objective(schedule, predict, 2)(out, z, n, t, None).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@given(st.floats(0.1, 0.95))
+def test_the_scale_does_not_depend_on_the_ratio(ratio):
+    """A predictor that is wrong by a constant pays the same at every mask ratio."""
+    schedule = SCHEDULES["ddm"]
+    out, z, n, t, m = scene(schedule, "eps", ratio)
+    wrong = n + 0.3
+    assert build_objective(schedule, "eps", 2)(wrong, z, n, t, m).item() == pytest.approx(0.09, rel=1e-4)
+
+
+def test_weights_are_applied_to_each_image_before_the_mean():
+    """The released DDM multiplies (B) by (B, 1) and means over the (B, B) product: every image then gets the average weight."""
+    schedule = SCHEDULES["ddm"]
+    out, z, n, t, m = scene(schedule, "both")
+    objective = build_objective(schedule, "both", 2, "ddm")
+    each = torch.stack([objective(out[b:b + 1], z[b:b + 1], n[b:b + 1], t[b:b + 1], None) for b in range(4)])
+    assert objective(out, z, n, t, None).item() == pytest.approx(each.mean().item(), rel=1e-5)
+    assert WEIGHTS["ddm"](torch.tensor([0.25]))[0].item() == 4
+
+
+def test_normalised_patches_have_mean_0_and_variance_1():
+    u = normalise(torch.randn(2, 3, 16) * 5 + 2)
+    assert u.mean(-1).abs().max() < 1e-5 and (u.var(-1) - 1).abs().max() < 1e-3
+
+
+def test_a_perfect_prediction_costs_nothing():
+    for name, schedule in SCHEDULES.items():
+        for predict in PREDICTIONS:
+            out, z, n, t, m = scene(schedule, predict)
+            perfect = torch.cat(schedule.target(z, n, t, predict), 1)
+            assert build_objective(schedule, predict, 2)(perfect, z, n, t, m).item() == 0, (name, predict)

@@ -1,0 +1,170 @@
+"""Laws of the network: what is dropped cannot be seen, ratio 0 is the plain network, shapes depend on no flag."""
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mask import draw
+from schedules import SCHEDULES
+from vit import MODELS, Block, ViT, positions
+
+VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2), "skips+decoder": dict(skips=True, decoder=1),
+            "classes": dict(classes=3), "condition": dict(cond_channels=2), "recompute": dict(checkpoint_blocks=True)}
+every = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def awake(**options):
+    """A small network whose zero-initialised parts have been moved away from zero, so that every input matters."""
+    torch.manual_seed(0)
+    net = ViT(SCHEDULES["ddm"], **dict(channels=3, heads_out=2, patch=2, width=32, depth=3, heads=2, decoder_width=32) | options)
+    with torch.no_grad():
+        for q in net.parameters():
+            q.add_(0.05 * torch.randn_like(q))
+    return net
+
+
+def inputs(net, B=2, h=8, w=8):
+    g = torch.Generator().manual_seed(1)
+    zt, t = torch.randn(B, 3, h, w, generator=g), torch.linspace(0.2, 0.9, B)
+    y = torch.arange(B) if net.embed_class is not None else None
+    cond = torch.randn(B, 2, h, w, generator=g) if net.embed_cond is not None else None
+    return zt, t, y, cond
+
+
+def pixels(flag, p, h, w):
+    """(B, N) token flags -> (B, 1, H, W) pixel flags, by a loop."""
+    out = torch.zeros(len(flag), 1, h, w, dtype=torch.bool)
+    for b, i in itertools.product(range(len(flag)), range(flag.shape[1])):
+        row, column = divmod(i, w // p)
+        out[b, 0, row * p:(row + 1) * p, column * p:(column + 1) * p] = flag[b, i]
+    return out
+
+
+@every
+def test_hidden_pixels_cannot_reach_the_prediction(variant):
+    net = awake(**VARIANTS[variant])
+    zt, t, y, cond = inputs(net)
+    m = draw("patch", 2, 4, 4, 0.6, torch.Generator().manual_seed(0))
+    seen = pixels(m.visible, 2, 8, 8)
+    spoiled = torch.where(seen, zt, torch.tensor(99.0))
+    spoiled_cond = None if cond is None else torch.where(seen, cond, torch.tensor(99.0))
+    assert torch.equal(net(zt, t, y, m, cond), net(spoiled, t, y, m, spoiled_cond))
+
+
+@every
+def test_no_gradient_flows_to_hidden_pixels(variant):
+    net = awake(**VARIANTS[variant])
+    zt, t, y, cond = inputs(net)
+    zt.requires_grad_()
+    m = draw("patch", 2, 4, 4, 0.6, torch.Generator().manual_seed(0))
+    net(zt, t, y, m, cond).square().sum().backward()
+    seen = pixels(m.visible, 2, 8, 8).expand_as(zt)
+    assert (zt.grad[~seen] == 0).all() and (zt.grad[seen] != 0).all()
+
+
+@every
+def test_visible_pixels_do_matter(variant):
+    """The other way round: the law above is not true because nothing matters."""
+    net = awake(**VARIANTS[variant])
+    zt, t, y, cond = inputs(net)
+    assert not torch.allclose(net(zt, t, y, None, cond), net(zt + 0.1, t, y, None, cond))
+    assert not torch.allclose(net(zt, t, y, None, cond), net(zt, t * 0.5, y, None, cond))
+    if y is not None:
+        assert not torch.allclose(net(zt, t, y, None, cond), net(zt, t, 1 - y, None, cond))
+        assert torch.equal(net(zt, t, -torch.ones_like(y), None, cond), net(zt, t, None, None, cond))
+    if cond is not None:
+        assert not torch.allclose(net(zt, t, y, None, cond), net(zt, t, y, None, cond + 0.1))
+
+
+@every
+def test_the_output_is_an_image_whatever_the_options_and_hidden_places_are_zero_without_a_decoder(variant):
+    net = awake(**VARIANTS[variant])
+    zt, t, y, cond = inputs(net, h=8, w=12)
+    for m in (None, draw("block", 2, 4, 6, 0.5, torch.Generator().manual_seed(0), block=2)):
+        out = net(zt, t, y, m, cond)
+        assert out.shape == (2, 6, 8, 12) and out.dtype == torch.float32
+        if m is not None:
+            hidden = ~pixels(m.visible, 2, 8, 12).expand_as(out)
+            assert (out[hidden] == 0).all() == (net.decoder is None)
+
+
+@every
+def test_a_mask_that_hides_nothing_is_the_unmasked_network(variant):
+    from mask import Mask
+    net = awake(**VARIANTS[variant])
+    zt, t, y, cond = inputs(net)
+    assert draw("patch", 2, 4, 4, 0.0) is None
+    all_visible = Mask(torch.arange(16).expand(2, -1), 16)
+    assert torch.equal(net(zt, t, y, None, cond), net(zt, t, y, all_visible, cond))
+
+
+def test_a_token_keeps_its_position_when_others_are_dropped():
+    """Two images that agree on the visible patches' content but not on their places give different predictions."""
+    from mask import Mask
+    net = awake()
+    zt = torch.ones(1, 3, 8, 8)
+    here, there = (net(zt, torch.tensor([0.5]), None, Mask(torch.tensor([[i]]), 16)) for i in (0, 9))
+    assert not torch.allclose(here[:, :, :2, :2], there[:, :, 4:6, 2:4])
+
+
+def test_positions_are_distinct_and_fixed():
+    u = positions(16, 16, 64, torch.device("cpu"))
+    assert u.shape == (256, 64) and torch.cdist(u, u).add(torch.eye(256) * 9).min() > 0.1
+    assert torch.equal(u.view(16, 16, 64)[3, :, 32:], u.view(16, 16, 64)[3, :1, 32:].expand(16, -1))       # second half: the row
+
+
+def test_attention_is_softmax_of_scaled_products():
+    block = Block(8, 2, 8)
+    u = torch.randn(2, 5, 8)
+    q, k, v = block.qkv(u).chunk(3, -1)
+    heads = []
+    for i in range(2):
+        a, b, c = (x[..., 4 * i:4 * i + 4] for x in (q, k, v))
+        heads.append((a @ b.transpose(1, 2) / 2).softmax(-1) @ c)
+    assert torch.allclose(block.attention(u), block.out(torch.cat(heads, -1)), atol=1e-6)
+
+
+def test_every_branch_starts_at_zero():
+    net = ViT(SCHEDULES["ddm"], heads_out=1, width=32, depth=4, heads=2, skips=True, decoder=1, decoder_width=32)
+    u, c = torch.randn(2, 5, 32), torch.randn(2, 32)
+    assert torch.equal(net.blocks[0](u, c), u)
+    assert torch.allclose(net.blocks[-1](u, c, torch.randn_like(u)), u, atol=1e-6)
+    assert (net(torch.randn(2, 3, 16, 16), torch.tensor([0.5, 0.1])) == 0).all()
+
+
+@pytest.mark.parametrize("decoder", [0, 1])
+def test_gradients_reach_everything_from_the_third_step_on(decoder):
+    torch.manual_seed(0)
+    net = ViT(SCHEDULES["ddm"], heads_out=1, width=32, depth=2, heads=2, skips=True, decoder=decoder, decoder_width=32, classes=2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    m = draw("patch", 4, 4, 4, 0.5, torch.Generator().manual_seed(0))
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.mse_loss(net(torch.randn(4, 3, 16, 16), torch.rand(4), torch.arange(4) % 2, m), torch.ones(4, 3, 16, 16)).backward()
+        optimizer.step()
+    silent = [name for name, q in net.named_parameters() if q.grad is None or q.grad.abs().sum() == 0]
+    assert not silent
+
+
+@pytest.mark.parametrize("encoder, decoder, skips", itertools.product([1, 2, 3], [0, 1, 3], [False, True]))
+def test_any_split_builds_and_a_masked_model_runs_unmasked(encoder, decoder, skips):
+    net = ViT(SCHEDULES["ddm"], width=32, depth=encoder, heads=2, decoder=decoder, decoder_width=32, skips=skips)
+    zt, t = torch.randn(2, 3, 16, 16), torch.rand(2)
+    m = draw("patch", 2, 4, 4, 0.9, torch.Generator().manual_seed(0))
+    assert net(zt, t, None, m).shape == net(zt, t).shape
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    one, two = awake(), awake(checkpoint_blocks=True)
+    zt, t, _, _ = inputs(one)
+    for net in (one, two):
+        net(zt, t).square().mean().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(one.parameters(), two.parameters()))
+
+
+@pytest.mark.parametrize("name, millions", [("tiny", 4.2), ("small", 32.6), ("base", 129.8)])
+def test_sizes_are_as_stated(name, millions):
+    with torch.device("meta"):
+        net = ViT(SCHEDULES["ddm"], channels=3, patch=4, **MODELS[name])
+    assert sum(q.numel() for q in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.5)
