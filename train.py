@@ -262,7 +262,7 @@ def open_log(path, step):
     rows = []
     if path.exists():
         with open(path, newline="") as f:
-            rows = [r for r in csv.DictReader(f) if r["step"] and r["images_per_second"] and int(r["step"]) <= step]
+            rows = [r for r in csv.DictReader(f) if r["images_per_second"] and int(r["step"]) <= step]     # a torn last line has no last field
     with open(path.with_suffix(".tmp"), "w", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS)
         writer.writeheader()
@@ -434,7 +434,7 @@ def train(o, ckpt=None, first=None, stage="train"):
             print(f"note: this run began with {meta['shards']} shards per step, now {world * accumulate}: the same law, not the same numbers")
         if step == 0:
             looked = time.monotonic()
-            log.write(f"0,0,0,,{evaluate():.6g},,{ratio_of(0):.6g},{visible_count(h * w, ratio_of(0))},\n")
+            log.write(f"0,0,0,,{evaluate():.6g},0,{ratio_of(0):.6g},{visible_count(h * w, ratio_of(0))},0\n")
             looked = time.monotonic() - looked                                  # what one look costs, for the plan
 
     stop = []                                                                   # the signal that asked for the end, if any did

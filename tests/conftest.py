@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 settings.register_profile("glimpse", deadline=None, derandomize=True, max_examples=25,
                           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 settings.load_profile("glimpse")
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                                        # tests are small: a second thread only waits
 
 
 def pytest_addoption(parser):

@@ -1,0 +1,207 @@
+"""Laws of sampling: order of convergence on a Gaussian with a perfect network, counted calls, noise per image, guidance, files."""
+import math
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample as S
+from data import UserError
+from sample import GRIDS, Loaded, denoise, load, seeded
+from schedules import SCHEDULES
+from vae import PixelSpace
+from vit import ViT
+
+f64 = torch.float64
+
+
+def error_of(schedule, steps, grid, churn=0.0):
+    """|final standard deviation - s|, exactly. The network that knows zero-mean Gaussian data says 0 in the `unit` prediction, so every
+    step is linear: follow one unit of x and one unit of each fresh noise."""
+    ts = GRIDS[grid](schedule, schedule.start("unit"), steps)
+    t, s = ts[:-1], ts[1:]                                                      # all steps at once, as a batch
+    one, zero = torch.ones(steps, 1, 1, 1, dtype=f64), torch.zeros(steps, 1, 1, 1, dtype=f64)
+    x0, n = schedule.split(torch.zeros(steps, schedule.heads("unit"), 1, 1, dtype=f64), one, t, "unit")
+    slopes = n.split(1, 1)[1:]
+    kept = schedule.step(one, x0, t, s, churn, zero, slopes).flatten()
+    fresh = schedule.step(zero, zero, t, s, churn, one, slopes).flatten()
+    variance = float(schedule.b(ts[0])) ** 2
+    for k, f in zip(kept.tolist(), fresh.tolist()):
+        variance = k ** 2 * variance + f ** 2
+    return abs(math.sqrt(variance) - schedule.s)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("churn", [0.0, 0.5, 1.0])
+def test_on_gaussian_data_the_error_halves_when_the_steps_double(name, churn):
+    """First order on a grid that is smooth in the angle."""
+    schedule = replace(SCHEDULES[name], s=0.5)
+    coarse, fine, finest = (error_of(schedule, n, "angle", churn) for n in (50, 100, 200))
+    assert fine < coarse and finest < 0.02
+    assert coarse / fine == pytest.approx(2, abs=0.35) and fine / finest == pytest.approx(2, abs=0.2)
+
+
+def test_the_deterministic_constant_is_a_quarter_turn_squared_over_two_n():
+    """In the angle every step multiplies by cos(step): the product is 1 - (pi/2)^2 / (2 n)."""
+    schedule = replace(SCHEDULES["ddm"], s=0.5)
+    assert error_of(schedule, 400, "angle") / schedule.s == pytest.approx((math.pi / 2) ** 2 / 800, rel=0.02)
+
+
+def test_for_ddm_a_quadratic_grid_beats_a_uniform_one():
+    schedule = replace(SCHEDULES["ddm"], s=0.5)
+    for n in (20, 100, 400):
+        assert error_of(schedule, n, "quadratic") < error_of(schedule, n, "uniform")
+    order = math.log2(error_of(schedule, 400, "quadratic") / error_of(schedule, 800, "quadratic"))
+    assert order == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_loop_computes_what_the_propagation_says(name):
+    """`denoise` itself, on one number, against the exact propagation above."""
+    schedule = replace(SCHEDULES[name], s=0.5)
+    ts = GRIDS["angle"](schedule, 1.0, 20)
+    start = schedule.b(ts[0]).item() * torch.ones(1, 1, 1, 1, dtype=f64)
+    end = denoise(lambda zt, t: torch.zeros(1, schedule.heads("unit"), 1, 1, dtype=f64), start, ts, schedule, "unit")
+    assert abs(abs(end.item()) - 0.5) == pytest.approx(error_of(schedule, 20, "angle"), rel=1e-9)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_grids_fall_from_the_start_to_zero_in_the_stated_number_of_steps(grid, name, steps):
+    schedule = replace(SCHEDULES[name], s=0.5)
+    ts = GRIDS[grid](schedule, 1.0, steps)
+    assert len(ts) == steps + 1 and ts.dtype == f64 and ts[-1] == 0 and (ts.diff() < 0).all()
+    assert ts[0].item() == pytest.approx(1.0, abs=1e-6)
+
+
+def tiny(classes=0, predict="unit", schedule="ddm", channels=1):
+    """A small random network, awake, ready to sample 8 x 8 images."""
+    torch.manual_seed(0)
+    schedule = replace(SCHEDULES[schedule], s=0.5)
+    net = ViT(schedule, channels=channels, heads_out=schedule.heads(predict), patch=4, width=32, depth=1, heads=1, classes=classes)
+    with torch.no_grad():
+        for q in net.parameters():
+            q.add_(0.1 * torch.randn_like(q))
+    meta = dict(size=8, classes=[f"class{i}" for i in range(classes)], step=7)
+    return Loaded(net, schedule, PixelSpace(channels), predict, meta, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_steps_are_network_calls(steps):
+    loaded, calls = tiny(), []
+    loaded.model.register_forward_hook(lambda *_: calls.append(1))
+    S.sample(loaded, n=3, steps=steps, batch=3)
+    assert len(calls) == steps
+
+
+@pytest.mark.parametrize("churn", [0.0, 0.7])
+def test_an_image_depends_on_its_seed_and_number_not_on_its_batch(churn):
+    loaded = tiny()
+    together = S.sample(loaded, n=5, steps=4, seed=3, churn=churn)
+    for batch in (1, 2):
+        assert torch.allclose(S.sample(loaded, n=5, steps=4, seed=3, churn=churn, batch=batch), together, atol=1e-5)
+    assert torch.allclose(S.sample(loaded, n=2, steps=4, seed=3, churn=churn, first=3), together[3:], atol=1e-5)
+    assert not torch.allclose(S.sample(loaded, n=5, steps=4, seed=4, churn=churn), together, atol=1e-2)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+def test_churn_changes_the_path_and_its_absence_draws_no_noise():
+    loaded = tiny()
+    assert not torch.allclose(S.sample(loaded, n=2, steps=4, churn=1.0), S.sample(loaded, n=2, steps=4), atol=1e-3)
+    assert torch.equal(S.sample(loaded, n=2, steps=4), S.sample(loaded, n=2, steps=4))
+
+
+def test_neighbouring_seeds_are_unrelated():
+    numbers = {seeded(a, b).initial_seed() for a in range(30) for b in range(30)}
+    assert len(numbers) == 900
+    x = torch.stack([torch.randn(1000, generator=seeded(0, i)) for i in range(20)])
+    assert (torch.corrcoef(x) - torch.eye(20)).abs().max() < 0.15
+
+
+def test_guidance_1_is_conditional_and_0_unconditional_bit_for_bit_each_in_one_pass():
+    loaded, sizes = tiny(classes=3), []
+    loaded.model.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    labels = torch.tensor([0, 1, 2])
+    conditional = S.sample(loaded, 3, 4, labels=labels, cfg=1.0)
+    unconditional = S.sample(loaded, 3, 4, labels=labels, cfg=0.0)
+    assert set(sizes) == {3}
+    assert torch.equal(unconditional, S.sample(loaded, 3, 4, labels=torch.full((3,), -1)))
+    assert not torch.allclose(conditional, unconditional, atol=1e-3)
+    S.sample(loaded, 3, 4, labels=labels, cfg=2.0)
+    assert sizes[-1] == 6
+
+
+def test_guidance_extrapolates_from_the_unconditional_guess():
+    loaded = tiny(classes=2)
+    net, labels = loaded.model, torch.tensor([0, 1])
+    ends = [S.sample(loaded, 2, 1, labels=labels, cfg=cfg) for cfg in (0.0, 1.0, 0.5)]
+    inside = (ends[0].abs() < 1) & (ends[1].abs() < 1) & (ends[2].abs() < 1)          # one step is linear in the guess where nothing clips
+    assert inside.float().mean() > 0.3
+    assert torch.allclose(ends[2][inside], (ends[0] + ends[1])[inside] / 2, atol=1e-4)
+
+
+@pytest.mark.parametrize("predict", ["both", "eps", "x0", "v", "unit"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_and_prediction_samples_finite_images(name, predict):
+    images = S.sample(tiny(predict=predict, schedule=name), n=2, steps=3, churn=0.5)
+    assert images.shape == (2, 1, 8, 8) and torch.isfinite(images).all() and images.abs().max() <= 1
+
+
+# --- checkpoints and files -----------------------------------------------------------------------------------------------------------
+
+def test_the_written_formats_hold_the_same_pixels(tmp_path):
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    for out in ("many", "many.zip", "many.npz", "many.png"):
+        writer = S.Writer(tmp_path / out)
+        writer.add(images[:2])
+        writer.add(images[2:])
+        writer.close()
+    read = lambda file: np.asarray(Image.open(file)).transpose(2, 0, 1)
+    names = sorted(p.name for p in (tmp_path / "many").iterdir())
+    assert names == ["000000.png", "000001.png", "000002.png"]
+    for i, name in enumerate(names):
+        assert (read(tmp_path / "many" / name) == images[i].numpy()).all()
+        with zipfile.ZipFile(tmp_path / "many.zip") as archive, archive.open(name) as file:
+            assert (read(file) == images[i].numpy()).all()
+    assert (np.load(tmp_path / "many.npz")["images"] == images.permute(0, 2, 3, 1).numpy()).all()
+    assert Image.open(tmp_path / "many.png").size[0] >= 16
+    with pytest.raises(UserError, match="not an empty folder"):
+        S.Writer(tmp_path / "many")
+
+
+def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load(tmp_path / "text.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="version"):
+        load(tmp_path / "other.pt")
+    whole = (tmp_path / "other.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="cut short"):
+        load(tmp_path / "cut.pt")
+    torch.save({"version": 1, "model": test_bad_checkpoints_are_refused_in_one_line}, tmp_path / "code.pt")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load(tmp_path / "code.pt")
+
+
+def test_labels_are_given_by_name_or_number():
+    assert S.class_number("cat", ["dog", "cat"]) == 1 and S.class_number("0", ["dog", "cat"]) == 0
+    for name, classes in (("cow", ["dog", "cat"]), ("2", ["dog", "cat"]), ("dog", [])):
+        with pytest.raises(UserError, match="--label"):
+            S.class_number(name, classes)
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--n", "0"], ["--churn", "1.5"], ["--ckpt", "nowhere"], ["--device", "cuda:77"]])
+def test_bad_arguments_are_one_line_and_exit_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        S.run(lambda: S.main(arguments))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

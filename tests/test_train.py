@@ -1,0 +1,382 @@
+"""Laws of training: the same step on any number of processes, an exact resume, honest files, clear refusals."""
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+import sample as S
+import train
+from conftest import ROOT
+from data import UserError
+
+TINY = ["--size", "16", "--patch", "8", "--batch", "8", "--threads", "1", "--val", "0.2", "--workers", "0"]
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Forty small pictures in two class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        path = folder / ("day" if i % 2 else "night") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for s, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(s, handler)
+
+
+def go(photos, *arguments):
+    train.main(["--data", photos, *TINY, *map(str, arguments)])
+
+
+def rows(run):
+    with open(Path(run) / "log.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def equal(one, two):
+    """Deep equality of checkpoints, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(equal(one[k], two[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(equal(a, b) for a, b in zip(one, two))
+    return one == two
+
+
+WEIGHTS = ("model", "ema", "optimizer", "scaler", "step", "images")
+
+
+# --- one run from end to end -------------------------------------------------------------------------------------------------------
+
+def test_train_finetune_and_sample_leave_what_the_contract_names(photos, capsys):
+    go(photos, "--steps", 12, "--mask", 0.5, "--sample-every", 5, "--save-every", 6, "--out", "runs/a")
+    run = Path("runs/a")
+    assert {p.name for p in run.iterdir()} == {"config.json", "log.csv", "loss.png", "samples", "last.pt", "000006.pt", "000012.pt"}
+    assert {p.name for p in (run / "samples").iterdir()} == {"000000.png", "000005.png", "000010.png", "000012.png"}
+    assert Path("runs/latest").read_text() == "runs/a"
+    log = rows(run)
+    assert list(log[0]) == ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible", "images_per_second"]
+    assert [int(r["step"]) for r in log] == [0, 5, 10, 12]
+    assert all(r["visible"] == "2" and r["ratio"] == "0.5" for r in log) and all(float(r["val_loss"]) > 0 for r in log)
+    ckpt = read(run / "last.pt")
+    assert set(ckpt) == {"version", "config", "meta", "step", "images", "seconds", "model", "ema", "optimizer", "scaler", "rng"}
+    assert ckpt["step"] == 12 and ckpt["images"] == 96 and ckpt["meta"]["plan"] == 12
+
+    finetune.main(["--steps", "3", "--out", "runs/b"])
+    tuned = read("runs/b/last.pt")
+    assert tuned["config"]["mask"] == 0 and tuned["config"]["data"] == photos and tuned["config"]["from_"] == "runs/a/last.pt"
+    assert rows("runs/b")[-1]["visible"] == "4"
+    S.main(["--steps", "2", "--n", "4"])
+    assert Image.open("samples.png").size[0] > 32
+    assert "step 3" in capsys.readouterr().out
+
+
+def test_the_sample_grid_of_a_run_is_what_sample_py_draws_from_its_checkpoint(photos):
+    go(photos, "--steps", 4, "--out", "runs/a", "--amp", "off")
+    S.main(["--n", "16", "--out", "again.png"])
+    assert (np.asarray(Image.open("again.png")) == np.asarray(Image.open("runs/a/samples/000004.png"))).all()
+
+
+def test_classes_are_kept_in_the_checkpoint(photos):
+    go(photos, "--steps", 3, "--labels", "--out", "runs/a")
+    assert read("runs/a/last.pt")["meta"]["classes"] == ["day", "night"]
+    S.main(["--label", "night", "--cfg", "2", "--n", "2", "--steps", "2", "--out", "night"])
+    assert len(list(Path("night").iterdir())) == 2
+
+
+def test_training_learns():
+    """Faces, a hundred steps: the denoising error on held-out images falls well below what a linear guess knows."""
+    train.main(["--size", "16", "--steps", "100", "--mask", "0.5", "--batch", "32", "--out", "runs/a", "--seed", "1", "--threads", "1"])
+    values = [float(r["val_loss"]) for r in rows("runs/a") if r["val_loss"]]
+    assert values[0] == pytest.approx(1.0, abs=0.1) and values[-1] < 0.75
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [
+    ["--mask", "0.5"],
+    ["--mask", "0.75", "--mask-from", "0.25", "--ramp", "cosine", "--policy", "block", "--block", "2", "--labels", "--micro-batch", "4"],
+    ["--predict", "both", "--schedule", "ddm-linear", "--decoder", "1", "--recon", "0.1", "--mask", "0.5", "--amp", "off", "--skips"]])
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(photos, options):
+    common = ["--steps", 14, "--save-every", 7, "--sample-every", 6, *options]
+    go(photos, *common, "--out", "runs/straight")
+    go(photos, *common, "--out", "runs/broken")
+    Path("runs/broken/000007.pt").replace("runs/broken/last.pt")        # as if killed after step 7, with a log that ran ahead
+    go(photos, *common, "--out", "runs/broken", "--resume")
+    straight, broken = read("runs/straight/last.pt"), read("runs/broken/last.pt")
+    for part in WEIGHTS:
+        assert equal(straight[part], broken[part]), part
+    timeless = lambda run: [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in rows(run)]
+    assert timeless("runs/straight") == timeless("runs/broken")
+
+
+def test_resume_without_a_checkpoint_starts_and_after_the_end_does_nothing(photos, capsys):
+    go(photos, "--steps", 3, "--out", "runs/a", "--resume")
+    before = read("runs/a/last.pt")
+    go(photos, "--steps", 3, "--out", "runs/a", "--resume")
+    assert "finished" in capsys.readouterr().out and equal(read("runs/a/last.pt"), before)
+    train.main(["--out", "runs/a", "--resume", "--steps", "5"])          # a larger --steps continues it, with the run's own options
+    assert read("runs/a/last.pt")["step"] == 5 and [r["step"] for r in rows("runs/a")] == ["0", "3", "5"]
+
+
+@pytest.mark.parametrize("change, word", [(["--batch", "16"], "--batch"), (["--mask", "0.3"], "--mask"), (["--steps", "2"], "--steps"),
+                                          (["--minutes", "9"], "--minutes")])
+def test_a_resume_that_would_be_another_run_is_refused_by_name(photos, change, word):
+    train.main(["--data", photos, *TINY, "--steps", "3", "--out", "runs/a"])
+    with pytest.raises(UserError, match=word):
+        train.main(["--out", "runs/a", "--resume", *change])
+
+
+def test_an_existing_run_is_not_overwritten(photos):
+    go(photos, "--steps", 2, "--out", "runs/a")
+    with pytest.raises(UserError, match="--resume"):
+        go(photos, "--steps", 2, "--out", "runs/a")
+    with pytest.raises(UserError, match="train.py"):
+        finetune.main(["--out", "runs/a", "--resume"])
+
+
+def start(photos, *arguments):
+    command = [sys.executable, ROOT / "train.py", "--data", photos, *TINY, *map(str, arguments)]
+    return subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for_step(run, step, process):
+    """Until log.csv shows `step` (the process decides how long that takes, not this test)."""
+    while process.poll() is None:
+        if (Path(run) / "log.csv").exists() and any(int(r["step"] or 0) >= step for r in rows(run) if r["visible"]):
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.stderr.read().decode())
+
+
+def test_sigterm_saves_and_the_run_can_go_on(photos):
+    process = start(photos, "--steps", 100000, "--out", "runs/a", "--save-every", 100000)
+    wait_for_step("runs/a", 10, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert b"Traceback" not in process.stderr.read()
+    reached = read("runs/a/last.pt")["step"]
+    assert reached >= 10 and int(rows("runs/a")[-1]["step"]) == reached
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_kill_9_at_any_moment_then_resume_changes_nothing(photos, kills):
+    options = ["--steps", 60 * kills, "--save-every", 7, "--sample-every", 25, "--mask", "0.5"]
+    go(photos, *options, "--out", "runs/straight")
+    rng = np.random.default_rng(0)
+    for _ in range(kills):
+        process = start(photos, *options, "--out", "runs/killed", "--resume")
+        last = max([int(r["step"]) for r in rows("runs/killed")] if Path("runs/killed/log.csv").exists() else [0], default=0)
+        wait_for_step("runs/killed", last + 10, process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+    go(photos, *options, "--out", "runs/killed", "--resume")
+    straight, killed = read("runs/straight/last.pt"), read("runs/killed/last.pt")
+    assert all(equal(straight[part], killed[part]) for part in WEIGHTS)
+    assert [r["step"] for r in rows("runs/killed")] == [r["step"] for r in rows("runs/straight")]
+
+
+def test_a_truncated_checkpoint_is_refused_and_an_unfinished_one_is_never_seen(photos, tmp_path):
+    go(photos, "--steps", 2, "--out", "runs/a")
+    whole = Path("runs/a/last.pt").read_bytes()
+
+    class Boom(Exception):
+        pass
+
+    class Unsaveable:
+        def __reduce__(self):
+            raise Boom
+
+    with pytest.raises(Boom):
+        train.save_atomic({"x": torch.zeros(1000), "y": Unsaveable()}, Path("runs/a/last.pt"))
+    assert Path("runs/a/last.pt").read_bytes() == whole
+    Path("runs/a/last.pt").write_bytes(whole[:-1000])
+    with pytest.raises(UserError, match="cut short"):
+        train.main(["--out", "runs/a", "--resume"])
+
+
+# --- many processes -------------------------------------------------------------------------------------------------------------------
+
+def torchrun(ranks, *arguments):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={port}", ROOT / "train.py", *arguments]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_k_processes_take_the_same_steps_as_one_with_k_micro_batches(photos, ranks):
+    options = ["--data", photos, *TINY, "--batch", "16", "--steps", "5", "--mask", "0.5", "--decoder", "1", "--recon", "0.1", "--amp", "off", "--labels"]
+    torchrun(ranks, *options, "--out", "runs/many")
+    train.main([*options, "--micro-batch", str(16 // ranks), "--out", "runs/one"])
+    many, one = read("runs/many/last.pt"), read("runs/one/last.pt")
+    for part in ("model", "ema"):
+        for name, value in one[part].items():
+            assert torch.allclose(many[part][name], value, atol=1e-5, rtol=1e-5), name
+    assert float(rows("runs/many")[-1]["loss"]) == pytest.approx(float(rows("runs/one")[-1]["loss"]), rel=1e-4)
+
+
+def test_accumulation_under_no_sync_is_one_large_step(photos):
+    """2 processes x 2 micro-batches against 1 x 4."""
+    options = ["--data", photos, *TINY, "--batch", "16", "--micro-batch", "4", "--steps", "3", "--amp", "off"]
+    torchrun(2, *options, "--out", "runs/many")
+    train.main([*options, "--out", "runs/one"])
+    many, one = read("runs/many/last.pt")["model"], read("runs/one/last.pt")["model"]
+    assert all(torch.allclose(many[name], one[name], atol=1e-5, rtol=1e-5) for name in one)
+
+
+def test_shards_of_one_step_draw_different_noise_masks_and_times():
+    from mask import draw
+    from schedules import SCHEDULES, times
+    schedule, drawn = SCHEDULES["ddm"], []
+    for step, rank in ((0, 0), (0, 1), (1, 0)):
+        g = torch.Generator().manual_seed(train.seeded(0, 5, step, rank).initial_seed())
+        drawn.append((schedule.noise(torch.zeros(4, 1, 8, 8), g), draw("patch", 4, 4, 4, 0.5, g).keep, times("uniform", schedule, 4, g)))
+    for a in range(3):
+        for b in range(a):
+            assert not any(torch.equal(x, y) for x, y in zip(drawn[a], drawn[b]))
+
+
+@pytest.mark.parametrize("n, batch, shards", [(10, 4, 2), (7, 8, 4), (3, 8, 1), (100, 6, 3)])
+def test_an_epoch_shows_every_image_once_and_shards_do_not_overlap(n, batch, shards):
+    size = batch // shards
+    order = torch.cat([train.shard(n, 5, k * batch + j * size, size) for k in range(2 * n) for j in range(shards)])
+    for epoch in range(len(order) // n):
+        assert sorted(order[epoch * n:(epoch + 1) * n].tolist()) == list(range(n))
+    if n > 5:
+        assert not torch.equal(order[:n], order[n:2 * n])
+
+
+# --- the plan, the average, bad steps ---------------------------------------------------------------------------------------------------
+
+def test_minutes_become_a_plan_that_the_checkpoint_keeps(photos):
+    go(photos, "--minutes", 0.05, "--out", "runs/a")
+    ckpt = read("runs/a/last.pt")
+    plan = ckpt["meta"]["plan"]
+    assert plan > train.TIMED and 0 < ckpt["step"] <= plan
+
+
+def test_the_average_follows_its_formula(photos):
+    go(photos, "--steps", 3, "--save-every", 1, "--out", "runs/a", "--ema", 0.25)
+    torch.manual_seed(0)
+    meta = read("runs/a/last.pt")["meta"]
+    initial = dict(S.build(meta)[0].named_parameters())["embed.weight"].detach()
+    expected = initial
+    for k in range(3):
+        decay = min(0.25, (1 + k) / (10 + k))
+        expected = decay * expected + (1 - decay) * read(f"runs/a/{k + 1:06d}.pt")["model"]["embed.weight"]
+    assert torch.allclose(read("runs/a/last.pt")["ema"]["embed.weight"], expected, atol=1e-6)
+
+
+def test_learning_rate_warms_up_and_decays_with_progress(photos):
+    go(photos, "--steps", 200, "--out", "runs/a", "--lr", 1e-3, "--lr-end", 0.1, "--warmup", 10, "--sample-every", 1000, "--batch", 2)
+    lr = {int(r["step"]): float(r["lr"]) for r in rows("runs/a") if r["lr"]}
+    assert lr[10] < 1e-3 and max(lr.values()) == lr[20]
+    assert all(lr[k + 10] < lr[k] for k in range(20, 190, 10)) and lr[200] == pytest.approx(1e-4, rel=0.01)
+
+
+def break_some_losses(monkeypatch, broken):
+    real, count = train.build_objective, iter(range(10**9))
+
+    def build(*args):
+        objective = real(*args)
+        return lambda *inputs: objective(*inputs) * (float("nan") if broken(next(count)) else 1.0)
+
+    monkeypatch.setattr(train, "build_objective", build)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(photos, monkeypatch, capsys):
+    break_some_losses(monkeypatch, lambda i: i in (2, 5))
+    go(photos, "--steps", 8, "--out", "runs/a")
+    ckpt = read("runs/a/last.pt")
+    assert ckpt["meta"]["skipped"] == 2 and all(torch.isfinite(v).all() for v in ckpt["model"].values())
+    assert ckpt["optimizer"]["state"][0]["step"] == 6 and "2 steps skipped" in capsys.readouterr().out
+
+
+def test_twenty_bad_steps_in_a_row_end_the_run_with_one_line(photos, monkeypatch):
+    break_some_losses(monkeypatch, lambda i: i >= 3)
+    with pytest.raises(UserError, match="not finite"):
+        go(photos, "--steps", 100, "--out", "runs/a")
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------------------------
+
+REFUSED = [["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "linear"], ["--ramp", "linear"], ["--mask-from", "0.1"],
+           ["--patch", "5"], ["--recon", "0.1"], ["--recon", "0.1", "--decoder", "1"], ["--weighting", "ddm"], ["--fraction", "0"],
+           ["--block", "0"], ["--batch", "0"], ["--steps", "0"], ["--minutes", "0"], ["--save-every", "0"], ["--lr", "0"], ["--ema", "1"],
+           ["--lr-end", "2"], ["--amp", "fp16"], ["--batch", "9", "--micro-batch", "4"], ["--data", "nowhere"], ["--val", "2"],
+           ["--device", "cuda:99"], ["--labels", "--data", "FLAT"]]
+
+
+@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
+def test_what_cannot_be_is_refused_in_one_line_before_any_work(photos, arguments, capsys):
+    arguments = [str(Path(photos) / "day") if a == "FLAT" else a for a in arguments]
+    with pytest.raises(SystemExit) as end:
+        train.run(lambda: train.main(["--data", photos, *TINY, "--out", "runs/a", *arguments]))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ")
+    assert not Path("runs").exists()
+
+
+def test_every_refusal_of_the_table_can_happen():
+    """Each line of the table is reached by one of the cases above."""
+    parse = lambda a: train.Options(**vars(train.make_parser(train.Options, "").parse_args(a)))
+    cases = [parse([a for a in arguments if a != "FLAT"] if "FLAT" not in arguments else []) for arguments in REFUSED]
+    for refused, why in train.REFUSALS:
+        assert any(refused(o) for o in cases), why
+        assert not refused(train.Options()), why
+
+
+def test_finetune_refuses_what_does_not_fit(photos):
+    go(photos, "--steps", 2, "--out", "runs/a")
+    for arguments, word in ((["--patch", "4"], "--patch"), (["--predict", "eps"], "--predict"), (["--model", "small"], "--model"),
+                            (["--gray"], "does not fit"), (["--from", "nowhere"], "does not exist")):
+        with pytest.raises(UserError, match=word):
+            finetune.main(["--steps", "2", *arguments])
+
+
+def test_finetune_starts_from_raw_or_averaged_weights_with_a_fresh_optimizer(photos):
+    go(photos, "--steps", 5, "--out", "runs/a", "--mask", "0.5")
+    first = read("runs/a/last.pt")
+    for weights in ("model", "ema"):
+        finetune.main(["--from", "runs/a", "--weights", weights, "--steps", "1", "--lr", "1e-12", "--out", f"runs/{weights}"])
+        tuned = read(f"runs/{weights}/last.pt")
+        assert torch.allclose(tuned["model"]["embed.weight"], first[weights]["embed.weight"], atol=1e-7)
+        assert tuned["optimizer"]["state"][0]["step"] == 1
+    finetune.main(["--from", "runs/a", "--labels", "--steps", "1", "--out", "runs/labelled"])      # a new input starts fresh
+    assert read("runs/labelled/last.pt")["meta"]["classes"] == ["day", "night"]
+
+
+def test_automatic_precision_is_never_fp16():
+    assert train.amp_type("auto", torch.device("cpu")) in (torch.bfloat16, None)
+    assert train.amp_type("off", torch.device("cpu")) is None and train.amp_type("bf16", torch.device("cpu")) == torch.bfloat16
