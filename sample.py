@@ -19,6 +19,7 @@ doubled batch. Every image has a seed of its own, so it does not depend on the b
 Shapes: B batch, C channels; x_t (B, C, H, W); t in [0, 1].
 """
 import argparse
+import os
 import sys
 import zipfile
 from dataclasses import dataclass, replace
@@ -223,6 +224,7 @@ class Writer:
 def parser():
     p = argparse.ArgumentParser(description="Sample images from a trained model.", allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda message: p.exit(2, f"error: {message}\n")
     p.add_argument("--ckpt", default=None, help="a checkpoint or a run's folder; the newest run when left out")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights or the raw ones")
     p.add_argument("--n", type=int, default=16, help="how many images")
@@ -277,12 +279,18 @@ def main(argv=None):
 
 
 def run(command):
-    """Call a command's main: bad input is one line and exit status 2, never a traceback."""
+    """Call a command's main: bad input is one line (from the first process) and exit status 2, never a traceback."""
     try:
         sys.exit(command())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except torch.cuda.OutOfMemoryError:
+        message = "the GPU's memory is full: try a smaller --micro-batch (train.py, finetune.py) or --batch (sample.py), or --checkpoint-blocks"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

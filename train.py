@@ -55,6 +55,7 @@ def option(default, help, kind=None, choices=None, name=None):
 
 @dataclass(frozen=True)
 class Options:
+    """All options of a run, in the order of --help."""
     data: str = option("faces", "images: a folder, a .zip, cifar-10-python.tar.gz, or faces (drawn by data.py)")
     val: str = option("0.02", "held-out images: a fraction of --data, or a path")
     size: int = option(32, "images are cropped square and resized to this side")
@@ -108,6 +109,7 @@ class Options:
 def make_parser(options, description):
     """An argparse parser with one flag per field; a field that is not given stays absent, so that "given" can be told from "default"."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     for f in dataclasses.fields(options):
         meta, flag = f.metadata, "--" + (f.metadata["name"] or f.name).replace("_", "-")
         help = f"{meta['help']} (default: {f.default if f.default is not True else 'on'})"
@@ -169,7 +171,7 @@ def merge(options, given, stage):
         if name not in FREE and value != ckpt["config"][name]:
             raise UserError(f"--{name.replace('_', '-')} {value}: the run in {out} has {ckpt['config'][name]}; "
                             f"resume it without this flag, or start another run with another --out")
-    if o.steps is not None and o.steps < ckpt["meta"]["plan"]:
+    if o.steps is not None and o.steps < (ckpt["meta"]["plan"] or 0):
         raise UserError(f"--steps {o.steps}: the run in {out} has a plan of {ckpt['meta']['plan']} steps; a resumed run can only become longer")
     return options(**(ckpt["config"] | {k: v for k, v in given.items() if k in FREE} | dict(out=str(out)))), ckpt
 
@@ -207,7 +209,9 @@ def start_machine(o):
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     device = pick_device(o.device)
     if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if local_world > torch.cuda.device_count():
+            raise UserError(f"{local_world} processes but {torch.cuda.device_count()} GPU(s): give torchrun --nproc_per_node={torch.cuda.device_count()}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                              # TF32 where float32 is left
@@ -325,6 +329,7 @@ def validate(model, images, schedule, space, predict, device, amp, n=256, levels
 
 @lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
+    """The order of all n images in one epoch. -> (n,)"""
     return torch.randperm(n, generator=seeded(seed, 3, epoch))
 
 
@@ -530,7 +535,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     bar.close()
     if rank == 0:
         log.close()
-        print(f"{'stopped' if step != plan else 'finished'} at step {step} of {plan} after {seconds / 60:.1f} minutes: {out / 'last.pt'}, "
+        print(f"{'finished' if step == plan else 'stopped'} at step {step} of {plan or 'a plan not made yet'} after {seconds / 60:.1f} minutes: {out / 'last.pt'}, "
               f"{out / 'loss.png'}, {out / 'samples' / f'{step:06d}.png'}")
     if world > 1:
         dist.destroy_process_group()
@@ -554,7 +559,7 @@ def fit(net, weights, meta):
 
 def resume(o, ckpt, stage):
     """Continue a run, unless its plan is fulfilled (so that torchrun --max-restarts may repeat the command)."""
-    if ckpt["step"] >= (o.steps or ckpt["meta"]["plan"]):
+    if ckpt["step"] >= (o.steps or ckpt["meta"]["plan"] or math.inf):
         print(f"{o.out} is finished: {ckpt['step']} steps; a larger --steps continues it")
     else:
         train(o, ckpt, stage=stage)

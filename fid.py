@@ -1,0 +1,491 @@
+"""How far apart are two sets of images? The Fréchet Inception distance (FID), and honest proxies that need no weights.
+
+The idea (Heusel et al. 2017, arXiv 1706.08500). Turn every image into the 2048 pooled features of a fixed classifier, describe
+a set by the mean m and covariance S of its features, and measure how far apart the two Gaussians are:
+
+    FID = |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
+
+The classifier is Inception-v3 (Szegedy et al. 2015, arXiv 1512.00567) with the weights of TensorFlow's graph of 2015-12-05.
+Other weights, another resize or another n give another number, hence three rules:
+
+    protocol   how a uint8 image becomes a 299 x 299 input. Two are in use, and on CIFAR they differ by 7.5 grey levels. Saved
+               statistics record protocol and weights; what differs in either is never compared.
+    n          two samples of ONE distribution are at a distance of about constant / n, not 0 (Chong & Forsyth 2020,
+               arXiv 1911.07023): numbers at different n cannot be compared, and n <= 2048 measures mostly this bias.
+    float64    for sums, covariances and roots: the formula is a small difference of large terms.
+
+    python fid.py samples.zip images/             # FID; the weights (95 MB) are found, or downloaded once
+    python fid.py images/ --save stats.npz        # keep a reference's statistics, then: python fid.py samples.zip stats.npz
+    python fid.py samples.zip images/ --proxy     # no weights and no FID: three distances beside their floors
+
+Shapes: n, m images in a set, B batch, C = 1 or 3 channels, d features (2048), k images a side in a proxy. Images are uint8.
+"""
+import argparse
+import hashlib
+import io
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from data import Folder, UserError, Zip, draw_faces, reason, square, to_float
+
+NAME = "pt_inception-2015-12-05-6726825d.pth"       # by torch.hub's convention a name ends with its file's SHA-256
+SHA = "6726825d"
+URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + NAME
+
+
+# --- the protocol: uint8 (B, 3, H, W) -> float (B, 3, 299, 299) --------------------------------------------------------------
+
+def pytorch_fid(x):
+    """half-pixel bilinear to 299, no antialias, x / 127.5 - 1"""
+    return 2 * F.interpolate(x.float() / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
+
+
+def tf1(x):
+    """TensorFlow 1 bilinear to 299, src = dst * scale, (x - 128) / 128"""
+    x = x.float()
+    for axis in (2, 3):
+        size = x.shape[axis]
+        src = torch.arange(299, device=x.device) * (size / 299)         # no half pixel: the picture moves up and left
+        low = src.long()
+        part = (src - low).view((-1, 1) if axis == 2 else (-1,))
+        x = torch.lerp(x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1)), part)
+    return (x - 128) / 128
+
+
+PROTOCOLS = {"pytorch-fid": pytorch_fid, "tf1": tf1}
+
+
+# --- the network: torchvision's names, the structure of the 2015 graph --------------------------------------------------------
+# A block is a set of branches with one input, concatenated; a branch is a chain of poolings, of convolutions (width, kernel,
+# stride, padding) and of FORKs, two convolutions side by side. torchvision's Inception-v3 departs from the 2015 graph in the
+# poolings: blocks A, C and the first E average over real pixels only (not over the zero border), the last E takes a maximum.
+# With torchvision's poolings the very same weights give another FID.
+
+def average(x): return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+def largest(x): return F.max_pool2d(x, 3, stride=1, padding=1)
+def halve(x): return F.max_pool2d(x, 3, stride=2)
+
+
+ROW, COLUMN = (1, 7), (7, 1)                        # 7 x 7 factored in two costs 14 weights a channel instead of 49 ...
+FORK = [(384, (1, 3)), (384, (3, 1))]               # ... and on the 8 x 8 grid the two factors stand side by side
+
+def block_a(width): return {
+    "branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
+    "branch_pool": [average, (width, 1)]}
+def block_b(): return {
+    "branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], "pool": [halve]}
+def block_c(c): return {
+    "branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, ROW), (192, COLUMN)],
+    "branch7x7dbl": [(c, 1), (c, COLUMN), (c, ROW), (c, COLUMN), (192, ROW)], "branch_pool": [average, (192, 1)]}
+def block_d(): return {
+    "branch3x3": [(192, 1), (320, 3, 2)], "branch7x7x3": [(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)], "pool": [halve]}
+def block_e(pool): return {
+    "branch1x1": [(320, 1)], "branch3x3": [(384, 1), FORK], "branch3x3dbl": [(448, 1), (384, 3), FORK],
+    "branch_pool": [pool, (192, 1)]}
+
+LAYERS = {                                                                                                   # 3 x 299 x 299
+    "Conv2d_1a_3x3": (32, 3, 2), "Conv2d_2a_3x3": (32, 3, 1, "valid"), "Conv2d_2b_3x3": (64, 3), "maxpool1": halve,
+    "Conv2d_3b_1x1": (80, 1), "Conv2d_4a_3x3": (192, 3, 1, "valid"), "maxpool2": halve,                      # 192 x 35 x 35
+    "Mixed_5b": block_a(32), "Mixed_5c": block_a(64), "Mixed_5d": block_a(64), "Mixed_6a": block_b(),        # 768 x 17 x 17
+    "Mixed_6b": block_c(128), "Mixed_6c": block_c(160), "Mixed_6d": block_c(160), "Mixed_6e": block_c(192),
+    "Mixed_7a": block_d(), "Mixed_7b": block_e(average), "Mixed_7c": block_e(largest)}                       # 2048 x 8 x 8
+
+
+class BasicConv2d(nn.Sequential):
+    """Convolution without bias, batch norm, ReLU. At stride 1 the grid keeps its size unless `padding` says otherwise."""
+
+    def __init__(self, width_in, width, kernel, stride=1, padding=None):
+        super().__init__()
+        self.conv = nn.Conv2d(width_in, width, kernel, stride, padding or ("same" if stride == 1 else "valid"), bias=False)
+        self.bn = nn.BatchNorm2d(width, eps=1e-3)
+        self.relu = nn.ReLU(inplace=True)
+
+
+class Mixed(nn.Module):
+    """One block of the table: (B, width_in, H, W) -> (B, self.width, H', W')."""
+
+    def __init__(self, width_in, branches):
+        super().__init__()
+        self.branches, self.width = [], 0
+        for name, stages in branches.items():
+            chain, width, numbered = [], width_in, sum(not callable(stage) for stage in stages) > 1
+            for i, stage in enumerate(stages, 1):
+                chain.append([stage])
+                if not callable(stage):
+                    specs, letters = (stage, "ab") if isinstance(stage, list) else ([stage], [""])
+                    chain[-1] = [BasicConv2d(width, *spec) for spec in specs]
+                    for letter, conv in zip(letters, chain[-1]):        # branch3x3dbl_3a, but branch1x1
+                        self.add_module(name + (f"_{i}{letter}" if numbered else ""), conv)
+                    width = sum(spec[0] for spec in specs)
+            self.branches.append(chain)
+            self.width += width
+
+    def forward(self, x):
+        out = [x] * len(self.branches)
+        for i, chain in enumerate(self.branches):
+            for parts in chain:
+                out[i] = torch.cat([part(out[i]) for part in parts], 1)
+        return torch.cat(out, 1)
+
+
+class Inception(nn.Module):
+    """Inception-v3 up to its pooled features: a protocol's output, float (B, 3, 299, 299) -> (B, 2048).
+
+    94 convolutions and 23,850,960 parameters, named as in pytorch-fid's weight file. `fc`, the classifier into 1008 classes,
+    is in that file and therefore here; no feature needs it."""
+
+    def __init__(self):
+        super().__init__()
+        width = 3
+        for name, layer in LAYERS.items():
+            if not callable(layer):
+                self.add_module(name, Mixed(width, layer) if isinstance(layer, dict) else BasicConv2d(width, *layer))
+                width = layer[0] if isinstance(layer, tuple) else self.get_submodule(name).width
+        self.fc = nn.Linear(width, 1008)
+
+    def forward(self, x):
+        for name, layer in LAYERS.items():
+            x = layer(x) if callable(layer) else self.get_submodule(name)(x)
+        return x.mean((2, 3))                                                                                # (B, 2048)
+
+
+def find_inception():
+    """Path of the published weights: in the working folder, else in torch.hub's cache, else downloaded to there, once."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / NAME
+    try:
+        if not Path(NAME).is_file() and not cached.is_file():
+            print(f"downloading {URL} to {cached}", file=sys.stderr)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(cached), hash_prefix=SHA)
+    except Exception as error:                      # no network, a proxy's refusal, a full disk, a wrong hash, ...
+        raise UserError(f"FID needs the weights {NAME}, and their download failed ({reason(error)}). Fetch {URL} elsewhere and "
+                        f"put it here, into {cached.parent}, or pass --inception PATH; --proxy needs no weights") from error
+    return Path(NAME) if Path(NAME).is_file() else cached
+
+
+def load_inception(path=None):
+    """-> (Inception in eval mode on the CPU, the first 8 hex digits of the file's SHA-256).
+
+    Without `path` the published file is looked for (`find_inception`) and no other accepted. A file named by `path` may be
+    another one: it is used with a warning, and its hash keeps its numbers apart. UserError when a file is missing, unreadable or
+    not this network; only num_batches_tracked, which inference ignores, may be absent."""
+    file = find_inception() if path is None else Path(path)
+    try:
+        content = file.read_bytes()
+        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        given = {name: tensor.shape for name, tensor in weights.items()}
+    except Exception as error:                      # the system, torch, zipfile and pickle each have their own
+        raise UserError(f"{file}: cannot be read as a file of weights ({type(error).__name__})") from error
+    sha = hashlib.sha256(content).hexdigest()[:8]
+    if sha != SHA:
+        problem = f"{file}: its SHA-256 begins with {sha}, not {SHA}: these are not the published weights"
+        if path is None:
+            raise UserError(problem + "; delete it to download it again, or insist with --inception PATH")
+        warnings.warn(problem + ", and the numbers are comparable with nobody else's")
+    with torch.device("meta"):                      # neither memory nor random numbers for weights that will be replaced
+        net = Inception()
+    needed = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    given = {name: shape for name, shape in needed.items() if name.endswith("num_batches_tracked")} | given
+    wrong = [name for name in sorted(needed | given) if needed.get(name) != given.get(name)]
+    if wrong:
+        raise UserError(f"{file}: not FID's Inception; {len(wrong)} tensors are missing, superfluous or misshapen: {wrong[0]} ...")
+    net.to_empty(device="cpu").load_state_dict(weights, strict=False)
+    return net.eval().requires_grad_(False), sha
+
+
+# --- moments and distance ------------------------------------------------------------------------------------------------------
+
+class Moments:
+    """Mean and covariance of features that arrive in batches: one pass, float64, the same for every way to cut the batches."""
+
+    def __init__(self):
+        self.n, self.total, self.outer = 0, 0, 0
+
+    def add(self, x):
+        """x (B, d) of any float type. All sums are of x - pilot, else the covariance would be a difference of large sums."""
+        x = x.double()
+        self.pilot = self.pilot if self.n else x.mean(0)
+        x = x - self.pilot
+        self.n, self.total, self.outer = self.n + len(x), self.total + x.sum(0), self.outer + x.T @ x
+
+    def finish(self):
+        """-> mean (d,), covariance (d, d) with divisor n - 1. UserError for fewer than 2 rows or non-finite features."""
+        if self.n < 2:
+            raise UserError(f"n = {self.n}: a covariance needs at least 2 images")
+        shift = self.total / self.n
+        sigma = (self.outer - self.n * torch.outer(shift, shift)) / (self.n - 1)
+        if not sigma.isfinite().all():
+            raise UserError("the features are not finite: are the weights broken?")
+        return self.pilot + shift, sigma
+
+
+def frechet(m1, S1, m2, S2):
+    """FID's formula for means (d,) and covariances (d, d), tensors or arrays -> float >= 0.
+
+    S1 S2 is not symmetric but similar to R S2 R with R = S1^(1/2), which is: two symmetric eigenproblems, no complex numbers.
+    Where n <= d, zero eigenvalues come out slightly negative: they are clamped, and no eps is added."""
+    m1, S1, m2, S2 = (torch.as_tensor(v, dtype=torch.float64) for v in (m1, S1, m2, S2))
+    w, V = torch.linalg.eigh(S1)
+    R = (V * w.clamp(min=0).sqrt()) @ V.T
+    root = torch.linalg.eigvalsh(R @ S2 @ R).clamp(min=0).sqrt().sum()                     # tr (S1 S2)^(1/2)
+    return max(0.0, ((m1 - m2).square().sum() + S1.trace() + S2.trace() - 2 * root).item())
+
+
+def frechet_features(X1, X2):
+    """The same from features (n1, d) and (n2, d), at least 2 rows each.
+
+    With S = A^T A, tr (S1 S2)^(1/2) is the nuclear norm of A1 A2^T (n1, n2). For n <= d this is the smaller problem (0.8 s
+    instead of 7 at n = 1000, d = 2048), and the exacter one: no root is taken of a rounded zero."""
+    (m1, A1), (m2, A2) = ((X.mean(0), (X - X.mean(0)) / (len(X) - 1) ** 0.5) for X in (X1.double(), X2.double()))
+    if max(X1.shape[0], X2.shape[0]) > X1.shape[1]:
+        return frechet(m1, A1.T @ A1, m2, A2.T @ A2)
+    root = torch.linalg.svdvals(A1 @ A2.T).sum()
+    return max(0.0, ((m1 - m2).square().sum() + A1.square().sum() + A2.square().sum() - 2 * root).item())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What FID needs of a set of images, and what says with which others it may be compared; a saved .npz has these keys."""
+    mu: np.ndarray              # (d,) float64
+    sigma: np.ndarray           # (d, d) float64
+    n: int
+    protocol: str               # a name in PROTOCOLS
+    weights: str                # the first 8 hex digits of the weight file's SHA-256
+
+
+def statistics(images, net, weights, protocol="pytorch-fid", device="cpu", batch=50):
+    """Inception's moments -> Statistics. `images` has a length, and images[i] is uint8 (C, H, W), C 1 or 3, sizes may differ:
+    a tensor (n, C, H, W) will do. `net, weights` come from `load_inception`."""
+    net, result = net.to(device), Moments()
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)                     # TF32 would keep 3 digits
+    with torch.no_grad(), exact, ThreadPoolExecutor() as threads:                          # Pillow decodes in parallel
+        for part in tqdm(torch.arange(len(images)).split(batch), unit="batch", disable=None):
+            group = [x.to(device).expand(1, 3, -1, -1) for x in threads.map(images.__getitem__, part.tolist())]
+            result.add(net(torch.cat([PROTOCOLS[protocol](x) for x in group])).cpu())                        # (B, 2048)
+    mu, sigma = result.finish()
+    return Statistics(mu.numpy(), sigma.numpy(), len(images), protocol, weights)
+
+
+def refuse_mixing(a, b):
+    """UserError unless the (protocol, weights) of two statistics are the same."""
+    if a != b:
+        raise UserError(f"not comparable: one side has protocol {a[0]} and weights {a[1]}, the other {b[0]} and {b[1]}")
+
+
+def fid(a, b):
+    """FID of two Statistics -> float. UserError if protocol or weights differ; a warning where n makes it mostly bias."""
+    refuse_mixing((a.protocol, a.weights), (b.protocol, b.weights))
+    n, d = min(a.n, b.n), len(a.mu)
+    if n <= d:
+        warnings.warn(f"n = {n} images for {d} features: mostly bias, compare only with values at the same n")
+    return frechet(a.mu, a.sigma, b.mu, b.sigma)
+
+
+# --- proxies: three views that need no weights ---------------------------------------------------------------------------------
+# None is FID and none is enough alone: random convolutions see noise, blur and collapse but hardly a broken structure, averages
+# see structure but no texture, patches see texture and nothing larger. Each stands beside its floor. Look at the pictures, too.
+
+def random_conv(images):
+    """uint8 (n, C, H, W) -> (n, 512): mean and deviation of every channel of 4 random convolutions, always the same ones.
+
+    Random networks order generators much as trained ones do (Lee et al. 2022, arXiv 2208.09218). Gray counts as RGB."""
+    if len(images) > 256:                                               # bounds the memory
+        return torch.cat([random_conv(part) for part in images.split(256)])
+    g, x, rows = torch.Generator().manual_seed(0), to_float(images).expand(-1, 3, -1, -1), []
+    for width, stride in ((32, 1), (64, 2), (64, 2), (96, 2)):
+        kernel = torch.randn(width, x.shape[1], 3, 3, generator=g) * (2 / (9 * x.shape[1])) ** 0.5   # He: ReLU keeps the scale
+        x = F.relu(F.conv2d(x, kernel, stride=stride, padding=1))
+        rows += [x.mean((2, 3)), x.std((2, 3), correction=0)]
+    return torch.cat(rows, 1)
+
+
+def sliced_wasserstein(a, b, patch=7, directions=64, points=8192):
+    """Mean 1-Wasserstein distance of the patches of uint8 a and b, both (k, C, H, W), over directions and pyramid levels.
+
+    Karras et al. 2018 (arXiv 1710.10196), with a departure: a and b are both scaled by b's mean and deviation, not each by its
+    own, so that lost contrast counts. Equal sets are at distance 0: the same places and directions serve both."""
+    g, levels = torch.Generator().manual_seed(0), []
+    rest, image, each = to_float(torch.cat([a, b])), torch.arange(len(a))[:, None], -(-points // len(a))
+    while rest is not None:
+        band, rest = rest, F.avg_pool2d(rest, 2) if min(rest.shape[2:]) >= 32 else None
+        if rest is not None:                                            # a Laplacian band; the last level is the rest itself
+            band = band - F.interpolate(rest, size=band.shape[2:], mode="bilinear", align_corners=False)
+        size = min(patch, *band.shape[2:])
+        at = [torch.randint(side - size + 1, (len(a), each), generator=g) for side in band.shape[2:]]
+        p, q = (half.unfold(2, size, 1).unfold(3, size, 1)[image, :, at[0], at[1]].flatten(0, 1) for half in band.split(len(a)))
+        mean, scale = q.mean((0, 2, 3), keepdim=True), q.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
+        line = F.normalize(torch.randn(q[0].numel(), directions, generator=g), dim=0)
+        p, q = ((line.T @ ((v - mean) / scale).flatten(1).T).sort(1).values for v in (p, q))     # (directions, points)
+        levels.append((p - q).abs().mean())
+    return torch.stack(levels).mean().item()
+
+
+PROXIES = {                                                             # images -> rows, and a distance of two sets of rows
+    "random-conv": (random_conv, frechet_features),
+    "pixel": (lambda images: F.adaptive_avg_pool2d(to_float(images), 8).flatten(1), frechet_features),       # (n, 64 C)
+    "swd": (lambda images: images, sliced_wasserstein)}
+
+
+def proxy(a, b, seed=0):
+    """Distances of a to the reference b that need no weights -> {name: (value, floor)} for every name in PROXIES.
+
+    a (n, C, H, W), b (m, C, H, W): uint8, C 1 or 3, one size of at least 8 x 8. Every such distance has a bias that falls with
+    n, so all is measured at one k = min(n, m // 2): in each of 4 rounds b is cut at random into disjoint b1, b2 of k images, a is
+    thinned to k; floor = D(b1, b2), value = (D(a, b1) + D(a, b2)) / 2. A value at its floor cannot be told from the reference,
+    one clearly below it means that a holds images of b. Compare at equal k only. UserError for other shapes and k < 2."""
+    if not (a.dtype == b.dtype == torch.uint8 and a.ndim == 4 and a.shape[1:] == b.shape[1:] and a.shape[1] in (1, 3)
+            and min(a.shape[2:]) >= 8):
+        raise UserError(f"proxy: wants two sets (n, C, H, W) of uint8, C 1 or 3, of one size of at least 8 x 8, not "
+                        f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}")
+    k, g, rounds = min(len(a), len(b) // 2), torch.Generator().manual_seed(seed), 4
+    if k < 2:
+        raise UserError(f"proxy: {len(a)} and {len(b)} images are too few; at least 2 of A and 4 of B are needed")
+    cuts = [(torch.randperm(len(a), generator=g)[:k], *torch.randperm(len(b), generator=g)[:2 * k].split(k)) for _ in range(rounds)]
+    result = {}
+    for name, (rows, distance) in PROXIES.items():
+        A, B = rows(a), rows(b)
+        value = sum(distance(A[i], B[half]) for i, *halves in cuts for half in halves) / (2 * rounds)
+        result[name] = value, sum(distance(B[i], B[j]) for _, i, j in cuts) / rounds
+    return result
+
+
+# --- the command ---------------------------------------------------------------------------------------------------------------
+
+class Pictures:
+    """At most n images, drawn at random (the first n of a sorted folder would be its first class), at their own size:
+    picture(i) is a PIL picture, [i] a uint8 tensor (3, H, W). `read` opens a name."""
+
+    def __init__(self, names, read, n, seed):
+        keep = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:n]
+        self.names, self.read = [names[i] for i in keep.sort().values], read
+
+    def __len__(self):
+        return len(self.names)
+
+    def picture(self, i):
+        try:
+            with self.read(self.names[i]) as picture:
+                return picture.convert("RGB")       # as pytorch-fid reads it: transparency and EXIF are ignored
+        except Exception as error:                  # training may skip a broken image; a measurement must not
+            raise UserError(f"{self.names[i]}: cannot be decoded ({reason(error)}); mend or delete it") from error
+
+    def __getitem__(self, i):
+        return torch.from_numpy(np.array(self.picture(i))).permute(2, 0, 1)
+
+
+def open_source(path, n=None, seed=0, size=32):
+    """A folder, .zip or .npz of images -> Pictures; a .npz of saved statistics -> Statistics; "faces": 2048 drawn ones of `size`
+    pixels, which no training has seen -> Pictures; anything else is a UserError."""
+    if path == "faces":
+        pixels = draw_faces(2048, size, seed=2**20).pixels.permute(0, 2, 3, 1).numpy()
+        return Pictures(range(len(pixels)), lambda i: Image.fromarray(pixels[i]), n, seed)
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".zip":
+        source = Folder(path) if path.is_dir() else Zip(path)
+        if not source.names:
+            raise UserError(f"{path}: holds no images")
+        return Pictures(source.names, source.picture, n, seed)
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+    except Exception as error:                      # zipfile, numpy and the system each have their own
+        raise UserError(f"{path}: is no folder, .zip or .npz that can be read ({reason(error)})") from error
+    if "mu" in arrays:
+        try:
+            return Statistics(**{key: v if v.ndim else v.item() for key, v in arrays.items()})
+        except TypeError:
+            raise UserError(f"{path}: statistics without a record of n, protocol and weights are comparable with nothing; "
+                            f"make them with python fid.py IMAGES --save {path.name}") from None
+    pixels = arrays.get("images", arrays.get("arr_0", np.empty(0)))
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels) or not {pixels.shape[1], pixels.shape[3]} & {1, 3}:
+        raise UserError(f"{path}: wants uint8 images (n, H, W, C) or (n, C, H, W), C 1 or 3, under the key images or arr_0")
+    pixels = pixels if pixels.shape[3] in (1, 3) else pixels.transpose(0, 2, 3, 1)
+    return Pictures(range(len(pixels)), lambda i: Image.fromarray(pixels[i].repeat(3 // pixels.shape[3], axis=2)), n, seed)
+
+
+def parser():
+    p = argparse.ArgumentParser(description="FID, or proxies for it, of images A to a reference B.", allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda message: p.exit(2, f"error: {message}\n")
+    p.add_argument("A", help="a folder, a .zip or a .npz of images, or a .npz of saved statistics")
+    p.add_argument("B", nargs="?", help="the reference, likewise, or faces for the built-in ones; may be left out with --save")
+    p.add_argument("--inception", metavar="PATH", help="weights; None: the working folder, torch.hub's cache, or a download")
+    p.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid", help="how images become Inception's input")
+    p.add_argument("--proxy", action="store_true", help="three distances that need no weights, instead of FID")
+    p.add_argument("--save", metavar="PATH.npz", help="keep the statistics of A")
+    p.add_argument("--n", type=int, help="at most so many images of each set, drawn at random; None: all")
+    p.add_argument("--batch", type=int, default=50, help="images in one pass through Inception")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where Inception runs")
+    p.add_argument("--seed", type=int, default=0, help="of the draw of --n and of the proxies' rounds")
+    return p
+
+
+def print_proxy(o, a, b):
+    """Every proxy of image sources a and b beside its floor, on standard output."""
+    if isinstance(a, Statistics) or isinstance(b, Statistics):
+        raise UserError("--proxy needs images on both sides: saved statistics have none")
+    size = min(a.picture(0).size)
+    a, b = (torch.stack([torch.tensor(square(s.picture(i), size)) for i in range(len(s))]) for s in (a, b))
+    for name, (value, floor) in proxy(a, b, o.seed).items():
+        print(f"proxy/{name:12} {value:10.5f}   floor {floor:10.5f}   ratio {value / floor if floor else float('nan'):.2f}")
+    print(f"  {o.A}: n {len(a)}\n  {o.B}: n {len(b)}\n  k {min(len(a), len(b) // 2)} images a side, all cut to their centred "
+          f"square and resized to A's {size} x {size}\n  This is not FID. Compare only at the same B, k and size.")
+
+
+def run(o):
+    """The command's work, from parsed arguments."""
+    if o.B is None and (o.proxy or not o.save):
+        raise UserError("B is missing: python fid.py A B (A alone goes with --save only)")
+    if o.save and (o.proxy or not o.save.endswith(".npz") or not Path(o.save).parent.is_dir()):
+        raise UserError(f"--save {o.save}: wants a name that ends with .npz in a folder that exists, and no --proxy")
+    if o.batch < 1 or (o.n is not None and o.n < 2):
+        raise UserError("--batch must be at least 1, and --n at least 2")
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in usable if usable[name]) if o.device == "auto" else o.device
+    if not usable[device]:
+        raise UserError(f"--device {device}: this machine has none; use --device cpu")
+    sets = {o.A: open_source(o.A, o.n, o.seed)}
+    if o.B:
+        sets[o.B] = open_source(o.B, o.n, o.seed, min(sets[o.A].picture(0).size) if isinstance(sets[o.A], Pictures) else 32)
+    if o.proxy:
+        return print_proxy(o, sets[o.A], sets[o.B])
+
+    images = {path: s for path, s in sets.items() if isinstance(s, Pictures)}
+    if images:                                      # two saved statistics need no weights
+        net, weights = load_inception(o.inception)
+        for saved in (s for s in sets.values() if isinstance(s, Statistics)):       # before the long computation, not after it
+            refuse_mixing((saved.protocol, saved.weights), (o.protocol, weights))
+        sets |= {path: statistics(s, net, weights, o.protocol, device, o.batch) for path, s in images.items()}
+    if o.save:
+        np.savez(o.save, **vars(sets[o.A]))
+    if o.B:
+        print(f"FID {fid(sets[o.A], sets[o.B]):.4f}")
+    for path, s in sets.items():
+        print(f"  {path}: n {s.n}, protocol {s.protocol} ({PROTOCOLS[s.protocol].__doc__}), weights {s.weights}")
+
+
+def main(argv=None):
+    """The command -> its exit status: 0, or 2 after one line on what to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            run(parser().parse_args(argv))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
