@@ -14,8 +14,9 @@ Network, schedule, prediction, space, data and batch are the first stage's unles
 from dataclasses import dataclass
 
 import train
+from checkpoint import newest, read_checkpoint
 from data import UserError
-from sample import newest, read_checkpoint, run
+from sample import run
 from train import Options, make_parser, merge, option
 
 # What a first stage hands on. All other options (mask, ramp, learning rate, length, ...) are this stage's own.

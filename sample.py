@@ -31,12 +31,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from checkpoint import newest, read_checkpoint
 from data import UserError, grid, to_uint8
 from schedules import SCHEDULES
 from vae import SPACES
 from vit import ViT
-
-VERSION = 1                                                                     # of the checkpoint's layout
 
 
 # --- time grids: (schedule, start, steps) -> steps + 1 times, falling from start to 0 -------------------------------------------
@@ -126,30 +125,7 @@ def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", label
     return torch.cat(done)
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------------------
-
-def newest(runs="runs"):
-    """The newest run's last.pt, as runs/latest tells."""
-    latest = Path(runs) / "latest"
-    if not latest.exists():
-        raise UserError(f"no run found: {latest} does not exist; train one first (python train.py) or give --ckpt PATH")
-    return Path(latest.read_text().strip()) / "last.pt"
-
-
-def read_checkpoint(path):
-    """The checkpoint's dict, on the CPU; plain data only (weights_only), so a file from a stranger cannot run code."""
-    path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist; train one first (python train.py) or give another path")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is not a readable checkpoint, perhaps cut short ({type(error).__name__}); use another one of its folder") from None
-    if not isinstance(ckpt, dict) or "model" not in ckpt or "meta" not in ckpt or ckpt.get("version") != VERSION:
-        raise UserError(f"{path} is not a checkpoint of this program's version {VERSION}")
-    return ckpt
-
+# --- from a checkpoint to a model ------------------------------------------------------------------------------------------------------------------
 
 def pick_device(name="auto"):
     """auto: cuda, else mps, else cpu."""
@@ -158,7 +134,10 @@ def pick_device(name="auto"):
             raise UserError(f"--device {name}: this torch sees no CUDA GPU; use --device cpu")
         if name == "mps" and not torch.backends.mps.is_available():
             raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise UserError(f"--device {name}: give auto, cpu, cuda, cuda:1 or mps") from None
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -282,8 +261,8 @@ def run(command):
     """Call a command's main: bad input is one line (from the first process) and exit status 2, never a traceback."""
     try:
         sys.exit(command())
-    except UserError as error:
-        message = str(error)
+    except (UserError, OSError) as error:                                       # OSError: a folder that cannot be written, a full disk
+        message = " ".join(str(error).split())
     except torch.cuda.OutOfMemoryError:
         message = "the GPU's memory is full: try a smaller --micro-batch (train.py, finetune.py) or --batch (sample.py), or --checkpoint-blocks"
     except KeyboardInterrupt:

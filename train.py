@@ -16,13 +16,11 @@ Shapes: B images per shard, C channels, h x w tokens, t in [0, 1]; x uint8 -> [-
 """
 import argparse
 import copy
-import csv
 import dataclasses
 import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import time
 from contextlib import nullcontext
@@ -33,14 +31,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from checkpoint import VERSION, draw_loss, keep_copy, newest, open_log, read_checkpoint, save_atomic
 from data import UserError, grid, holdout, load_images, to_float, to_uint8
 from losses import RECON_TARGETS, WEIGHTS, build_objective
 from mask import POLICIES, RATIOS, draw, ratio_at, visible_count
-from sample import VERSION, Loaded, build, newest, pick_device, read_checkpoint, run, sample, seeded
+from sample import Loaded, build, pick_device, run, sample, seeded
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
 from vae import SPACES
 from vit import MODELS
@@ -186,21 +184,16 @@ class Machine:
     local_world: int
     device: torch.device
 
-    def agree(self, value):
-        """Rank 0's number, on every rank."""
-        if self.world == 1:
-            return value
-        box = torch.tensor([float(value)], dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
-        dist.broadcast(box, 0)
-        return type(value)(box.item())
-
     def reduce(self, value, how=dist.ReduceOp.SUM):
-        """Sum (or MAX) of a number over all ranks."""
-        if self.world == 1:
-            return value
-        box = torch.tensor([float(value)], dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
-        dist.all_reduce(box, how)
-        return box.item()
+        """The sum (or maximum) of a number over all processes, as a float."""
+        if self.world > 1:
+            value = torch.tensor([float(value)], dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
+            dist.all_reduce(value, how)
+        return float(value)
+
+    def from_first(self, value):
+        """The first process's number, everywhere."""
+        return self.reduce(value if self.rank == 0 else 0.0)
 
 
 def start_machine(o):
@@ -235,70 +228,6 @@ def amp_type(amp, device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private names: absent means no
     return torch.bfloat16 if fast and getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)() else None
-
-
-# --- files -------------------------------------------------------------------------------------------------------------------------
-
-COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible", "images_per_second"]
-
-
-def save_atomic(value, path):
-    """torch.save that is either the whole new file or the old one, whatever happens in between."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(value, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def keep_copy(path, copy_to):
-    """A second name for a finished checkpoint, without a second copy on disk where the file system allows it."""
-    copy_to.unlink(missing_ok=True)
-    try:
-        os.link(path, copy_to)
-    except OSError:
-        shutil.copyfile(path, copy_to)
-
-
-def open_log(path, step):
-    """log.csv for appending, cut back to `step`: what ran after the checkpoint will run again."""
-    rows = []
-    if path.exists():
-        with open(path, newline="") as f:
-            rows = [r for r in csv.DictReader(f) if r["images_per_second"] and int(r["step"]) <= step]     # a torn last line has no last field
-    with open(path.with_suffix(".tmp"), "w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path.with_suffix(".tmp"), path)
-    return open(path, "a", newline="", buffering=1)
-
-
-def draw_loss(log, path, width=640, height=360):
-    """log.csv -> a picture: training loss (grey), validation loss (red), logarithmic, over steps."""
-    with open(log, newline="") as f:
-        rows = list(csv.DictReader(f))
-    curves = {name: [(int(r["step"]), float(r[name])) for r in rows if r[name] and 0 < float(r[name]) < math.inf] for name in ("loss", "val_loss")}
-    points = [p for curve in curves.values() for p in curve]
-    if not points:
-        return
-    left, right, top, bottom = 60, width - 12, 24, height - 30
-    last, lo, hi = max(p[0] for p in points), math.log(min(p[1] for p in points)), math.log(max(p[1] for p in points))
-    place = lambda s, v: (left + (right - left) * s / last, bottom - (bottom - top) * (math.log(v) - lo) / max(hi - lo, 1e-9))
-    picture = Image.new("RGB", (width, height), "white")
-    ink = ImageDraw.Draw(picture)
-    for i in range(5):
-        v = math.exp(lo + (hi - lo) * i / 4)
-        ink.line([place(0, v), place(last, v)], fill=(230, 230, 230))
-        ink.text((6, place(0, v)[1] - 6), f"{v:.3g}", fill="black")
-        ink.text((place(last * i / 4, v)[0] - 10, bottom + 8), f"{last * i // 4}", fill="black")
-    for name, colour in (("loss", (150, 150, 150)), ("val_loss", (200, 30, 30))):
-        if len(curves[name]) > 1:
-            ink.line([place(*p) for p in curves[name]], fill=colour, width=2 if name == "val_loss" else 1)
-    ink.text((left, 6), "training loss", fill=(120, 120, 120))
-    ink.text((left + 110, 6), "validation loss (all tokens visible)", fill=(200, 30, 30))
-    picture.save(path)
 
 
 # --- one number that compares runs ---------------------------------------------------------------------------------------------------
@@ -351,7 +280,6 @@ def train(o, ckpt=None, first=None, stage="train"):
     check(o)
     machine = start_machine(o)
     rank, world, device = machine.rank, machine.world, machine.device
-    on_cpu = device.type == "mps"                                               # float64 does not exist there
     micro = o.micro_batch or max(1, o.batch // world)
     if o.batch % (micro * world):
         raise UserError(f"--batch {o.batch} cannot be cut into {world} process(es) x --micro-batch {micro}: it must be a multiple of {micro * world}")
@@ -377,7 +305,7 @@ def train(o, ckpt=None, first=None, stage="train"):
                     data_std=first[1]["data_std"] if first else space.encode(to_float(some)).double().square().mean().sqrt().item(),
                     model=dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].heads(o.predict), patch=o.patch, skips=o.skips,
                                decoder=o.decoder, classes=len(classes), **MODELS[o.model]),
-                    plan=None, skipped=0, loss_sum=0.0, logged=0, shards=world * accumulate)
+                    plan=None, skipped=0, shards=world * accumulate)
     net, schedule, space = build(meta)
     if first:
         fit(net, *first)
@@ -387,8 +315,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     objective = build_objective(schedule, o.predict, o.patch, o.weighting, o.recon, o.recon_target)
     optimizer = torch.optim.AdamW(net.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.wd, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, seconds, skipped, logged = 0, 0.0, meta["skipped"], meta["logged"]
-    loss_sum = torch.tensor(meta["loss_sum"], dtype=torch.float64, device="cpu" if on_cpu else device)
+    step, seconds, skipped = 0, 0.0, meta["skipped"]
     if ckpt:
         net.load_state_dict(ckpt["model"])
         averaged.load_state_dict(ckpt["ema"])
@@ -409,8 +336,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     out = Path(o.out)
 
     def save(numbered):
-        now = meta | dict(plan=plan, skipped=skipped, loss_sum=float(loss_sum), logged=logged)
-        save_atomic(dict(version=VERSION, config=dataclasses.asdict(o), meta=now, step=step, images=step * o.batch, seconds=seconds,
+        save_atomic(dict(version=VERSION, config=dataclasses.asdict(o), meta=meta | dict(plan=plan, skipped=skipped), step=step, images=step * o.batch, seconds=seconds,
                          model=net.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                          rng=torch.get_rng_state()), out / "last.pt")
         if numbered:
@@ -420,11 +346,11 @@ def train(o, ckpt=None, first=None, stage="train"):
     def evaluate():
         """Validation loss, and a grid of samples on fixed noise, both from the averaged weights."""
         loaded = Loaded(averaged, schedule, space, o.predict, meta, device)
-        with amp():
-            pictures = sample(loaded, 16, 10, labels=torch.arange(16) % len(classes) if classes else None)
+        pictures = sample(loaded, 16, 10, labels=torch.arange(16) % len(classes) if classes else None)
         grid(to_uint8(pictures)).save(out / "samples" / f"{step:06d}.png")
         return validate(averaged, held_out, schedule, space, o.predict, device, amp)
 
+    looked = 0.0                                                                # seconds that one look at the model costs: for the plan
     if rank == 0:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(o) | dict(stage=stage), indent=1))
@@ -438,9 +364,9 @@ def train(o, ckpt=None, first=None, stage="train"):
         if ckpt and meta["shards"] != world * accumulate:
             print(f"note: this run began with {meta['shards']} shards per step, now {world * accumulate}: the same law, not the same numbers")
         if step == 0:
-            looked = time.monotonic()
+            tick = time.monotonic()
             log.write(f"0,0,0,,{evaluate():.6g},0,{ratio_of(0):.6g},{visible_count(h * w, ratio_of(0))},0\n")
-            looked = time.monotonic() - looked                                  # what one look costs, for the plan
+            looked = time.monotonic() - tick
 
     stop = []                                                                   # the signal that asked for the end, if any did
 
@@ -451,6 +377,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
     in_a_row, durations, ended = 0, [], False
+    logged, loss_sum = step, torch.zeros((), device=device)                     # since the last line of the log; summed on the device
     begun = time.monotonic() - seconds
     since = time.monotonic()
     batches = images.batches((shard(len(images), o.seed, k * o.batch + (rank * accumulate + j) * micro, micro)
@@ -484,7 +411,7 @@ def train(o, ckpt=None, first=None, stage="train"):
                     guess = model(zt, t, y, m)                                  # vit.py        tokens in, image-shaped out
                 loss = objective(guess, z, n, t, m)                             # losses.py     score matching on the visible
                 scaler.scale(loss / accumulate).backward()
-            loss_sum += loss.detach().to(loss_sum.device) / accumulate
+            loss_sum += loss.detach().nan_to_num(0.0, 0.0, 0.0) / accumulate
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.clip)         # of the averaged gradient, so the same on every rank:
@@ -494,7 +421,6 @@ def train(o, ckpt=None, first=None, stage="train"):
             in_a_row = 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
-            loss_sum.nan_to_num_(0.0, 0.0, 0.0)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -508,15 +434,15 @@ def train(o, ckpt=None, first=None, stage="train"):
             # A ramp changes the cost of a step: count it as proportional to the visible tokens, plus a little.
             cost = lambda p: visible_count(h * w, ratio_of(p)) + h * w / 16
             each = sorted(durations)[TIMED // 2] * sum(cost(i / 100) for i in range(101)) / 101 / cost(0)
-            left = 60 * minutes - seconds - (looked if rank == 0 else 0)
-            plan = int(machine.agree(step + max(1, int(left / (each + (looked if rank == 0 else 0) / o.sample_every)))))
+            left = (60 * minutes - seconds - looked) / (each + looked / o.sample_every)
+            plan = step + max(1, int(machine.from_first(left)))
             bar.total = plan
         if world == 1 or step % LOG_EVERY == 0:
             ended = bool(machine.reduce(bool(stop) or (minutes is not None and rank == 0 and seconds > 66 * minutes), dist.ReduceOp.MAX))
         ended = ended or step == plan
 
-        look = step % o.sample_every == 0 or ended
-        if step % LOG_EVERY == 0 or look:
+        look, keep = step % o.sample_every == 0 or ended, step % o.save_every == 0
+        if step % LOG_EVERY == 0 or look or keep:                               # a checkpoint falls on a line of the log: nothing is summed over it
             mean = machine.reduce(float(loss_sum)) / world / (step - logged)
             speed = (step - logged) * o.batch / (time.monotonic() - since)
             if rank == 0:
@@ -529,8 +455,8 @@ def train(o, ckpt=None, first=None, stage="train"):
                     tqdm.write(f"step {step}/{plan}: loss {mean:.4f}, val_loss {value:.4f}, {speed:.0f} images/s" + (f", {skipped} steps skipped" if skipped else ""))
             loss_sum.zero_()
             logged, since = step, time.monotonic()
-        if rank == 0 and (step % o.save_every == 0 or ended):
-            save(numbered=step % o.save_every == 0)
+        if rank == 0 and (keep or ended):
+            save(numbered=keep)
 
     bar.close()
     if rank == 0:

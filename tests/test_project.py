@@ -16,7 +16,7 @@ import sample
 import train
 from conftest import ROOT
 
-LAYERS = [["mask", "schedules", "faces"], ["data"], ["vae", "fid", "tasks", "vit", "losses"], ["sample"], ["train"], ["finetune"], ["reproduce"]]
+LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "vae", "fid", "tasks", "vit", "losses"], ["sample"], ["train"], ["finetune"], ["reproduce"]]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 OURS = [p for p in sorted(ROOT.glob("*.py"))]
 PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL", "scipy"}

@@ -1,0 +1,109 @@
+"""A run's folder: checkpoints that are whole or absent, a log without gap or repeat, and its picture.
+
+The idea. A training run must survive `kill -9`. So a checkpoint is written beside its place, forced to disk and renamed onto it: a reader
+sees the old file or the new one, never half of one. It holds plain dicts, tensors, numbers and strings and is read with weights_only, so
+a file from a stranger cannot run code. What ran after the last checkpoint runs again, so the log is cut back to it first.
+
+    runs/NAME/   config.json   log.csv   loss.png   samples/000500.png   last.pt   000500.pt          runs/latest names the newest run
+    a checkpoint: version, config, meta (how to rebuild the model, class names, data std, plan), step, images, seconds,
+                  model, ema, optimizer, scaler, rng
+"""
+import csv
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from data import UserError
+
+VERSION = 1                                                                     # of the layout above
+COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible", "images_per_second"]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------------------
+
+def newest(runs="runs"):
+    """The newest run's last.pt, as runs/latest tells."""
+    latest = Path(runs) / "latest"
+    if not latest.exists():
+        raise UserError(f"no run found: {latest} does not exist; train one first (python train.py) or give --ckpt PATH")
+    return Path(latest.read_text().strip()) / "last.pt"
+
+
+def read_checkpoint(path):
+    """The checkpoint's dict, on the CPU; plain data only (weights_only), so a file from a stranger cannot run code."""
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"checkpoint {path} does not exist; train one first (python train.py) or give another path")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is not a readable checkpoint, perhaps cut short ({type(error).__name__}); use another one of its folder") from None
+    if not isinstance(ckpt, dict) or "model" not in ckpt or "meta" not in ckpt or ckpt.get("version") != VERSION:
+        raise UserError(f"{path} is not a checkpoint of this program's version {VERSION}")
+    return ckpt
+
+
+def save_atomic(value, path):
+    """torch.save that is either the whole new file or the old one, whatever happens in between."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(value, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def keep_copy(path, copy_to):
+    """A second name for a finished checkpoint, without a second copy on disk where the file system allows it."""
+    copy_to.unlink(missing_ok=True)
+    try:
+        os.link(path, copy_to)
+    except OSError:
+        shutil.copyfile(path, copy_to)
+
+
+# --- the log and its picture ------------------------------------------------------------------------------------------------------
+
+def open_log(path, step):
+    """log.csv for appending, cut back to `step`: what ran after the checkpoint will run again."""
+    rows = []
+    if path.exists():
+        with open(path, newline="") as f:
+            rows = [r for r in csv.DictReader(f) if r["images_per_second"] and int(r["step"]) <= step]     # a torn last line has no last field
+    with open(path.with_suffix(".tmp"), "w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path.with_suffix(".tmp"), path)
+    return open(path, "a", newline="", buffering=1)
+
+
+def draw_loss(log, path, width=640, height=360):
+    """log.csv -> a picture: training loss (grey), validation loss (red), logarithmic, over steps."""
+    with open(log, newline="") as f:
+        rows = list(csv.DictReader(f))
+    curves = {name: [(int(r["step"]), float(r[name])) for r in rows if r[name] and 0 < float(r[name]) < math.inf] for name in ("loss", "val_loss")}
+    points = [p for curve in curves.values() for p in curve]
+    if not points:
+        return
+    left, right, top, bottom = 60, width - 12, 24, height - 30
+    last, lo, hi = max(p[0] for p in points), math.log(min(p[1] for p in points)), math.log(max(p[1] for p in points))
+    place = lambda s, v: (left + (right - left) * s / last, bottom - (bottom - top) * (math.log(v) - lo) / max(hi - lo, 1e-9))
+    picture = Image.new("RGB", (width, height), "white")
+    ink = ImageDraw.Draw(picture)
+    for i in range(5):
+        v = math.exp(lo + (hi - lo) * i / 4)
+        ink.line([place(0, v), place(last, v)], fill=(230, 230, 230))
+        ink.text((6, place(0, v)[1] - 6), f"{v:.3g}", fill="black")
+        ink.text((place(last * i / 4, v)[0] - 10, bottom + 8), f"{last * i // 4}", fill="black")
+    for name, colour in (("loss", (150, 150, 150)), ("val_loss", (200, 30, 30))):
+        if len(curves[name]) > 1:
+            ink.line([place(*p) for p in curves[name]], fill=colour, width=2 if name == "val_loss" else 1)
+    ink.text((left, 6), "training loss", fill=(120, 120, 120))
+    ink.text((left + 110, 6), "validation loss (all tokens visible)", fill=(200, 30, 30))
+    picture.save(path)
