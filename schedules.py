@@ -225,11 +225,23 @@ def _cosine(t, shift=0.008):
     return (2 * (torch.cos(x(t)).abs().log() - math.log(math.cos(x(0.0))))).clamp(max=0)       # rounding must not pass alpha-bar = 1
 
 
+def _fade(a, *slopes):
+    """[DDM] the image fades along a(t), a(1) = 0 whatever the rounding, in Brownian noise of variance t."""
+    return Schedule(lambda t: a(t).clamp(min=0), torch.sqrt, slopes=slopes)
+
+
 SCHEDULES = {
-    "ddm": Schedule(lambda t: 1 - t, lambda t: t.sqrt()),                       # [DDM] constant attenuation, the paper's best
+    "ddm": _fade(lambda t: 1 - t),                                              # [DDM] h constant: -x0. The paper's best
+    # Random slopes: h is drawn, and its constant c is solved for so that the image is gone at t = 1; the drawn fields are predicted too.
+    "ddm-linear": _fade(lambda t: 1 - t, lambda t: (t ** 2 - t) / 2),           # [DDM] h = K t + c, c = -x0 - K/2
+    "ddm-quadratic": _fade(lambda t: 1 - t, lambda t: (t ** 3 - t) / 3, lambda t: (t ** 2 - t) / 2),      # h = K t^2 + L t + c
+    # Nothing random: any a(t) that falls from 1 to 0. The paper names constant, linear, quadratic and exponential; the forms are ours.
+    "ddm-square": _fade(lambda t: 1 - t ** 2),                                  # h = -2 x0 t
+    "ddm-cosine": _fade(lambda t: torch.cos(math.pi / 2 * t)),
+    "ddm-exponential": _fade(lambda t: (torch.exp(-3 * t) - math.exp(-3)) / (1 - math.exp(-3))),
+    "ddm-logarithmic": _fade(lambda t: 1 - torch.log1p((math.e - 1) * t)),
+    "ddm-root": _fade(lambda t: 1 - t.sqrt()),                                  # h = -x0 / (2 sqrt t)
     "flow": Schedule(lambda t: 1 - t, lambda t: t),                             # [DDM v9] noise std t; rectified flow's path
-    "ddm-linear": Schedule(lambda t: 1 - t, lambda t: t.sqrt(),                 # [DDM] x0 + K t^2/2 + c t with c = -x0 - K/2, K random
-                           slopes=(lambda t: t * (t - 1) / 2,)),
     "vp-linear": _vp(lambda t: -(0.1 * t + 9.95 * t ** 2)),                     # [DDPM] beta from 1e-4 to .02 in 1000, continuous
     "vp-cosine": _vp(_cosine),
     "edm": Schedule(lambda t: torch.ones_like(t), lambda t: 80 * t ** 7),       # [EDM] sigma_max 80; t is its rho = 7 grid
