@@ -8,8 +8,8 @@ any earlier s exactly as it would for that image. Guess, step, guess again:
         x0  = split(model(x_t, t))               one network call
         x_s = step(x_t, x0, t, s, churn)         churn 0: deterministic (DDIM), churn 1: the paper's posterior
 
-One step gives the mean of all images, more steps give detail; `--steps` counts network calls. Sampling runs on all tokens: a
-model trained on a tenth of them is simply handed the rest. Labels are guided by out = u + scale (c - u) (2207.12598) in one
+One step gives the mean of all images, more steps give detail; `--steps` counts network calls. A second-order solver is a better x0 for
+the same step (SOLVERS). Sampling runs on all tokens: a model trained on a tenth of them is simply handed the rest. Labels are guided by out = u + scale (c - u) (2207.12598) in one
 doubled batch. Every image has a seed of its own, so it does not depend on the batch that it was made in.
 
     python sample.py --steps 10                              # newest run -> samples.png
@@ -56,7 +56,59 @@ def angle(schedule, start, steps):
     return torch.cat([schedule.time_at(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] * top), torch.zeros(1, dtype=torch.float64)])
 
 
-GRIDS = {"uniform": uniform, "quadratic": quadratic, "angle": angle}
+def split(schedule, start, steps):
+    """[DDM, released code] uniform, but with the last interval cut once more, 1e-4 before the end."""
+    return torch.cat([uniform(schedule, start, max(steps - 1, 1))[:-1], torch.tensor([1e-4, 0.0] if steps > 1 else [0.0], dtype=torch.float64)])
+
+
+def edm(schedule, start, steps, low=0.002, high=80.0, rho=7):
+    """[EDM] noise levels b / a from 80 (or where `start` lies) to .002, equally spaced in their seventh root, then 0."""
+    start = torch.tensor(start, dtype=torch.float64)
+    high = min(high, float(schedule.b(start) / schedule.a(start)))
+    sigma = torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64) ** rho
+    return torch.cat([schedule.time_at(torch.atan(sigma / schedule.s)), torch.zeros(1, dtype=torch.float64)])
+
+
+GRIDS = {"uniform": uniform, "quadratic": quadratic, "angle": angle, "split": split, "edm": edm}
+
+
+# --- solvers: a better x0 for the same step -----------------------------------------------------------------------------------------
+# In y = x / a and sigma = b / a the deterministic step is a straight line of slope eps, exact for the x0 that it is given. A second-order
+# method is therefore no other step but another x0. refine(look, schedule, zt, x0, slopes, t, s, before) -> x0; `look(zt, t)` is a call of
+# the network -> (x0, slopes), `before` the (time, x0) of the step before, or None.
+
+def analytic(look, schedule, zt, x0, slopes, t, s, before):
+    """[DDM] the network's guess as it is: first order."""
+    return x0
+
+
+def heun(look, schedule, zt, x0, slopes, t, s, before):
+    """[EDM] look again where the step would end and go along the mean of both slopes: the step from x0 = y - sigma (eps + eps') / 2."""
+    there = schedule.step(zt, x0, t, s, slopes=slopes)
+    x0_there, slopes_there = look(there, s)
+    eps = schedule.eps(there, x0_there, s, slopes_there)
+    a, b, *e = schedule.at(t, zt)
+    return (x0 + (zt - b * eps - sum(ej * Kj for ej, Kj in zip(e, slopes))) / a) / 2
+
+
+def dpm(look, schedule, zt, x0, slopes, t, s, before):
+    """DPM-Solver++(2M) (2211.01095): x0 as a line in lambda = ln(a / b), read half a step ahead from this guess and the last one."""
+    if before is None:
+        return x0
+    level = lambda t: float((schedule.a(t) / schedule.b(t)).log())
+    return x0 + (x0 - before[1]) * (level(s) - level(t)) / (level(t) - level(before[0])) / 2
+
+
+SOLVERS = {"analytic": (1, analytic), "heun": (2, heun), "dpm++": (1, dpm)}     # calls per step, refine
+
+
+def intervals(solver, schedule, start, calls):
+    """How many steps of the grid `calls` network calls are good for. Where sigma is infinite (a = 0) and at the last step, to 0, only the
+    analytic step is defined, so a two-call solver takes single calls there, and one more where the number would not come out even."""
+    if SOLVERS[solver][0] == 1:
+        return calls
+    single = 1 + bool(schedule.a(torch.tensor(start, dtype=torch.float64)) < 1e-9)
+    return min(calls, single + (calls - single + 1) // 2)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------------------
@@ -78,27 +130,33 @@ def seeded(*key):
 
 
 @torch.no_grad()
-def denoise(net, zt, ts, schedule, predict, churn=0.0, noise=None, clip=False):
-    """Follow the times `ts` (falling, the last is 0) from zt (B, C, H, W). net(zt, t) -> raw output; noise() -> N(0, I) like zt,
-    needed for churn > 0. clip: keep every guess of x0 in [-1, 1]. Makes len(ts) - 1 network calls."""
-    for t, s in zip(ts[:-1], ts[1:]):
-        x0, n = schedule.split(net(zt, t), zt, t, predict)
-        x0 = x0.clamp(-1, 1) if clip else x0
-        slopes = n.split(zt.shape[1], 1)[1:]
-        zt = schedule.step(zt, x0, t, s, churn, noise() if churn > 0 else None, slopes)
+def denoise(look, zt, ts, schedule, solver="analytic", calls=None, churn=0.0, noise=None):
+    """Follow the times `ts` (falling, the last is 0) from zt (B, C, H, W) -> (B, C, H, W), in exactly `calls` network calls.
+
+    look(zt, t) -> (x0, slopes) is one call. calls: len(ts) - 1 when left out. churn > 0 needs noise() -> N(0, I) like zt."""
+    left, before, refine = calls or len(ts) - 1, None, SOLVERS[solver][1]
+    for i, (t, s) in enumerate(zip(ts[:-1], ts[1:])):
+        x0, slopes = look(zt, t)
+        left -= 1
+        best, steps_after = x0, len(ts) - 2 - i
+        extra = SOLVERS[solver][0] - 1
+        if s > 0 and schedule.a(t) > 1e-9 and left - extra >= steps_after:      # second order where it is defined and can be afforded
+            best = refine(look, schedule, zt, x0, slopes, t, s, before)
+            left -= extra
+        zt, before = schedule.step(zt, best, t, s, churn, noise() if churn > 0 else None, slopes), (t, x0)
     return zt
 
 
 @torch.no_grad()
-def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", labels=None, cfg=1.0, batch=64, first=0):
+def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solver="analytic", labels=None, cfg=1.0, batch=64, first=0):
     """Images (n, C, H, W) in [-1, 1], float32 on the CPU.
 
-    steps: network calls. churn in [0, 1]. time_grid: a name in GRIDS. labels: (n,) class numbers, -1 for none; cfg: guidance scale,
+    steps: network calls. churn in [0, 1]. time_grid, solver: names in GRIDS and SOLVERS. labels: (n,) class numbers, -1 for none; cfg: guidance scale,
     1 is plain conditional, 0 unconditional, each one pass; any other is a doubled batch. first: number of the first image, whose
     noise is a function of (seed, number) alone. The model runs in evaluation mode on the whole, unmasked image."""
     model, schedule, space = loaded.model.eval(), loaded.schedule, loaded.space
     start = schedule.start(loaded.predict)
-    ts = GRIDS[time_grid](schedule, start, steps)
+    ts = GRIDS[time_grid](schedule, start, intervals(solver, schedule, start, steps))
     side = loaded.meta["size"] // space.factor
     shape = (space.channels, side, side)
     done = []
@@ -119,8 +177,11 @@ def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", label
             c, u = model(torch.cat([zt, zt]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, -1)])).chunk(2)
             return u + cfg * (c - u)
 
-        zt = noise() * float(schedule.b(ts[0]))
-        z = denoise(net, zt, ts, schedule, loaded.predict, churn, noise, clip=space.name == "pixel")
+        def look(zt, t):
+            x0, n = schedule.split(net(zt, t), zt, t, loaded.predict)
+            return x0.clamp(-1, 1) if space.name == "pixel" else x0, n.split(zt.shape[1], 1)[1:]
+
+        z = denoise(look, noise() * float(schedule.b(ts[0])), ts, schedule, solver, steps, churn, noise)
         done.append(space.decode(z).clamp(-1, 1).float().cpu())
     return torch.cat(done)
 
@@ -210,6 +271,7 @@ def parser():
     p.add_argument("--steps", type=int, default=10, help="network calls per image")
     p.add_argument("--churn", type=float, default=0.0, help="share of fresh noise per step: 0 deterministic, 1 the posterior")
     p.add_argument("--time-grid", choices=GRIDS, default="uniform", help="where the steps lie")
+    p.add_argument("--solver", choices=SOLVERS, default="analytic", help="analytic is first order; heun and dpm++ are second")
     p.add_argument("--label", default=None, help="class name or number; all classes in turn when left out")
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale: 1 plain conditional, 0 unconditional")
     p.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i); -1 picks a seed and prints it")
@@ -236,6 +298,8 @@ def main(argv=None):
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.churn <= 1:
         raise UserError(f"--churn {args.churn}: must be between 0 and 1")
+    if args.churn and args.solver != "analytic":
+        raise UserError(f"--solver {args.solver} follows the deterministic path: use it with --churn 0, or --solver analytic")
     loaded = load(args.ckpt, args.weights, args.device)
     classes = loaded.meta["classes"]
     if args.label is None and args.cfg != 1 and not classes:
@@ -248,8 +312,8 @@ def main(argv=None):
     writer = Writer(args.out, columns=len(classes) if classes and args.label is None and len(classes) <= 16 else None)
     for lo in tqdm(range(0, args.n, args.batch), desc="sampling", unit="batch", disable=args.n <= args.batch):
         hi = min(lo + args.batch, args.n)
-        images = sample(loaded, hi - lo, args.steps, seed, args.churn, args.time_grid, None if labels is None else labels[lo:hi],
-                        args.cfg, args.batch, first=lo)
+        images = sample(loaded, hi - lo, args.steps, seed, args.churn, args.time_grid, args.solver,
+                        None if labels is None else labels[lo:hi], args.cfg, args.batch, first=lo)
         writer.add(to_uint8(images))
     writer.close()
     passes = 2 if labels is not None and args.cfg not in (0, 1) else 1

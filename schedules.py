@@ -120,17 +120,21 @@ class Schedule:
             kept = kept * (self.a(t) / self.a(s)) ** 2                                         # [DDPM] ancestral posterior
         return 1 - kept ** churn                # a power, not a factor: only so do steps compose, t -> u -> s having the law of t -> s
 
+    def eps(self, zt, x0, t, slopes=()):
+        """The noise that makes x_t of this image: (x_t - a x0 - sum e_j K_j) / b, for t > 0."""
+        a, b, *e = self.at(t, zt)
+        return (zt - a * x0 - sum(ej * Kj for ej, Kj in zip(e, slopes))) / b
+
     def step(self, zt, x0, t, s, churn=0.0, noise=None, slopes=()):
         """The analytic transition x_t -> x_s for any 0 <= s < t <= 1, given the image x0 (and slopes K_j, if the schedule has any).
 
         Exact for the true x0: a step to s = 0 returns x0, from any t. churn in [0, 1]; churn > 0 needs `noise` ~ N(0, I)."""
-        a_t, b_t, *e_t = self.at(t, zt)
-        a_s, b_s, *e_s = self.at(s, zt)
-        eps = (zt - a_t * x0 - sum(e * K for e, K in zip(e_t, slopes))) / b_t
+        a, b, *e = self.at(s, zt)
+        eps = self.eps(zt, x0, t, slopes)
         if churn > 0:
             k = self.churned(t, s, churn).reshape(-1, *[1] * (zt.dim() - 1)).to(zt)
             eps = (1 - k).sqrt() * eps + k.sqrt() * noise
-        return a_s * x0 + b_s * eps + sum(e * K for e, K in zip(e_s, slopes))
+        return a * x0 + b * eps + sum(ej * Kj for ej, Kj in zip(e, slopes))
 
 
 def _float64(t):

@@ -72,7 +72,7 @@ class Options:
     policy: str = option("patch", "which tokens are hidden", choices=POLICIES)
     block: int = option(4, "side of the squares of --policy block, in tokens")
     schedule: str = option("ddm", "how the image fades and the noise grows", choices=SCHEDULES)
-    predict: str = option("unit", "what the network predicts", choices=PREDICTIONS)
+    predict: str = option("both", "what the network predicts", choices=PREDICTIONS)
     weighting: str = option("plain", "weights of the two heads of --predict both", choices=WEIGHTS)
     time_sampling: str = option("uniform", "how training times are drawn", choices=TIMES)
     recon: float = option(0.0, "weight of reconstructing hidden patches (MaskDiT: 0.1); needs --decoder and --mask")
