@@ -25,12 +25,15 @@ COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visi
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------------------
 
-def newest(runs="runs"):
-    """The newest run's last.pt, as runs/latest tells."""
-    latest = Path(runs) / "latest"
-    if not latest.exists():
-        raise UserError(f"no run found: {latest} does not exist; train one first (python train.py) or give --ckpt PATH")
-    return Path(latest.read_text().strip()) / "last.pt"
+LATEST = Path("runs/latest")                                                    # names the newest run that has a checkpoint
+
+
+def newest():
+    """The newest run's last.pt. UserError when there is none."""
+    name = LATEST.read_text().strip() if LATEST.exists() else ""
+    if not name:
+        raise UserError(f"no run found: {LATEST} does not exist or is empty; train one first (python train.py) or name a checkpoint")
+    return Path(name) / "last.pt"
 
 
 def read_checkpoint(path):
@@ -56,6 +59,14 @@ def save_atomic(value, path):
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def name_newest(out):
+    """Write runs/latest, whole or not at all."""
+    LATEST.parent.mkdir(exist_ok=True)
+    temporary = LATEST.with_name("latest.tmp")
+    temporary.write_text(str(out))
+    os.replace(temporary, LATEST)
 
 
 def keep_copy(path, copy_to):
@@ -92,7 +103,7 @@ def draw_loss(log, path, width=640, height=360):
     if not points:
         return
     left, right, top, bottom = 60, width - 12, 24, height - 30
-    last, lo, hi = max(p[0] for p in points), math.log(min(p[1] for p in points)), math.log(max(p[1] for p in points))
+    last, lo, hi = max(1, *(p[0] for p in points)), math.log(min(p[1] for p in points)), math.log(max(p[1] for p in points))
     place = lambda s, v: (left + (right - left) * s / last, bottom - (bottom - top) * (math.log(v) - lo) / max(hi - lo, 1e-9))
     picture = Image.new("RGB", (width, height), "white")
     ink = ImageDraw.Draw(picture)

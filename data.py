@@ -41,6 +41,13 @@ class UserError(ValueError):
     """Something that the user can mend. The message is one line; commands print it and exit with status 2."""
 
 
+def command_line(description, **settings):
+    """An argument parser as every command here has it: no abbreviations, defaults in --help, bad input is one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, **{"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | settings)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    return parser
+
+
 def reason(error):
     """An exception -> a few words on one line."""
     if isinstance(error, UnidentifiedImageError):
@@ -270,8 +277,8 @@ def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=No
         luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)       # the weights of Pillow's mode L
         pixels = (faces.pixels * luma).sum(1, keepdim=True).round().byte() if gray else faces.pixels
         return Images(size, channels, faces.labels * labels, EXPRESSIONS if labels else [], pixels)
-    if not path.exists():
-        raise UserError(f"{source}: there is no such file or folder; give a folder, a .zip or 'faces'")
+    if not str(source) or not path.exists():
+        raise UserError(f"{source or 'an empty name'}: there is no such file or folder; give a folder, a .zip or 'faces'")
     kind = Folder if path.is_dir() else Zip if path.suffix.lower() == ".zip" else Cifar if path.name.endswith(".tar.gz") else None
     if kind is None:
         raise UserError(f"{path}: is no folder, .zip or cifar-10-python.tar.gz; put the images into a folder")
@@ -342,21 +349,19 @@ def holdout(images, val, seed=0, **load_kwargs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw a picture of the synthetic faces.", allow_abbrev=False)
-    parser.add_argument("--out", default="faces.png", help="where the picture goes (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="pixels along a side of a face (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds, other faces (default: %(default)s)")
+    parser = command_line("Draw a picture of the synthetic faces.")
+    parser.add_argument("--out", default="faces.png", help="where the picture goes")
+    parser.add_argument("--size", type=int, default=64, help="pixels along a side of a face")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds, other faces")
     args = parser.parse_args()
     try:
         faces = draw_faces(60, args.size, args.seed)
         masks = [mask[-12:].expand(-1, 3, -1, -1) for mask in (faces.edges, faces.saliency)]
         grid(torch.cat([faces.pixels, *masks]), columns=12).save(args.out)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        parser.error(f"--out {args.out}, --size {args.size}, --seed {args.seed}: {reason(error)}")
     print(f"{args.out}: 60 faces, then the outlines and the silhouettes of the last twelve")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

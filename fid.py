@@ -20,7 +20,6 @@ Other weights, another resize or another n give another number, hence three rule
 
 Shapes: n, m images in a set, B batch, C = 1 or 3 channels, d features (2048), k images a side in a proxy. Images are uint8.
 """
-import argparse
 import hashlib
 import io
 import sys
@@ -36,7 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import Folder, UserError, Zip, draw_faces, reason, square, to_float
+from data import Folder, UserError, Zip, command_line, draw_faces, reason, square, to_float
 
 NAME = "pt_inception-2015-12-05-6726825d.pth"       # by torch.hub's convention a name ends with its file's SHA-256
 SHA = "6726825d"
@@ -414,9 +413,7 @@ def open_source(path, n=None, seed=0, size=32):
 
 
 def parser():
-    p = argparse.ArgumentParser(description="FID, or proxies for it, of images A to a reference B.", allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.error = lambda message: p.exit(2, f"error: {message}\n")
+    p = command_line("FID, or proxies for it, of images A to a reference B.")
     p.add_argument("A", help="a folder, a .zip or a .npz of images, or a .npz of saved statistics")
     p.add_argument("B", nargs="?", help="the reference, likewise, or faces for the built-in ones; may be left out with --save")
     p.add_argument("--inception", metavar="PATH", help="weights; None: the working folder, torch.hub's cache, or a download")

@@ -19,10 +19,10 @@ from data import UserError
 from sample import run
 from train import Options, make_parser, merge, option
 
-# What a first stage hands on. All other options (mask, ramp, learning rate, length, ...) are this stage's own.
-INHERITED = ("data", "val", "size", "gray", "flip", "model", "patch", "skips", "decoder", "policy", "block", "schedule", "predict", "weighting",
-             "time_sampling", "space", "labels", "label_dropout", "batch", "micro_batch", "cache_gb", "workers", "amp")
 FIXED = ("predict", "space", "model", "patch", "skips", "decoder")              # cannot change: the weights would mean something else
+# What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.
+INHERITED = FIXED + ("data", "val", "seed", "size", "gray", "flip", "policy", "block", "schedule", "weighting", "time_sampling",
+                     "labels", "label_dropout", "batch", "micro_batch", "cache_gb", "workers", "amp")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class TuneOptions(Options):
     """train.py's options with this stage's defaults, and where it starts from."""
     from_: str = option(None, "checkpoint or folder of the first stage; the newest run when left out", kind=str, name="from")
     weights: str = option("model", "start from the raw weights or from their average", choices=("model", "ema"))
-    lr: float = option(5e-4, "peak learning rate; constant by default, since a decay would starve this short stage")
-    lr_end: float = option(0.05, "the cosine decay ends at this share of --lr; 1 keeps it constant")
+    lr: float = option(5e-4, "peak learning rate")
     minutes: float = option(None, "length of this stage; 2 when neither this nor --steps is given", kind=float)
 
 
@@ -46,6 +45,8 @@ def main(argv=None):
         if name in given and given[name] != first["config"][name]:
             raise UserError(f"--{name} {given[name]}: {source} was trained with {first['config'][name]}, and its weights fit nothing else")
     inherited = {name: first["config"][name] for name in INHERITED}
+    if given.get("labels") is False:
+        del inherited["label_dropout"]
     length = {} if "steps" in given or "minutes" in given else dict(minutes=2.0)
     o = TuneOptions(**(inherited | length | given | dict(from_=source, out=o.out)))
     print(f"from {source}, step {first['step']}, {'averaged' if o.weights == 'ema' else 'raw'} weights")

@@ -217,6 +217,10 @@ if __name__ == "__main__":
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="mask.png", help="the picture to write")
     parser.add_argument("--seed", type=int, default=0, help="which masks")
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     args = parser.parse_args()
-    picture(seed=args.seed).save(args.out)
+    try:
+        picture(seed=args.seed).save(args.out)
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.error(f"--out {args.out}, --seed {args.seed}: {error}")
     print(f"wrote {args.out}")

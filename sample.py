@@ -18,7 +18,7 @@ doubled batch. Every image has a seed of its own, so it does not depend on the b
 
 Shapes: B batch, C channels; x_t (B, C, H, W); t in [0, 1].
 """
-import argparse
+import math
 import os
 import sys
 import zipfile
@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import newest, read_checkpoint
-from data import UserError, grid, to_uint8
+from data import UserError, command_line, grid, to_uint8
 from schedules import SCHEDULES
 from vae import SPACES
 from vit import ViT
@@ -52,7 +52,7 @@ def quadratic(schedule, start, steps):
 
 def angle(schedule, start, steps):
     """Equal steps of theta = arctan(b / (a s)): smooth in every schedule, so first order with the right constant."""
-    top = schedule.angle(torch.tensor(start))
+    top = schedule.angle(start)
     return torch.cat([schedule.time_at(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] * top), torch.zeros(1, dtype=torch.float64)])
 
 
@@ -189,17 +189,16 @@ def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solve
 # --- from a checkpoint to a model ------------------------------------------------------------------------------------------------------------------
 
 def pick_device(name="auto"):
-    """auto: cuda, else mps, else cpu."""
-    if name != "auto":
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"--device {name}: this torch sees no CUDA GPU; use --device cpu")
-        if name == "mps" and not torch.backends.mps.is_available():
-            raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
-        try:
-            return torch.device(name)
-        except RuntimeError:
-            raise UserError(f"--device {name}: give auto, cpu, cuda, cuda:1 or mps") from None
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """auto: cuda, else mps, else cpu. UserError for a device that this machine does not have."""
+    cuda, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    kind, _, index = name.partition(":")
+    if name not in ("cpu", "mps", "cuda") and not (kind == "cuda" and index.isdecimal()):
+        raise UserError(f"--device {name}: give auto, cpu, mps, cuda or cuda:1")
+    if (kind == "cuda" and int(index or 0) >= cuda) or (kind == "mps" and not mps):
+        raise UserError(f"--device {name}: this torch sees {cuda} CUDA GPU(s) and {'an' if mps else 'no'} Apple GPU; use --device auto")
+    return torch.device(name)
 
 
 def build(meta):
@@ -232,13 +231,16 @@ class Writer:
 
     def __init__(self, out, columns=None):
         self.out, self.columns, self.kept, self.n = Path(out), columns, [], 0
-        self.kind = self.out.suffix.lower() if self.out.suffix.lower() in (".png", ".npz", ".zip") else "folder"
+        self.kind = self.out.suffix.lower() or "folder"
+        if self.kind not in (".png", ".npz", ".zip", "folder"):
+            raise UserError(f"--out {out}: give a name that ends with .png, .npz or .zip, or that has no ending for a folder")
         if self.kind == "folder":
             if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
                 raise UserError(f"--out {self.out} exists and is not an empty folder: old images would be mixed with new ones; give another name")
             self.out.mkdir(parents=True, exist_ok=True)
         else:
             self.out.parent.mkdir(parents=True, exist_ok=True)
+            open(self.out, "ab").close()                                        # what cannot be written is told now, not after the work
         self.zip = zipfile.ZipFile(self.out, "w") if self.kind == ".zip" else None
 
     def add(self, images):
@@ -262,9 +264,7 @@ class Writer:
 
 
 def parser():
-    p = argparse.ArgumentParser(description="Sample images from a trained model.", allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.error = lambda message: p.exit(2, f"error: {message}\n")
+    p = command_line("Sample images from a trained model.")
     p.add_argument("--ckpt", default=None, help="a checkpoint or a run's folder; the newest run when left out")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights or the raw ones")
     p.add_argument("--n", type=int, default=16, help="how many images")
@@ -285,7 +285,7 @@ def class_number(name, classes):
     """`--label` as a number: a class's name, or its place in the list."""
     if name in classes:
         return classes.index(name)
-    if name.isdigit() and int(name) < len(classes):
+    if name.isdecimal() and int(name) < len(classes):
         return int(name)
     known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     raise UserError(f"--label {name}: " + (f"the classes are {known}" if classes else "this model was trained without labels"))
@@ -298,6 +298,8 @@ def main(argv=None):
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.churn <= 1:
         raise UserError(f"--churn {args.churn}: must be between 0 and 1")
+    if not math.isfinite(args.cfg) or abs(args.seed) >= 2**63:
+        raise UserError(f"--cfg {args.cfg}, --seed {args.seed}: must be finite, and the seed have less than 64 bits")
     if args.churn and args.solver != "analytic":
         raise UserError(f"--solver {args.solver} follows the deterministic path: use it with --churn 0, or --solver analytic")
     loaded = load(args.ckpt, args.weights, args.device)
@@ -322,17 +324,17 @@ def main(argv=None):
 
 
 def run(command):
-    """Call a command's main: bad input is one line (from the first process) and exit status 2, never a traceback."""
+    """Call a command's main: bad input is one line (per machine) and exit status 2, never a traceback."""
     try:
         sys.exit(command())
     except (UserError, OSError) as error:                                       # OSError: a folder that cannot be written, a full disk
-        message = " ".join(str(error).split())
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except torch.cuda.OutOfMemoryError:
-        message = "the GPU's memory is full: try a smaller --micro-batch (train.py, finetune.py) or --batch (sample.py), or --checkpoint-blocks"
+        print("error: the GPU's memory is full: try a smaller --micro-batch or --checkpoint-blocks (train.py, finetune.py), or --batch (sample.py)",
+              file=sys.stderr)
     except KeyboardInterrupt:
         sys.exit(130)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 

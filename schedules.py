@@ -112,29 +112,32 @@ class Schedule:
 
     # -- backward ---------------------------------------------------------------------------------------------------------------
 
-    def churned(self, t, s, churn):
-        """k, the share of the noise's variance that a step t -> s draws afresh. float64, in [0, 1]."""
+    def kept(self, t, s, churn):
+        """1 - k: the share of the noise's variance that a step t -> s keeps, the rest is drawn afresh. float64, in [0, 1]."""
         t, s = _float64(t), _float64(s)
-        kept = (self.b(s) / self.b(t)) ** 2                                                    # [DDM] Brownian bridge
+        posterior = (self.b(s) / self.b(t)) ** 2                                               # [DDM] Brownian bridge
         if self.law == "markov":
-            kept = kept * (self.a(t) / self.a(s)) ** 2                                         # [DDPM] ancestral posterior
-        return 1 - kept ** churn                # a power, not a factor: only so do steps compose, t -> u -> s having the law of t -> s
-
-    def eps(self, zt, x0, t, slopes=()):
-        """The noise that makes x_t of this image: (x_t - a x0 - sum e_j K_j) / b, for t > 0."""
-        a, b, *e = self.at(t, zt)
-        return (zt - a * x0 - sum(ej * Kj for ej, Kj in zip(e, slopes))) / b
+            posterior = posterior * (self.a(t) / self.a(s)) ** 2                               # [DDPM] ancestral posterior
+        return posterior ** churn               # a power, not a factor: only so do steps compose, t -> u -> s having the law of t -> s
 
     def step(self, zt, x0, t, s, churn=0.0, noise=None, slopes=()):
         """The analytic transition x_t -> x_s for any 0 <= s < t <= 1, given the image x0 (and slopes K_j, if the schedule has any).
 
         Exact for the true x0: a step to s = 0 returns x0, from any t. churn in [0, 1]; churn > 0 needs `noise` ~ N(0, I)."""
-        a, b, *e = self.at(s, zt)
-        eps = self.eps(zt, x0, t, slopes)
-        if churn > 0:
-            k = self.churned(t, s, churn).reshape(-1, *[1] * (zt.dim() - 1)).to(zt)
-            eps = (1 - k).sqrt() * eps + k.sqrt() * noise
-        return a * x0 + b * eps + sum(ej * Kj for ej, Kj in zip(e, slopes))
+        shape = (-1,) + (1,) * (zt.dim() - 1)
+        cast = lambda v: v.reshape(shape).to(zt.dtype).to(zt.device)
+        a_t, _, *e_t = self.at(t, zt)
+        a_s, b_s, *e_s = self.at(s, zt)
+        kept = self.kept(t, s, churn)
+        # b_s sqrt(1-k) eps with eps = (x_t - a_t x0) / b_t: the ratio b_s / b_t in float64, for b_t may be too small for float32
+        ratio = cast(self.b(_float64(s)) / self.b(_float64(t)) * kept.sqrt())
+        zs = a_s * x0 + ratio * (zt - a_t * x0 - sum(e * K for e, K in zip(e_t, slopes))) + sum(e * K for e, K in zip(e_s, slopes))
+        return zs + b_s * cast((1 - kept).sqrt()) * noise if churn > 0 else zs
+
+    def eps(self, zt, x0, t, slopes=()):
+        """The noise that makes x_t of this image: (x_t - a x0 - sum e_j K_j) / b, for t > 0."""
+        a, b, *e = self.at(t, zt)
+        return (zt - a * x0 - sum(ej * Kj for ej, Kj in zip(e, slopes))) / b
 
 
 def _float64(t):
@@ -300,6 +303,10 @@ if __name__ == "__main__":
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="schedules.png", help="the picture to write")
     parser.add_argument("--seed", type=int, default=0, help="which noise")
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     args = parser.parse_args()
-    picture(seed=args.seed).save(args.out)
+    try:
+        picture(seed=args.seed).save(args.out)
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.error(f"--out {args.out}, --seed {args.seed}: {error}")
     print(f"wrote {args.out}")

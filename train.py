@@ -34,8 +34,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import VERSION, draw_loss, keep_copy, newest, open_log, read_checkpoint, save_atomic
-from data import UserError, grid, holdout, load_images, to_float, to_uint8
+from checkpoint import LATEST, VERSION, draw_loss, keep_copy, name_newest, newest, open_log, read_checkpoint, save_atomic
+from data import UserError, command_line, grid, holdout, load_images, to_float, to_uint8
 from losses import RECON_TARGETS, WEIGHTS, build_objective
 from mask import POLICIES, RATIOS, draw, ratio_at, visible_count
 from sample import Loaded, build, pick_device, run, sample, seeded
@@ -104,40 +104,52 @@ class Options:
     sample_every: int = option(500, "steps between sample grids and validation losses")
 
 
+def flag(f):
+    """The command line's name of a field of Options."""
+    return "--" + (f.metadata["name"] or f.name).replace("_", "-")
+
+
 def make_parser(options, description):
-    """An argparse parser with one flag per field; a field that is not given stays absent, so that "given" can be told from "default"."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    """An argument parser with one flag per field; a field that is not given stays absent, so that "given" can be told from "default"."""
+    parser = command_line(description, argument_default=argparse.SUPPRESS, formatter_class=argparse.HelpFormatter)
     for f in dataclasses.fields(options):
-        meta, flag = f.metadata, "--" + (f.metadata["name"] or f.name).replace("_", "-")
-        help = f"{meta['help']} (default: {f.default if f.default is not True else 'on'})"
-        if meta["kind"] is bool:
-            flag = "--no-" + flag[2:] if f.default else flag
-            parser.add_argument(flag, dest=f.name, action="store_false" if f.default else "store_true",
-                                help=("not: " if f.default else "") + help)
-        else:
-            parser.add_argument(flag, dest=f.name, type=meta["kind"], choices=meta["choices"] and list(meta["choices"]), help=help)
+        kind, choices = f.metadata["kind"], f.metadata["choices"]
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=choices and list(choices))
+        parser.add_argument(flag(f), dest=f.name, help=f"{f.metadata['help']} (default: {f.default})", **how)
     return parser
 
 
-REFUSALS = [                                                                    # (is refused, why and what to do)
+def positive(x):
+    return 0 < x < math.inf
+
+
+REFUSALS = [                                                                    # (is refused, why and what to do); NaN is never in a range
     (lambda o: not 0 <= o.mask < 1, "--mask must be in [0, 1): the share of hidden tokens"),
     (lambda o: o.mask_from is not None and not 0 <= o.mask_from < 1, "--mask-from must be in [0, 1)"),
     (lambda o: o.ramp != "constant" and o.mask_from is None, "--ramp needs --mask-from, the share it starts at"),
     (lambda o: o.ramp == "constant" and o.mask_from is not None, "--mask-from needs a --ramp that is not constant"),
-    (lambda o: o.size % o.patch, "--size must be a multiple of --patch"),
+    (lambda o: o.block < 1, "--block must be at least 1"),
+    (lambda o: o.block != Options.block and o.policy != "block", "--block is the side of --policy block's squares: use it with that policy"),
+    (lambda o: o.patch < 1 or o.size < 1 or o.size % o.patch, "--size must be a positive multiple of --patch"),
+    (lambda o: o.decoder < 0, "--decoder is a number of blocks: at least 0"),
+    (lambda o: not 0 <= o.recon < math.inf, "--recon is a weight: at least 0"),
     (lambda o: o.recon and not o.decoder, "--recon needs --decoder: without one, hidden patches have no output"),
     (lambda o: o.recon and not (o.mask or o.mask_from), "--recon needs --mask: there is nothing hidden to reconstruct"),
+    (lambda o: o.recon_target != Options.recon_target and not o.recon, "--recon-target needs --recon, the weight of the reconstruction"),
     (lambda o: o.weighting != "plain" and o.predict != "both", "--weighting is about two heads: use --predict both"),
+    (lambda o: not 0 <= o.label_dropout <= 1, "--label-dropout must be in [0, 1]"),
+    (lambda o: o.label_dropout != Options.label_dropout and not o.labels, "--label-dropout needs --labels"),
     (lambda o: not 0 < o.fraction <= 1, "--fraction must be in (0, 1]"),
-    (lambda o: o.block < 1, "--block must be at least 1"),
     (lambda o: o.batch < 1 or (o.micro_batch is not None and o.micro_batch < 1), "--batch and --micro-batch must be at least 1"),
     (lambda o: o.steps is not None and o.steps < 1, "--steps must be at least 1"),
-    (lambda o: o.minutes is not None and o.minutes <= 0, "--minutes must be positive"),
+    (lambda o: o.minutes is not None and not positive(o.minutes), "--minutes must be positive"),
     (lambda o: o.save_every < 1 or o.sample_every < 1, "--save-every and --sample-every must be at least 1"),
-    (lambda o: o.lr <= 0 or o.clip <= 0 or o.warmup < 0 or o.wd < 0, "--lr and --clip must be positive, --warmup and --wd not negative"),
+    (lambda o: not (positive(o.lr) and positive(o.clip)), "--lr and --clip must be positive"),
+    (lambda o: o.warmup < 0 or not 0 <= o.wd < math.inf, "--warmup and --wd must be at least 0"),
     (lambda o: not (0 <= o.ema < 1 and 0 <= o.beta1 < 1 and 0 <= o.beta2 < 1), "--ema, --beta1 and --beta2 must be in [0, 1)"),
-    (lambda o: not (0 <= o.lr_end <= 1 and 0 <= o.label_dropout <= 1), "--lr-end and --label-dropout must be in [0, 1]"),
+    (lambda o: not 0 <= o.lr_end <= 1, "--lr-end must be in [0, 1]"),
+    (lambda o: not 0 <= o.seed < 2**62, "--seed must be at least 0 and have less than 63 bits"),
+    (lambda o: o.workers < 0 or o.threads < 0 or not 0 <= o.cache_gb < math.inf, "--workers, --threads and --cache-gb must be at least 0"),
 ]
 
 
@@ -148,7 +160,7 @@ def check(o):
             raise UserError(why)
 
 
-FREE = {"steps", "out", "resume", "save_every", "sample_every", "device", "threads", "workers", "cache_gb"}
+FREE = {"steps", "out", "resume", "save_every", "sample_every", "device", "threads", "workers", "cache_gb", "compile", "checkpoint_blocks"}
 
 
 def merge(options, given, stage):
@@ -156,22 +168,25 @@ def merge(options, given, stage):
 
     A resumed run keeps its own options: one that is given with another value is refused by name, unless it is in FREE."""
     o = options(**given)
-    out = Path(o.out) if o.out else newest().parent if o.resume and Path("runs/latest").exists() else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = Path(o.out) if o.out else newest().parent if o.resume and LATEST.exists() else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     last = out / "last.pt"
     if not last.exists():
+        if o.resume:
+            print(f"nothing to continue in {out}: starting")
         return dataclasses.replace(o, out=str(out)), None
     if not o.resume:
         raise UserError(f"--out {out} already holds a run: add --resume to continue it, or give another --out")
     ckpt = read_checkpoint(last)
     if ckpt["meta"]["stage"] != stage:
         raise UserError(f"--resume: {out} was made by {ckpt['meta']['stage']}.py, not by {stage}.py; give the --out of the run to continue")
-    for name, value in given.items():
-        if name not in FREE and value != ckpt["config"][name]:
-            raise UserError(f"--{name.replace('_', '-')} {value}: the run in {out} has {ckpt['config'][name]}; "
-                            f"resume it without this flag, or start another run with another --out")
+    for f in dataclasses.fields(options):
+        if f.name in given and f.name not in FREE and given[f.name] != ckpt["config"][f.name]:
+            raise UserError(f"{flag(f)} {given[f.name]}: the run in {out} has {ckpt['config'][f.name]}; resume it without this flag "
+                            f"(--steps makes it longer), or start another run with another --out")
     if o.steps is not None and o.steps < (ckpt["meta"]["plan"] or 0):
         raise UserError(f"--steps {o.steps}: the run in {out} has a plan of {ckpt['meta']['plan']} steps; a resumed run can only become longer")
-    return options(**(ckpt["config"] | {k: v for k, v in given.items() if k in FREE} | dict(out=str(out)))), ckpt
+    kept = ckpt["config"] | ({} if o.steps is None else dict(minutes=None))      # a number of steps replaces the clock
+    return options(**(kept | {k: v for k, v in given.items() if k in FREE} | dict(out=str(out)))), ckpt
 
 
 # --- machine -------------------------------------------------------------------------------------------------------------------------
@@ -235,9 +250,9 @@ def amp_type(amp, device):
 @torch.no_grad()
 def validate(model, images, schedule, space, predict, device, amp, n=256, levels=8):
     """Denoising error on held-out images at fixed times and noise, all tokens visible: |x0_hat - x0|^2 in units of what a linear
-    guess leaves unknown at that time (b^2 s^2 / V), averaged over `levels` equal steps of angle. 1 means nothing is known. It is the only
-    loss that compares mask ratios, and it compares predictions too, since x0_hat is read after `split`."""
-    top = schedule.angle(torch.tensor(schedule.start(predict)))
+    guess leaves unknown at that time (b^2 s^2 / V), averaged over `levels` equal steps of angle: 1 is as good as linear (an untrained
+    `unit` model; other predictions start above). The only loss that compares mask ratios, and predictions, since x0_hat comes after `split`."""
+    top = schedule.angle(schedule.start(predict))
     ts = schedule.time_at((torch.arange(levels, dtype=torch.float64) + 0.5) / levels * top)
     errors = []
     for lo in range(0, min(n, len(images)), 64):
@@ -258,8 +273,8 @@ def validate(model, images, schedule, space, predict, device, amp, n=256, levels
 
 @lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
-    """The order of all n images in one epoch. -> (n,)"""
-    return torch.randperm(n, generator=seeded(seed, 3, epoch))
+    """The order of all n images in one epoch. seed: a tuple of whole numbers. -> (n,)"""
+    return torch.randperm(n, generator=seeded(*seed, epoch))
 
 
 def shard(n, seed, first, count):
@@ -270,6 +285,7 @@ def shard(n, seed, first, count):
 
 # --- the run -------------------------------------------------------------------------------------------------------------------------
 
+STAGES = ("train", "finetune")                                                  # each draws from streams of its own
 TIMED = 20                                                                      # steps that are timed before --minutes becomes a plan
 LOG_EVERY = 10
 TOO_MANY = 20                                                                   # non-finite steps in a row that end a run
@@ -288,8 +304,8 @@ def train(o, ckpt=None, first=None, stage="train"):
     amp = lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()
 
     # Data: every process knows the same images in the same order; held-out ones never enter training.
-    settings = dict(size=o.size, gray=o.gray, labels=o.labels, cache_gb=o.cache_gb / machine.local_world, progress=rank == 0)
-    images, held_out = holdout(load_images(o.data, seed=o.seed, **settings), o.val, seed=o.seed, **settings)
+    settings = dict(seed=o.seed, cache_gb=o.cache_gb / machine.local_world, progress=rank == 0)
+    images, held_out = holdout(load_images(o.data, o.size, o.gray, o.labels, **settings), o.val, **settings)
     if o.fraction < 1:
         images = images.subset(torch.randperm(len(images), generator=seeded(o.seed, 7))[:max(1, round(o.fraction * len(images)))])
     classes = list(images.classes) if o.labels else []
@@ -308,7 +324,7 @@ def train(o, ckpt=None, first=None, stage="train"):
                     plan=None, skipped=0, shards=world * accumulate)
     net, schedule, space = build(meta)
     if first:
-        fit(net, *first)
+        fit(net, first[0], first[1]["classes"], classes)
     net.checkpoint_blocks = o.checkpoint_blocks
     net.to(device)
     averaged = copy.deepcopy(net).eval().requires_grad_(False)                  # the EMA is a model of its own: it is what gets sampled
@@ -341,7 +357,7 @@ def train(o, ckpt=None, first=None, stage="train"):
                          rng=torch.get_rng_state()), out / "last.pt")
         if numbered:
             keep_copy(out / "last.pt", out / f"{step:06d}.pt")
-        (out.parent / "latest").write_text(str(out))
+        name_newest(out)
 
     def evaluate():
         """Validation loss, and a grid of samples on fixed noise, both from the averaged weights."""
@@ -377,10 +393,11 @@ def train(o, ckpt=None, first=None, stage="train"):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
     in_a_row, durations, ended = 0, [], False
-    logged, loss_sum = step, torch.zeros((), device=device)                     # since the last line of the log; summed on the device
+    logged, counted, loss_sum = step, 0, torch.zeros((), device=device)         # since the last line of the log; summed on the device
     begun = time.monotonic() - seconds
     since = time.monotonic()
-    batches = images.batches((shard(len(images), o.seed, k * o.batch + (rank * accumulate + j) * micro, micro)
+    stream = STAGES.index(stage)
+    batches = images.batches((shard(len(images), (o.seed, stream), k * o.batch + (rank * accumulate + j) * micro, micro)
                               for k in itertools.count(step) for j in range(accumulate)), o.workers)
     bar = tqdm(total=plan, initial=step, desc=stage, unit="step", disable=None if rank == 0 else True, dynamic_ncols=True)
 
@@ -393,9 +410,10 @@ def train(o, ckpt=None, first=None, stage="train"):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
+        loss_now = 0.0
         for j in range(accumulate):
             x, y = next(batches)
-            g = torch.Generator(device).manual_seed(seeded(o.seed, 5, step, rank * accumulate + j).initial_seed())
+            g = torch.Generator(device).manual_seed(seeded(o.seed, stream, step, rank * accumulate + j).initial_seed())
             coin = lambda p: torch.rand(len(x), generator=g, device=device) < p                                      # (B,)
             x = to_float(x.to(device, non_blocking=True))
             x = torch.where(coin(0.5)[:, None, None, None], x.flip(3), x) if o.flip else x
@@ -411,14 +429,14 @@ def train(o, ckpt=None, first=None, stage="train"):
                     guess = model(zt, t, y, m)                                  # vit.py        tokens in, image-shaped out
                 loss = objective(guess, z, n, t, m)                             # losses.py     score matching on the visible
                 scaler.scale(loss / accumulate).backward()
-            loss_sum += loss.detach().nan_to_num(0.0, 0.0, 0.0) / accumulate
+            loss_now = loss_now + loss.detach() / accumulate
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), o.clip)         # of the averaged gradient, so the same on every rank:
         if torch.isfinite(norm):                                                # all ranks skip a bad step, or none does
             scaler.step(optimizer)
             torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - min(o.ema, (1 + step) / (10 + step)))
-            in_a_row = 0
+            loss_sum, counted, in_a_row = loss_sum + loss_now, counted + 1, 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
         scaler.update()
@@ -443,7 +461,7 @@ def train(o, ckpt=None, first=None, stage="train"):
 
         look, keep = step % o.sample_every == 0 or ended, step % o.save_every == 0
         if step % LOG_EVERY == 0 or look or keep:                               # a checkpoint falls on a line of the log: nothing is summed over it
-            mean = machine.reduce(float(loss_sum)) / world / (step - logged)
+            mean = machine.reduce(float(loss_sum)) / world / counted if counted else math.nan
             speed = (step - logged) * o.batch / (time.monotonic() - since)
             if rank == 0:
                 value = evaluate() if look else None
@@ -453,8 +471,7 @@ def train(o, ckpt=None, first=None, stage="train"):
                 if look:
                     draw_loss(out / "log.csv", out / "loss.png")
                     tqdm.write(f"step {step}/{plan}: loss {mean:.4f}, val_loss {value:.4f}, {speed:.0f} images/s" + (f", {skipped} steps skipped" if skipped else ""))
-            loss_sum.zero_()
-            logged, since = step, time.monotonic()
+            logged, counted, loss_sum, since = step, 0, torch.zeros((), device=device), time.monotonic()
         if rank == 0 and (keep or ended):
             save(numbered=keep)
 
@@ -470,17 +487,24 @@ def train(o, ckpt=None, first=None, stage="train"):
     return out
 
 
-def fit(net, weights, meta):
-    """Load a first stage's weights. Inputs the first stage did not have (classes, a condition) start fresh; nothing else may differ."""
+def fit(net, weights, classes_there, classes_here):
+    """Load a first stage's weights. Classes keep their embedding by name; inputs that the first stage did not have (other classes, a
+    condition) start fresh. UserError when anything else differs."""
     mine = net.state_dict()
-    fresh = {k for k in mine if k.startswith(("embed_class", "embed_cond"))}
-    wrong = [f"{k} {tuple(weights[k].shape) if k in weights else 'missing'} there, {tuple(mine[k].shape)} here"
-             for k in mine if (k not in weights and k not in fresh) or (k in weights and weights[k].shape != mine[k].shape)]
-    wrong += [f"{k} only there" for k in weights if k not in mine and not k.startswith(("embed_class", "embed_cond"))]
+    weights = {k: v for k, v in weights.items() if k in mine or not k.startswith(("embed_class", "embed_cond"))}
+    if "embed_class.weight" in weights:
+        rows = mine["embed_class.weight"].clone()
+        for i, name in enumerate(classes_here):
+            if name in classes_there:
+                rows[i] = weights["embed_class.weight"][classes_there.index(name)]
+        weights["embed_class.weight"] = rows
+    shape = lambda tensors, k: tuple(tensors[k].shape) if k in tensors else "nothing"
+    wrong = [f"{k} is {shape(weights, k)} there and {shape(mine, k)} here" for k in sorted(mine | weights)
+             if shape(weights, k) != shape(mine, k) and not (k not in weights and k.startswith(("embed_class", "embed_cond")))]
     if wrong:
-        raise UserError(f"the checkpoint's network does not fit the options: {wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-                        + "; leave --model, --patch, --skips, --decoder, --predict, --schedule and --gray as they were")
-    net.load_state_dict({k: weights[k] for k in mine if k in weights}, strict=False)
+        raise UserError(f"the checkpoint's network does not fit the options: {wrong[0]}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+                        + "; channels (--gray) and random slopes (--schedule) must stay as they were")
+    net.load_state_dict(mine | weights)
 
 
 def resume(o, ckpt, stage):

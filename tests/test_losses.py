@@ -78,6 +78,16 @@ def test_reconstruction_is_the_mean_over_hidden_tokens_of_the_raw_output():
     assert (both - alone).item() == pytest.approx(0.1 * expected.item(), rel=1e-4)
 
 
+def test_the_released_target_is_the_noisy_patch_normalised():
+    schedule = SCHEDULES["ddm"]
+    out, z, n, t, m = scene(schedule, "unit")
+    both = build_objective(schedule, "unit", 2, recon=1.0, recon_target="noisy")(out, z, n, t, m)
+    alone = build_objective(schedule, "unit", 2)(out, z, n, t, m)
+    noisy = patchify(schedule.corrupt(z, n, t), 2)
+    noisy = (noisy - noisy.mean(-1, keepdim=True)) / noisy.std(-1, keepdim=True)
+    assert (both - alone).item() == pytest.approx(((patchify(out, 2) - noisy) ** 2)[~m.visible].mean().item(), rel=1e-3)
+
+
 @every_prediction
 @pytest.mark.parametrize("target", RECON_TARGETS)
 def test_without_hidden_tokens_the_reconstruction_is_absent(predict, target):

@@ -175,6 +175,22 @@ def test_churn_changes_the_path_and_its_absence_draws_no_noise():
     assert torch.equal(S.sample(loaded, n=2, steps=4), S.sample(loaded, n=2, steps=4))
 
 
+def test_the_grid_and_the_solver_matter():
+    loaded = tiny()
+    images = [S.sample(loaded, n=2, steps=5, time_grid=g) for g in GRIDS] + [S.sample(loaded, n=2, steps=5, solver=s) for s in ("heun", "dpm++")]
+    for a in range(len(images)):
+        for b in range(a):
+            assert not torch.allclose(images[a], images[b], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_sampling_starts_from_noise_of_the_schedules_own_size(name):
+    loaded, seen = tiny(schedule=name), []
+    loaded.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    S.sample(loaded, n=16, steps=1)
+    assert seen[0].std().item() == pytest.approx(loaded.schedule.b(torch.tensor(1.0, dtype=f64)).item(), rel=0.1)
+
+
 def test_neighbouring_seeds_are_unrelated():
     numbers = {seeded(a, b).initial_seed() for a in range(30) for b in range(30)}
     assert len(numbers) == 900
@@ -253,12 +269,13 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
 
 def test_labels_are_given_by_name_or_number():
     assert S.class_number("cat", ["dog", "cat"]) == 1 and S.class_number("0", ["dog", "cat"]) == 0
-    for name, classes in (("cow", ["dog", "cat"]), ("2", ["dog", "cat"]), ("dog", [])):
+    for name, classes in (("cow", ["dog", "cat"]), ("2", ["dog", "cat"]), ("²", ["dog", "cat"]), ("dog", [])):
         with pytest.raises(UserError, match="--label"):
             S.class_number(name, classes)
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--n", "0"], ["--churn", "1.5"], ["--churn", "0.5", "--solver", "heun"], ["--ckpt", "nowhere"], ["--device", "cuda:77"]])
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--n", "0"], ["--churn", "1.5"], ["--churn", "0.5", "--solver", "heun"], ["--ckpt", "nowhere"], ["--device", "cuda:77"], ["--device", "foo"], ["--cfg", "nan"],
+                                       ["--out", "x.jpg"], ["--no-such-flag"]])
 def test_bad_arguments_are_one_line_and_exit_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:

@@ -137,7 +137,7 @@ def test_two_steps_have_the_law_of_one(name, t, p, q, churn):
     """t -> u -> s: the old noise that survives is the product, so with equal marginals the joint law of (x_t, x_s) is equal."""
     schedule, u = SCHEDULES[name], t * p
     s = u * q
-    keep = lambda a, b: 1 - schedule.churned(t_(a), t_(b), churn).item()
+    keep = lambda a, b: schedule.kept(a, b, churn).item()
     assert keep(t, u) * keep(u, s) == pytest.approx(keep(t, s), rel=1e-6, abs=1e-12)
 
 
@@ -149,6 +149,17 @@ def test_one_step_to_zero_with_the_true_image_returns_it_from_anywhere(name, t, 
     K = n.split(2, 1)[1:]
     zt = schedule.corrupt(z, n, t_(t))
     assert torch.equal(schedule.step(zt, z, t, 0.0, churn, torch.randn_like(z), K), z)
+
+
+@every
+@pytest.mark.parametrize("t", [1e-12, 1e-7, 1e-4, 0.5, 1.0])
+def test_the_step_to_zero_survives_float32_at_any_time(name, t):
+    """EDM's b = 80 t^7 is 0 in float32 below t = 1e-6."""
+    schedule = SCHEDULES[name]
+    z = torch.randn(1, 2, 4, 4)
+    K = torch.zeros(1, 2 * len(schedule.slopes), 4, 4).split(2, 1) if schedule.slopes else ()
+    assert torch.allclose(schedule.step(z + 0.1, z, t, 0.0, 0.0, None, K), z, atol=1e-6)
+    assert torch.isfinite(schedule.step(z + 0.1, z, t, t / 2, 0.5, torch.randn_like(z), K)).all()
 
 
 @every
@@ -219,6 +230,15 @@ def test_lognormal_times_have_edms_noise_levels():
     t = times("lognormal", schedule, 4000, torch.Generator().manual_seed(0))
     log_sigma = (schedule.b(t) / schedule.a(t)).log()
     assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.02) and log_sigma.std().item() == pytest.approx(1.2, abs=0.03)
+
+
+@given(t=time)
+def test_both_blends_two_heads_that_need_not_agree(t):
+    """[DDM, released] x0 = x_t + (1 - a) x0_head - b eps_head, for any heads."""
+    schedule = SCHEDULES["ddm"]
+    x0_head, eps_head, xt = (torch.randn(2, 3, 4, 4, dtype=f64) for _ in range(3))
+    x0, n = schedule.split(torch.cat([x0_head, eps_head], 1), xt, t, "both")
+    assert torch.allclose(x0, xt + t * x0_head - math.sqrt(t) * eps_head) and torch.equal(n, eps_head)
 
 
 @pytest.mark.parametrize("name", [n for n in SCHEDULES if SCHEDULES[n].slopes])

@@ -1,5 +1,6 @@
 """Laws of training: the same step on any number of processes, an exact resume, honest files, clear refusals."""
 import csv
+import math
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ import train
 from checkpoint import save_atomic
 from conftest import ROOT
 from data import UserError
+from vit import ViT
 
 TINY = ["--size", "16", "--patch", "8", "--batch", "8", "--threads", "1", "--val", "0.2", "--workers", "0"]
 
@@ -115,7 +117,7 @@ def test_training_learns():
     """Faces, a hundred steps: the denoising error on held-out images falls well below what a linear guess knows."""
     train.main(["--size", "16", "--steps", "100", "--mask", "0.5", "--batch", "32", "--out", "runs/a", "--seed", "1", "--threads", "1"])
     values = [float(r["val_loss"]) for r in rows("runs/a") if r["val_loss"]]
-    assert values[0] == pytest.approx(1.0, abs=0.1) and values[-1] < 0.75
+    assert values[0] > 1 and values[-1] < 0.75
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------------------------
@@ -267,10 +269,44 @@ def test_shards_of_one_step_draw_different_noise_masks_and_times():
             assert not any(torch.equal(x, y) for x, y in zip(drawn[a], drawn[b]))
 
 
+def record(monkeypatch, owner, name, what):
+    """Keep what(arguments) of every call of owner.name."""
+    kept, real = [], getattr(owner, name)
+
+    def call(self, *args, **kwargs):
+        kept.append(what(*args))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+    return kept
+
+
+def test_half_of_the_images_are_mirrored_unless_told_otherwise(monkeypatch):
+    Path("half").mkdir()
+    for i in range(8):                                                          # black on the left, white on the right
+        Image.fromarray(np.tile(np.uint8([[0] * 8 + [255] * 8]), (16, 1))).save(f"half/{i}.png")
+    seen = record(monkeypatch, train.SPACES["pixel"], "encode", lambda x: x[:, 0, 0, 0])
+    for options, low, high in (([], 0.35, 0.65), (["--no-flip"], 0, 0)):
+        seen.clear()
+        go("half", "--steps", 20, "--out", f"runs/{len(options)}", *options)
+        mirrored = torch.cat(seen[-21:-1]) > 0                                  # twenty steps, then the last look
+        assert len(mirrored) == 160
+        assert low <= mirrored.float().mean() <= high
+
+
+def test_the_stated_share_of_labels_is_dropped(photos, monkeypatch):
+    for share, low, high in ((0.0, 0, 0), (0.5, 0.35, 0.65), (1.0, 1, 1)):
+        with monkeypatch.context() as patch:
+            seen = record(patch, ViT, "forward", lambda zt, t, y=None, m=None, cond=None: (y, torch.is_grad_enabled()))
+            go(photos, "--steps", 20, "--labels", "--label-dropout", share, "--out", f"runs/{share}")
+        dropped = torch.cat([y for y, training in seen if training]) < 0
+        assert len(dropped) == 160 and low <= dropped.float().mean() <= high
+
+
 @pytest.mark.parametrize("n, batch, shards", [(10, 4, 2), (7, 8, 4), (3, 8, 1), (100, 6, 3)])
 def test_an_epoch_shows_every_image_once_and_shards_do_not_overlap(n, batch, shards):
     size = batch // shards
-    order = torch.cat([train.shard(n, 5, k * batch + j * size, size) for k in range(2 * n) for j in range(shards)])
+    order = torch.cat([train.shard(n, (5, 0), k * batch + j * size, size) for k in range(2 * n) for j in range(shards)])
     for epoch in range(len(order) // n):
         assert sorted(order[epoch * n:(epoch + 1) * n].tolist()) == list(range(n))
     if n > 5:
@@ -284,6 +320,25 @@ def test_minutes_become_a_plan_that_the_checkpoint_keeps(photos):
     ckpt = read("runs/a/last.pt")
     plan = ckpt["meta"]["plan"]
     assert plan > train.TIMED and 0 < ckpt["step"] <= plan
+
+
+def test_a_run_that_stopped_before_its_plan_was_made_can_go_on_and_steps_make_it_longer(photos, monkeypatch):
+    monkeypatch.setattr(train, "TIMED", 10**9)                                  # the plan is never made ...
+    go(photos, "--minutes", 0.01, "--out", "runs/a")                            # ... so the clock ends the run
+    assert read("runs/a/last.pt")["meta"]["plan"] is None
+    monkeypatch.setattr(train, "TIMED", 2)
+    reached = read("runs/a/last.pt")["step"]
+    train.main(["--out", "runs/a", "--resume"])
+    assert read("runs/a/last.pt")["meta"]["plan"] or read("runs/a/last.pt")["step"] > reached
+    steps = read("runs/a/last.pt")["step"] + 15
+    train.main(["--out", "runs/a", "--resume", "--steps", str(max(steps, read("runs/a/last.pt")["meta"]["plan"] or 0))])
+    assert read("runs/a/last.pt")["step"] >= steps
+
+
+@pytest.mark.parametrize("val", ["PHOTOS", "faces", "0.3"])
+def test_held_out_images_come_from_a_path_the_faces_or_a_fraction(photos, val):
+    go(photos, "--steps", 2, "--out", "runs/a", "--val", photos if val == "PHOTOS" else val)
+    assert all(float(r["val_loss"]) > 0 for r in rows("runs/a"))
 
 
 def test_the_average_follows_its_formula(photos):
@@ -301,8 +356,9 @@ def test_the_average_follows_its_formula(photos):
 def test_learning_rate_warms_up_and_decays_with_progress(photos):
     go(photos, "--steps", 200, "--out", "runs/a", "--lr", 1e-3, "--lr-end", 0.1, "--warmup", 10, "--sample-every", 1000, "--batch", 2)
     lr = {int(r["step"]): float(r["lr"]) for r in rows("runs/a") if r["lr"]}
-    assert lr[10] < 1e-3 and max(lr.values()) == lr[20]
-    assert all(lr[k + 10] < lr[k] for k in range(20, 190, 10)) and lr[200] == pytest.approx(1e-4, rel=0.01)
+    for k in range(10, 201, 10):                                                # the row of step k tells the rate that made it: progress (k - 1) / 200
+        decay = 0.1 + 0.9 * (1 + math.cos(math.pi * (k - 1) / 200)) / 2
+        assert lr[k] == pytest.approx(1e-3 * min(1, k / 11) * decay, rel=1e-4)
 
 
 def break_some_losses(monkeypatch, broken):
@@ -324,25 +380,30 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(photos, monkeypatch, c
 
 
 def test_twenty_bad_steps_in_a_row_end_the_run_with_one_line(photos, monkeypatch):
-    break_some_losses(monkeypatch, lambda i: i >= 3)
+    break_some_losses(monkeypatch, lambda i: True)
     with pytest.raises(UserError, match="not finite"):
-        go(photos, "--steps", 100, "--out", "runs/a")
+        go(photos, "--steps", 100, "--out", "runs/a", "--sample-every", 5)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------------------------
 
 REFUSED = [["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "linear"], ["--ramp", "linear"], ["--mask-from", "0.1"],
-           ["--patch", "5"], ["--recon", "0.1"], ["--recon", "0.1", "--decoder", "1"], ["--weighting", "ddm"], ["--fraction", "0"],
+           ["--patch", "5"], ["--recon", "0.1"], ["--recon", "0.1", "--decoder", "1"], ["--weighting", "ddm", "--predict", "unit"], ["--fraction", "0"],
            ["--block", "0"], ["--batch", "0"], ["--steps", "0"], ["--minutes", "0"], ["--save-every", "0"], ["--lr", "0"], ["--ema", "1"],
            ["--lr-end", "2"], ["--amp", "fp16"], ["--batch", "9", "--micro-batch", "4"], ["--data", "nowhere"], ["--val", "2"],
-           ["--device", "cuda:99"], ["--labels", "--data", "FLAT"]]
+           ["--device", "cuda:99"], ["--device", "foo"], ["--labels", "--data", "FLAT"], ["--patch", "0"], ["--patch", "-8"], ["--lr", "nan"],
+           ["--clip", "inf"], ["--minutes", "nan"], ["--decoder", "-1"], ["--recon", "-1"], ["--workers", "-1"], ["--seed", "-1"],
+           ["--label-dropout", "0.3"], ["--label-dropout", "2", "--labels"], ["--recon-target", "noisy"], ["--block", "2"], ["--data", ""],
+           ["--val", ""], ["--val", "nowhere"], ["--wd", "-1"], ["--out", "FILE/x"]]
 
 
 @pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
 def test_what_cannot_be_is_refused_in_one_line_before_any_work(photos, arguments, capsys):
-    arguments = [str(Path(photos) / "day") if a == "FLAT" else a for a in arguments]
+    Path("file").write_text("x")
+    places = {"FLAT": str(Path(photos) / "day"), "FILE/x": "file/x"}
+    arguments = [places.get(a, a) for a in arguments]
     with pytest.raises(SystemExit) as end:
-        train.run(lambda: train.main(["--data", photos, *TINY, "--out", "runs/a", *arguments]))
+        train.run(lambda: train.main(["--data", photos, *TINY, "--steps", "1", "--out", "runs/a", *arguments]))
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ")
@@ -352,7 +413,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(photos, arguments
 def test_every_refusal_of_the_table_can_happen():
     """Each line of the table is reached by one of the cases above."""
     parse = lambda a: train.Options(**vars(train.make_parser(train.Options, "").parse_args(a)))
-    cases = [parse([a for a in arguments if a != "FLAT"] if "FLAT" not in arguments else []) for arguments in REFUSED]
+    cases = [parse(arguments) for arguments in REFUSED]
     for refused, why in train.REFUSALS:
         assert any(refused(o) for o in cases), why
         assert not refused(train.Options()), why
@@ -374,8 +435,32 @@ def test_finetune_starts_from_raw_or_averaged_weights_with_a_fresh_optimizer(pho
         tuned = read(f"runs/{weights}/last.pt")
         assert torch.allclose(tuned["model"]["embed.weight"], first[weights]["embed.weight"], atol=1e-7)
         assert tuned["optimizer"]["state"][0]["step"] == 1
-    finetune.main(["--from", "runs/a", "--labels", "--steps", "1", "--out", "runs/labelled"])      # a new input starts fresh
-    assert read("runs/labelled/last.pt")["meta"]["classes"] == ["day", "night"]
+
+
+def test_classes_move_to_other_data_by_name(photos):
+    """A stage two with other classes keeps the embeddings of those it knows; classes may also be dropped or come in fresh."""
+    go(photos, "--steps", 3, "--labels", "--out", "runs/a", "--lr", "0.1")
+    weights, meta = read("runs/a/last.pt")["model"], read("runs/a/last.pt")["meta"]
+    net = S.build(meta | dict(model=meta["model"] | dict(classes=3)))[0]
+    fresh = net.embed_class.weight.detach().clone()
+    train.fit(net, weights, ["day", "night"], ["dawn", "night", "dusk"])
+    assert torch.equal(net.embed_class.weight[1], weights["embed_class.weight"][1])
+    assert torch.equal(net.embed_class.weight[[0, 2]], fresh[[0, 2]])
+    finetune.main(["--from", "runs/a", "--no-labels", "--steps", "1", "--out", "runs/plain"])
+    assert read("runs/plain/last.pt")["meta"]["classes"] == []
+    finetune.main(["--from", "runs/plain", "--labels", "--steps", "1", "--out", "runs/again"])
+    assert read("runs/again/last.pt")["meta"]["classes"] == ["day", "night"]
+
+
+def test_stage_two_holds_out_the_same_images_and_draws_other_noise(photos, monkeypatch):
+    go(photos, "--steps", 1, "--seed", "5", "--out", "runs/a", "--no-flip")
+    with monkeypatch.context() as patch:
+        seen = record(patch, train.SPACES["pixel"], "encode", lambda x: x)
+        go(photos, "--steps", 1, "--seed", "5", "--out", "runs/b", "--no-flip")
+        (training, validation), _ = seen[-2:], seen.clear()
+        finetune.main(["--from", "runs/a", "--steps", "1", "--out", "runs/c"])
+        assert read("runs/c/last.pt")["config"]["seed"] == 5
+        assert torch.equal(seen[-1], validation) and not torch.equal(seen[-2], training)
 
 
 def test_automatic_precision_is_never_fp16():

@@ -108,6 +108,19 @@ def test_a_token_keeps_its_position_when_others_are_dropped():
     assert not torch.allclose(here[:, :, :2, :2], there[:, :, 4:6, 2:4])
 
 
+def test_hidden_tokens_differ_by_their_position_in_the_decoder():
+    from mask import Mask
+    net = awake(decoder=1)
+    out = net(torch.randn(1, 3, 8, 8), torch.tensor([0.5]), None, Mask(torch.tensor([[0, 1]]), 16))
+    assert not torch.allclose(out[0, :, 4:6, 4:6], out[0, :, 6:8, 6:8])
+
+
+def test_long_skips_carry_the_first_half_into_the_second():
+    block = awake(skips=True).blocks[-1]
+    u, c = torch.randn(2, 5, 32), torch.randn(2, 32)
+    assert not torch.allclose(block(u, c, torch.randn_like(u)), block(u, c, torch.randn_like(u)))
+
+
 def test_positions_are_distinct_and_fixed():
     u = positions(16, 16, 64, torch.device("cpu"))
     assert u.shape == (256, 64) and torch.cdist(u, u).add(torch.eye(256) * 9).min() > 0.1
@@ -147,7 +160,7 @@ def test_gradients_reach_everything_from_the_third_step_on(decoder):
     assert not silent
 
 
-@pytest.mark.parametrize("encoder, decoder, skips", itertools.product([1, 2, 3], [0, 1, 3], [False, True]))
+@pytest.mark.parametrize("encoder, decoder, skips", list(itertools.product([1, 2, 3], [0, 1, 3], [False, True])))
 def test_any_split_builds_and_a_masked_model_runs_unmasked(encoder, decoder, skips):
     net = ViT(SCHEDULES["ddm"], width=32, depth=encoder, heads=2, decoder=decoder, decoder_width=32, skips=skips)
     zt, t = torch.randn(2, 3, 16, 16), torch.rand(2)
