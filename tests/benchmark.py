@@ -62,7 +62,10 @@ def make_step(args, device, ratio, dtype):
             t = times("uniform", schedule, len(z), generator)
             out = net(schedule.corrupt(z, n, t), t, None, m)
         objective(out, z, n, t, m).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        gradients = [q.grad for q in net.parameters()]
+        norm = torch.stack(torch._foreach_norm(gradients)).norm().item()
+        if norm > 1.0:
+            torch._foreach_mul_(gradients, 1.0 / norm)
         optimizer.step()
         torch._foreach_lerp_([q.data for q in averaged], [q.data for q in net.parameters()], 0.01)
         optimizer.zero_grad(set_to_none=True)

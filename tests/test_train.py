@@ -466,3 +466,21 @@ def test_stage_two_holds_out_the_same_images_and_draws_other_noise(photos, monke
 def test_automatic_precision_is_never_fp16():
     assert train.amp_type("auto", torch.device("cpu")) in (torch.bfloat16, None)
     assert train.amp_type("off", torch.device("cpu")) is None and train.amp_type("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_the_gradient_is_clipped_to_its_largest_norm(photos):
+    """With plain gradient descent in AdamW's place, one step moves the weights by at most lr x clip."""
+    class Descent(torch.optim.SGD):
+        def __init__(self, parameters, lr, **ignored):
+            super().__init__(parameters, lr)
+
+    moved = []
+    for clip in (1e-3, 1e3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim, "AdamW", Descent)
+            go(photos, "--steps", 1, "--lr", 1.0, "--warmup", 0, "--clip", clip, "--out", f"runs/{clip}", "--amp", "off")
+        torch.manual_seed(0)
+        ckpt = read(f"runs/{clip}/last.pt")
+        start = S.build(ckpt["meta"])[0].state_dict()
+        moved.append(math.sqrt(sum(((ckpt["model"][k] - start[k]) ** 2).sum().item() for k in start)))
+    assert moved[0] == pytest.approx(1e-3, rel=1e-2) and 1e-2 < moved[1] < 1e3

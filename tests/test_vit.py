@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from mask import draw
 from schedules import SCHEDULES
-from vit import MODELS, Block, ViT, positions
+from vit import MODELS, Block, ViT, attend, positions
 
 VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2), "skips+decoder": dict(skips=True, decoder=1),
             "classes": dict(classes=3), "condition": dict(cond_channels=2), "recompute": dict(checkpoint_blocks=True)}
@@ -136,6 +136,13 @@ def test_attention_is_softmax_of_scaled_products():
         a, b, c = (x[..., 4 * i:4 * i + 4] for x in (q, k, v))
         heads.append((a @ b.transpose(1, 2) / 2).softmax(-1) @ c)
     assert torch.allclose(block.attention(u), block.out(torch.cat(heads, -1)), atol=1e-6)
+
+
+def test_both_ways_to_attend_agree():
+    q, k, v = torch.randn(3, 2, 4, 26, 16).unbind(0)
+    expected = (q @ k.transpose(-2, -1) / 4).softmax(-1) @ v
+    assert torch.allclose(attend(q, k, v), expected, atol=1e-5)
+    assert torch.allclose(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), expected, atol=0.05)
 
 
 def test_every_branch_starts_at_zero():
