@@ -19,7 +19,7 @@ from data import UserError
 from sample import run
 from train import Options, make_parser, merge, option
 
-FIXED = ("predict", "space", "model", "patch", "skips", "decoder")              # cannot change: the weights would mean something else
+FIXED = ("predict", "space", "vae", "model", "patch", "skips", "decoder")              # cannot change: the weights would mean something else
 # What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.
 INHERITED = FIXED + ("data", "val", "seed", "size", "gray", "flip", "policy", "block", "schedule", "weighting", "time_sampling",
                      "labels", "label_dropout", "batch", "micro_batch", "cache_gb", "workers", "amp")
@@ -30,7 +30,7 @@ class TuneOptions(Options):
     """train.py's options with this stage's defaults, and where it starts from."""
     from_: str = option(None, "checkpoint or folder of the first stage; the newest run when left out", kind=str, name="from")
     weights: str = option("model", "start from the raw weights or from their average", choices=("model", "ema"))
-    lr: float = option(5e-4, "peak learning rate")
+    lr: float = option(1e-3, "peak learning rate: this stage has its own")
     minutes: float = option(None, "length of this stage; 2 when neither this nor --steps is given", kind=float)
 
 

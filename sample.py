@@ -204,7 +204,10 @@ def pick_device(name="auto"):
 def build(meta):
     """(model, schedule, space) from a checkpoint's meta: the one place that turns its names into objects."""
     schedule = replace(SCHEDULES[meta["schedule"]], s=meta["data_std"])
-    return ViT(schedule, **meta["model"]), schedule, SPACES[meta["space"]](meta["channels"])
+    space = SPACES[meta["space"]](meta["channels"], meta["vae"])
+    if space.sha != meta["vae_sha"]:
+        raise UserError(f"{meta['vae']} is not the autoencoder that this model was trained with: its SHA-256 begins with {space.sha}, not {meta['vae_sha']}")
+    return ViT(schedule, **meta["model"]), schedule, space
 
 
 def load(path=None, weights="ema", device="auto"):

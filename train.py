@@ -78,13 +78,14 @@ class Options:
     recon: float = option(0.0, "weight of reconstructing hidden patches (MaskDiT: 0.1); needs --decoder and --mask")
     recon_target: str = option("clean", "what is reconstructed", choices=RECON_TARGETS)
     space: str = option("pixel", "where diffusion happens", choices=SPACES)
+    vae: str = option(None, "weights of the autoencoder for --space latent: from python vae.py, or Stable Diffusion's", kind=str)
     labels: bool = option(False, "condition on a class per first-level folder")
     label_dropout: float = option(0.1, "share of the labels dropped, for guidance; used with --labels")
     steps: int = option(None, "number of steps; --minutes decides when left out", kind=int)
     minutes: float = option(None, "length of the run; 4 when neither this nor --steps is given", kind=float)
     batch: int = option(64, "images per step, over all processes")
     micro_batch: int = option(None, "images per forward pass; the rest is accumulated", kind=int)
-    lr: float = option(1e-3, "peak learning rate")
+    lr: float = option(2e-3, "peak learning rate; for the tiny model, larger ones want less (DiT-XL: 1e-4)")
     warmup: int = option(200, "steps of linear warm-up, at most a tenth of the run")
     lr_end: float = option(0.05, "the cosine decay ends at this share of --lr; 1 keeps it constant")
     beta1: float = option(0.9, "AdamW")
@@ -131,6 +132,7 @@ REFUSALS = [                                                                    
     (lambda o: o.block < 1, "--block must be at least 1"),
     (lambda o: o.block != Options.block and o.policy != "block", "--block is the side of --policy block's squares: use it with that policy"),
     (lambda o: o.patch < 1 or o.size < 1 or o.size % o.patch, "--size must be a positive multiple of --patch"),
+    (lambda o: (o.space == "latent") != (o.vae is not None), "--space latent and --vae PATH belong together; python vae.py trains an autoencoder"),
     (lambda o: o.decoder < 0, "--decoder is a number of blocks: at least 0"),
     (lambda o: not 0 <= o.recon < math.inf, "--recon is a weight: at least 0"),
     (lambda o: o.recon and not o.decoder, "--recon needs --decoder: without one, hidden patches have no output"),
@@ -315,9 +317,11 @@ def train(o, ckpt=None, first=None, stage="train"):
     if ckpt:
         meta = ckpt["meta"]
     else:
-        space = SPACES[o.space](images.channels)
+        space = SPACES[o.space](images.channels, o.vae)
+        if o.size % (space.factor * o.patch):
+            raise UserError(f"--size {o.size}: must be a multiple of {space.factor * o.patch}, the autoencoder's factor {space.factor} times --patch {o.patch}")
         some, _ = images.take(torch.arange(min(len(images), 1024)))
-        meta = dict(stage=stage, schedule=o.schedule, predict=o.predict, space=o.space, channels=images.channels, size=o.size, classes=classes,
+        meta = dict(stage=stage, schedule=o.schedule, predict=o.predict, space=o.space, channels=images.channels, size=o.size, classes=classes, vae=o.vae, vae_sha=space.sha,
                     data_std=first[1]["data_std"] if first else space.encode(to_float(some)).double().square().mean().sqrt().item(),
                     model=dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].heads(o.predict), patch=o.patch, skips=o.skips,
                                decoder=o.decoder, classes=len(classes), **MODELS[o.model]),

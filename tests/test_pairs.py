@@ -11,7 +11,7 @@ from losses import RECON_TARGETS, WEIGHTS, build_objective
 from mask import POLICIES, RATIOS, draw, ratio_at
 from sample import GRIDS, SOLVERS, Loaded, sample
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
-from vae import SPACES
+from vae import SPACES, AutoencoderKL, LatentSpace, PixelSpace
 from vit import ViT
 
 AXES = {
@@ -61,7 +61,7 @@ RUNS = covering_set()
 def one_run(run):
     torch.manual_seed(0)
     schedule = replace(SCHEDULES[run["schedule"]], s=0.5)
-    space = SPACES[run["space"]](2)
+    space = PixelSpace(2) if run["space"] == "pixel" else LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=2, channels=2))
     net = ViT(schedule, channels=space.channels, heads_out=schedule.heads(run["predict"]), patch=2, width=32, depth=2, heads=1,
               skips=run["skips"], decoder=run["decoder"], decoder_width=32, classes=run["classes"], cond_channels=run["cond"])
     objective = build_objective(schedule, run["predict"], 2, run["weighting"], 0.1 if run["recon"] else 0.0, run["recon"] or "clean")
@@ -69,7 +69,7 @@ def one_run(run):
     g = torch.Generator().manual_seed(0)
     x = torch.rand(3, 2, 8 * space.factor, 8 * space.factor, generator=g) * 2 - 1
     y = torch.tensor([-1, 0, 2]) if run["classes"] else None
-    cond = x[:, :1] if run["cond"] else None
+    cond = x[:, :1, ::space.factor, ::space.factor] if run["cond"] else None    # a condition has the size of z
     for progress in (0.0, 1.0):
         z = space.encode(x)
         m = draw(run["policy"], 3, 4, 4, ratio_at(run["ramp"], progress, *run["ratio"]), g, 2)

@@ -14,13 +14,14 @@ import fid
 import finetune
 import sample
 import train
+import vae
 from conftest import ROOT
 
 LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "vae", "fid", "tasks", "vit", "losses"], ["sample"], ["train"], ["finetune"], ["reproduce"]]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 OURS = [p for p in sorted(ROOT.glob("*.py"))]
-PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL", "scipy"}
-LIBRARY = ["mask", "schedules", "faces", "vae", "vit", "losses"]
+PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL", "scipy", "safetensors"}       # the last one is optional, imported where it is needed
+LIBRARY = ["mask", "schedules", "faces", "vit", "losses"]
 
 
 def tree(path):
@@ -87,14 +88,14 @@ def flags(parser):
     return {a.dest for a in parser._actions} - {"help"}
 
 
-@pytest.mark.parametrize("module", [sample, fid], ids=["sample", "fid"])
+@pytest.mark.parametrize("module", [sample, fid, vae], ids=["sample", "fid", "vae"])
 def test_every_flag_of_the_other_commands_is_read(module):
     unread = flags(module.parser()) - attributes(Path(module.__file__))
     assert not unread
 
 
 PARSERS = {"train.py": lambda: train.make_parser(train.Options, ""), "finetune.py": lambda: train.make_parser(finetune.TuneOptions, ""),
-           "sample.py": sample.parser, "fid.py": fid.parser}
+           "sample.py": sample.parser, "fid.py": fid.parser, "vae.py": vae.parser}
 
 
 @pytest.mark.parametrize("command", PARSERS)
@@ -114,8 +115,8 @@ def readme_commands():
     code = "\n".join(re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S)) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", text))
     for line in code.replace("\\\n", " ").splitlines():
         for part in re.split(r"&&|;|\|", line.split("  #")[0]):
-            words = shlex.split(part, comments=True)
-            if words and words[0] in ("python", "torchrun"):
+            words = shlex.split(part, comments=True) if part.split()[:1] in (["python"], ["torchrun"]) else []
+            if words:
                 script = next((i for i, w in enumerate(words) if w.endswith(".py")), None)
                 if script is not None:
                     yield words[script], words[script + 1:], words[:script]

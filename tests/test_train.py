@@ -17,9 +17,11 @@ from PIL import Image
 import finetune
 import sample as S
 import train
+import vae
 from checkpoint import save_atomic
 from conftest import ROOT
 from data import UserError
+from vae import PixelSpace
 from vit import ViT
 
 TINY = ["--size", "16", "--patch", "8", "--batch", "8", "--threads", "1", "--val", "0.2", "--workers", "0"]
@@ -285,7 +287,7 @@ def test_half_of_the_images_are_mirrored_unless_told_otherwise(monkeypatch):
     Path("half").mkdir()
     for i in range(8):                                                          # black on the left, white on the right
         Image.fromarray(np.tile(np.uint8([[0] * 8 + [255] * 8]), (16, 1))).save(f"half/{i}.png")
-    seen = record(monkeypatch, train.SPACES["pixel"], "encode", lambda x: x[:, 0, 0, 0])
+    seen = record(monkeypatch, PixelSpace, "encode", lambda x: x[:, 0, 0, 0])
     for options, low, high in (([], 0.35, 0.65), (["--no-flip"], 0, 0)):
         seen.clear()
         go("half", "--steps", 20, "--out", f"runs/{len(options)}", *options)
@@ -394,7 +396,8 @@ REFUSED = [["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "
            ["--device", "cuda:99"], ["--device", "foo"], ["--labels", "--data", "FLAT"], ["--patch", "0"], ["--patch", "-8"], ["--lr", "nan"],
            ["--clip", "inf"], ["--minutes", "nan"], ["--decoder", "-1"], ["--recon", "-1"], ["--workers", "-1"], ["--seed", "-1"],
            ["--label-dropout", "0.3"], ["--label-dropout", "2", "--labels"], ["--recon-target", "noisy"], ["--block", "2"], ["--data", ""],
-           ["--val", ""], ["--val", "nowhere"], ["--wd", "-1"], ["--out", "FILE/x"]]
+           ["--val", ""], ["--val", "nowhere"], ["--wd", "-1"], ["--out", "FILE/x"],
+           ["--space", "latent"], ["--vae", "vae.pt"], ["--space", "latent", "--vae", "nowhere.pt"]]
 
 
 @pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
@@ -417,6 +420,20 @@ def test_every_refusal_of_the_table_can_happen():
     for refused, why in train.REFUSALS:
         assert any(refused(o) for o in cases), why
         assert not refused(train.Options()), why
+
+
+def test_a_latent_generator_trains_tunes_and_samples_through_its_autoencoder(photos):
+    assert vae.main(["--data", photos, "--size", "16", "--steps", "2", "--batch", "4", "--out", "vae.pt", "--threads", "1"]) == 0
+    go(photos, "--steps", 2, "--mask", 0.5, "--patch", 2, "--space", "latent", "--vae", "vae.pt", "--out", "runs/a")
+    assert rows("runs/a")[0]["visible"] == "2"                                  # 16 pixels, factor 4, patch 2: 2 x 2 tokens
+    finetune.main(["--steps", "2", "--out", "runs/b"])
+    S.main(["--n", "2", "--steps", "2", "--out", "latent"])
+    assert Image.open("latent/000000.png").size == (16, 16)
+    with pytest.raises(UserError, match="multiple of 16"):
+        go(photos, "--steps", 2, "--size", 24, "--patch", 4, "--space", "latent", "--vae", "vae.pt", "--out", "runs/c")
+    assert vae.main(["--data", photos, "--size", "16", "--steps", "1", "--batch", "4", "--out", "vae.pt", "--threads", "1"]) == 0
+    with pytest.raises(UserError, match="not the autoencoder"):
+        S.main(["--n", "2"])
 
 
 def test_finetune_refuses_what_does_not_fit(photos):
@@ -455,7 +472,7 @@ def test_classes_move_to_other_data_by_name(photos):
 def test_stage_two_holds_out_the_same_images_and_draws_other_noise(photos, monkeypatch):
     go(photos, "--steps", 1, "--seed", "5", "--out", "runs/a", "--no-flip")
     with monkeypatch.context() as patch:
-        seen = record(patch, train.SPACES["pixel"], "encode", lambda x: x)
+        seen = record(patch, PixelSpace, "encode", lambda x: x)
         go(photos, "--steps", 1, "--seed", "5", "--out", "runs/b", "--no-flip")
         (training, validation), _ = seen[-2:], seen.clear()
         finetune.main(["--from", "runs/a", "--steps", "1", "--out", "runs/c"])
