@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from checkpoint import newest, read_checkpoint
 from data import UserError, command_line, grid, to_uint8
+from machine import pick_device
 from schedules import SCHEDULES
 from vae import SPACES
 from vit import ViT
@@ -187,19 +188,6 @@ def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solve
 
 
 # --- from a checkpoint to a model ------------------------------------------------------------------------------------------------------------------
-
-def pick_device(name="auto"):
-    """auto: cuda, else mps, else cpu. UserError for a device that this machine does not have."""
-    cuda, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    kind, _, index = name.partition(":")
-    if name not in ("cpu", "mps", "cuda") and not (kind == "cuda" and index.isdecimal()):
-        raise UserError(f"--device {name}: give auto, cpu, mps, cuda or cuda:1")
-    if (kind == "cuda" and int(index or 0) >= cuda) or (kind == "mps" and not mps):
-        raise UserError(f"--device {name}: this torch sees {cuda} CUDA GPU(s) and {'an' if mps else 'no'} Apple GPU; use --device auto")
-    return torch.device(name)
-
 
 def build(meta):
     """(model, schedule, space) from a checkpoint's meta: the one place that turns its names into objects."""

@@ -10,7 +10,7 @@ The loop below is the whole program; every other file exists to make one of its 
                 batch; k processes x one shard and one process x k shards (--micro-batch) therefore take the same step, and nothing
                 about randomness has to be saved for an exact resume
     progress    step / plan in [0, 1] drives learning rate and mask ratio. `--minutes` is turned into a plan after 20 timed steps
-    files       runs/NAME/: config.json, log.csv, loss.png, samples/000500.png, last.pt and 000500.pt (DESIGN: all plain data)
+    files       runs/NAME/: config.json, log.csv, loss.png, samples/000500.png, last.pt and 000500.pt (checkpoint.py)
 
 Shapes: B images per shard, C channels, h x w tokens, t in [0, 1]; x uint8 -> [-1, 1], z what the space makes of it.
 """
@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import signal
 import time
 from contextlib import nullcontext
@@ -37,8 +36,9 @@ from tqdm import tqdm
 from checkpoint import LATEST, VERSION, draw_loss, keep_copy, name_newest, newest, open_log, read_checkpoint, save_atomic
 from data import UserError, command_line, grid, holdout, load_images, to_float, to_uint8
 from losses import RECON_TARGETS, WEIGHTS, build_objective
+from machine import amp_type, start_machine
 from mask import POLICIES, RATIOS, draw, ratio_at, visible_count
-from sample import Loaded, build, pick_device, run, sample, seeded
+from sample import Loaded, build, run, sample, seeded
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
 from vae import SPACES
 from vit import MODELS
@@ -191,62 +191,6 @@ def merge(options, given, stage):
     return options(**(kept | {k: v for k, v in given.items() if k in FREE} | dict(out=str(out)))), ckpt
 
 
-# --- machine -------------------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Machine:
-    """Which process this is among how many, and what it computes on."""
-    rank: int
-    world: int
-    local_world: int
-    device: torch.device
-
-    def reduce(self, value, how=dist.ReduceOp.SUM):
-        """The sum (or maximum) of a number over all processes, as a float."""
-        if self.world > 1:
-            value = torch.tensor([float(value)], dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
-            dist.all_reduce(value, how)
-        return float(value)
-
-    def from_first(self, value):
-        """The first process's number, everywhere."""
-        return self.reduce(value if self.rank == 0 else 0.0)
-
-
-def start_machine(o):
-    """Join the other processes of torchrun, if there are any, and choose device and threads."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    device = pick_device(o.device)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if local_world > torch.cuda.device_count():
-            raise UserError(f"{local_world} processes but {torch.cuda.device_count()} GPU(s): give torchrun --nproc_per_node={torch.cuda.device_count()}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")                              # TF32 where float32 is left
-    if o.threads or world > 1:                                                  # torchrun sets OMP_NUM_THREADS=1 unasked
-        torch.set_num_threads(o.threads or max(1, len(os.sched_getaffinity(0)) // local_world if hasattr(os, "sched_getaffinity") else 1))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Machine(rank, world, local_world, device)
-
-
-def amp_type(amp, device):
-    """The autocast type, or None for float32. auto: bfloat16 where it is fast, on CPUs only with AVX512-BF16 (elsewhere it is 40 to
-    500 times slower), never float16."""
-    if amp == "fp16" and device.type != "cuda":
-        raise UserError("--amp fp16 needs a CUDA GPU; use --amp auto")
-    if amp in ("bf16", "fp16"):
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    if amp == "off" or device.type == "mps":
-        return None
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private names: absent means no
-    return torch.bfloat16 if fast and getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)() else None
-
-
 # --- one number that compares runs ---------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -296,7 +240,7 @@ TOO_MANY = 20                                                                   
 def train(o, ckpt=None, first=None, stage="train"):
     """Train with options `o`. ckpt: a checkpoint to continue exactly. first: (state dict, meta) of a first stage to start from."""
     check(o)
-    machine = start_machine(o)
+    machine = start_machine(o.device, o.threads)
     rank, world, device = machine.rank, machine.world, machine.device
     micro = o.micro_batch or max(1, o.batch // world)
     if o.batch % (micro * world):

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from losses import build_objective  # noqa: E402
+from machine import pick_device  # noqa: E402
 from mask import draw  # noqa: E402
-from sample import pick_device  # noqa: E402
 from schedules import SCHEDULES, times  # noqa: E402
 from vit import MODELS, ViT  # noqa: E402
 

@@ -213,7 +213,7 @@ def test_guidance_1_is_conditional_and_0_unconditional_bit_for_bit_each_in_one_p
 
 def test_guidance_extrapolates_from_the_unconditional_guess():
     loaded = tiny(classes=2)
-    net, labels = loaded.model, torch.tensor([0, 1])
+    labels = torch.tensor([0, 1])
     ends = [S.sample(loaded, 2, 1, labels=labels, cfg=cfg) for cfg in (0.0, 1.0, 0.5)]
     inside = (ends[0].abs() < 1) & (ends[1].abs() < 1) & (ends[2].abs() < 1)          # one step is linear in the guess where nothing clips
     assert inside.float().mean() > 0.3

@@ -21,6 +21,7 @@ import vae
 from checkpoint import save_atomic
 from conftest import ROOT
 from data import UserError
+from machine import amp_type
 from vae import PixelSpace
 from vit import ViT
 
@@ -481,8 +482,8 @@ def test_stage_two_holds_out_the_same_images_and_draws_other_noise(photos, monke
 
 
 def test_automatic_precision_is_never_fp16():
-    assert train.amp_type("auto", torch.device("cpu")) in (torch.bfloat16, None)
-    assert train.amp_type("off", torch.device("cpu")) is None and train.amp_type("bf16", torch.device("cpu")) == torch.bfloat16
+    assert amp_type("auto", torch.device("cpu")) in (torch.bfloat16, None)
+    assert amp_type("off", torch.device("cpu")) is None and amp_type("bf16", torch.device("cpu")) == torch.bfloat16
 
 
 def test_the_gradient_is_clipped_to_its_largest_norm(photos):

@@ -1,0 +1,82 @@
+"""Machine: which process this is among how many, what it computes on and how precisely.
+
+The idea. The same file runs on a laptop and on many GPUs because only this file knows the difference. torchrun starts k processes and tells
+each its number in the environment; they meet here, and from then on exchange three things: gradients (DistributedDataParallel averages
+them, in train.py), a few numbers for the log and the plan (`reduce`), and the wish to stop. Mixed precision is autocast in bfloat16 where
+the hardware has it, weights and optimizer stay in float32; float16 needs a GradScaler and is never chosen by itself.
+"""
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from data import UserError
+
+
+def pick_device(name="auto"):
+    """auto: cuda, else mps, else cpu. UserError for a device that this machine does not have."""
+    cuda, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    kind, _, index = name.partition(":")
+    if name not in ("cpu", "mps", "cuda") and not (kind == "cuda" and index.isdecimal()):
+        raise UserError(f"--device {name}: give auto, cpu, mps, cuda or cuda:1")
+    if (kind == "cuda" and int(index or 0) >= cuda) or (kind == "mps" and not mps):
+        raise UserError(f"--device {name}: this torch sees {cuda} CUDA GPU(s) and {'an' if mps else 'no'} Apple GPU; use --device auto")
+    return torch.device(name)
+
+
+@dataclass
+class Machine:
+    """Which process this is among how many, and what it computes on."""
+    rank: int
+    world: int
+    local_world: int
+    device: torch.device
+
+    def reduce(self, value, how=dist.ReduceOp.SUM):
+        """The sum (or maximum) of a number over all processes, as a float."""
+        if self.world > 1:
+            value = torch.tensor([float(value)], dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
+            dist.all_reduce(value, how)
+        return float(value)
+
+    def from_first(self, value):
+        """The first process's number, everywhere."""
+        return self.reduce(value if self.rank == 0 else 0.0)
+
+
+def start_machine(device="auto", threads=0):
+    """Join the other processes of torchrun, if there are any, and choose device and threads. -> Machine. UserError for more processes than GPUs."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    device = pick_device(device)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if local_world > torch.cuda.device_count():
+            raise UserError(f"{local_world} processes but {torch.cuda.device_count()} GPU(s): give torchrun --nproc_per_node={torch.cuda.device_count()}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                              # TF32 where float32 is left
+    if threads or world > 1:                                                    # torchrun sets OMP_NUM_THREADS=1 unasked
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(threads or max(1, cores // local_world))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Machine(rank, world, local_world, device)
+
+
+def amp_type(amp, device):
+    """The autocast type, or None for float32. auto: bfloat16 where it is fast, on CPUs only with AVX512-BF16 (elsewhere it is 40 to
+    500 times slower), never float16."""
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError("--amp fp16 needs a CUDA GPU; use --amp auto")
+    if amp in ("bf16", "fp16"):
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    if amp == "off" or device.type == "mps":
+        return None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private names: absent means no
+    return torch.bfloat16 if fast and getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)() else None
