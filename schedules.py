@@ -44,8 +44,7 @@ class Schedule:
     def at(self, t, like):
         """(a, b, e_1, ...) at times t, shaped to multiply the images `like` (B, C, H, W), in their type and on their device."""
         t = _float64(t)
-        shape = (-1,) + (1,) * (like.dim() - 1)
-        return [f(t).reshape(shape).to(like.dtype).to(like.device) for f in (self.a, self.b, *self.slopes)]
+        return [per_image(f(t), like) for f in (self.a, self.b, *self.slopes)]
 
     def scale(self, t):
         """1 / sqrt V, float64: the network's input `scale(t) * x_t` has unit variance at every t. [EDM] c_in."""
@@ -124,20 +123,23 @@ class Schedule:
         """The analytic transition x_t -> x_s for any 0 <= s < t <= 1, given the image x0 (and slopes K_j, if the schedule has any).
 
         Exact for the true x0: a step to s = 0 returns x0, from any t. churn in [0, 1]; churn > 0 needs `noise` ~ N(0, I)."""
-        shape = (-1,) + (1,) * (zt.dim() - 1)
-        cast = lambda v: v.reshape(shape).to(zt.dtype).to(zt.device)
         a_t, _, *e_t = self.at(t, zt)
         a_s, b_s, *e_s = self.at(s, zt)
         kept = self.kept(t, s, churn)
         # b_s sqrt(1-k) eps with eps = (x_t - a_t x0) / b_t: the ratio b_s / b_t in float64, for b_t may be too small for float32
-        ratio = cast(self.b(_float64(s)) / self.b(_float64(t)) * kept.sqrt())
+        ratio = per_image(self.b(_float64(s)) / self.b(_float64(t)) * kept.sqrt(), zt)
         zs = a_s * x0 + ratio * (zt - a_t * x0 - sum(e * K for e, K in zip(e_t, slopes))) + sum(e * K for e, K in zip(e_s, slopes))
-        return zs + b_s * cast((1 - kept).sqrt()) * noise if churn > 0 else zs
+        return zs + b_s * per_image((1 - kept).sqrt(), zt) * noise if churn > 0 else zs
 
     def eps(self, zt, x0, t, slopes=()):
         """The noise that makes x_t of this image: (x_t - a x0 - sum e_j K_j) / b, for t > 0."""
         a, b, *e = self.at(t, zt)
         return (zt - a * x0 - sum(ej * Kj for ej, Kj in zip(e, slopes))) / b
+
+
+def per_image(v, like):
+    """One number per image (B,), or one for all, shaped to multiply the images `like` (B, C, H, W), in their type and on their device."""
+    return v.reshape((-1,) + (1,) * (like.dim() - 1)).to(like.dtype).to(like.device)         # type first: MPS has no float64
 
 
 def _float64(t):

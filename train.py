@@ -205,13 +205,13 @@ def validate(model, images, schedule, space, predict, device, amp, n=256, levels
         x, y = images.take(torch.arange(lo, min(lo + 64, n, len(images))))
         z = space.encode(to_float(x).to(device))
         noise = schedule.noise(z.cpu(), seeded(1, lo)).to(device)
-        t = ts[(lo + torch.arange(len(z))) % levels].to("cpu" if device.type == "mps" else device)
+        t = ts[(lo + torch.arange(len(z))) % levels]
         zt = schedule.corrupt(z, noise, t)
         with amp():
             out = model(zt, t, y.to(device) if model.embed_class is not None else None)
         x0, _ = schedule.split(out, zt, t, predict)
         known = (schedule.b(t) * schedule.s * schedule.scale(t)) ** 2
-        errors.append(((x0 - z) ** 2).mean((1, 2, 3)).double().cpu() / known.cpu())
+        errors.append(((x0 - z) ** 2).mean((1, 2, 3)).cpu().double() / known)
     return torch.cat(errors).mean().item()
 
 

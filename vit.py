@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mask import patchify, unpatchify
+from schedules import per_image
 
 MODELS = {                                                                      # parameters without classes and decoder
     "tiny": dict(width=192, depth=6, heads=3, decoder_width=128),               # 4 M, this project's own
@@ -152,7 +153,7 @@ class ViT(nn.Module):
         """zt (B, C, H, W) at times t (B,), labels y (B,) int64 with -1 for "no label", mask m or None, condition (B, C', H, W)
         in [-1, 1] or None  ->  (B, C_out, H, W), zero at hidden patches unless there is a decoder."""
         h, w = zt.shape[2] // self.p, zt.shape[3] // self.p
-        c_in = self.schedule.scale(t).reshape(-1, 1, 1, 1).to(zt)
+        c_in = per_image(self.schedule.scale(t), zt)
         u = self.embed(patchify(c_in * zt, self.p)) if m is None else self.embed(m.gather(patchify(c_in * zt, self.p)))
         if self.embed_cond is not None:                                         # never noised, dropped with its patch
             cond = patchify(cond, self.p)
@@ -161,7 +162,7 @@ class ViT(nn.Module):
         u = u + (place if m is None else place[m.keep])                                                              # (B, K, D)
 
         clock = 1000 * self.schedule.angle(t) / (math.pi / 2)                   # the noise level as an angle: finite everywhere
-        c = self.embed_time(sincos(clock.to(zt.device, torch.float32), 256)).expand(len(zt), -1)                     # (B, D)
+        c = self.embed_time(sincos(clock.float().to(zt.device), 256)).expand(len(zt), -1)                     # (B, D)
         if self.embed_class is not None and y is not None:
             c = c + self.embed_class(y.clamp(min=0)) * (y >= 0)[:, None]        # "no label" is the zero vector [MaskDiT]
 
