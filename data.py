@@ -3,6 +3,8 @@
 Whatever the source, the result is one thing: `Images`, n square pictures of one size as uint8, with a class number each.
 
     take(indices) -> x (B, C, S, S) uint8 0..255,  y (B,) int64          y is 0 where there are no classes
+                     x (B, C + 1, S, S) with `targets`: the last channel is the picture's map (edges, saliency, ...), cut and
+                     resized like the picture, so that whatever is done to one is done to both
     to_float      x / 127.5 - 1                in [-1, 1]: what a model sees
     to_uint8      round(127.5 x + 127.5)       its inverse on all 256 values, because it rounds and does not truncate
 
@@ -189,17 +191,51 @@ class Cifar:
         return Image.fromarray(self.pixels[int(name.split("/")[1])].transpose(1, 2, 0))
 
 
+class Paired:
+    """A source of pictures, and for each a map in another source: the one of the same path without its ending, else of the same file stem
+    (the layout of DUTS and BSDS: images/a.jpg, masks/a.png). UserError when two maps lay claim to one stem and a picture needs it."""
+
+    def __init__(self, source, maps):
+        self.source, self.maps, self.path, self.names = source, maps, source.path, source.names
+        self.by_path, self.by_stem = {}, {}
+        for name in maps.names:
+            self.by_path[name.rpartition(".")[0]] = name
+            self.by_stem.setdefault(Path(name).stem, []).append(name)
+
+    def picture(self, name):
+        return self.source.picture(name)
+
+    def map(self, name):
+        """The map of picture `name`, opened. LookupError, in words for the user, where there is none or no single one."""
+        stem = name.rpartition(".")[0].rpartition("/")[2]
+        same = [self.by_path[name.rpartition(".")[0]]] if name.rpartition(".")[0] in self.by_path else self.by_stem.get(stem, [])
+        if len(same) != 1:
+            raise LookupError(f"{len(same) or 'no'} target{'s' * (len(same) > 1)} {stem}.* in {self.maps.path}")
+        return self.maps.picture(same[0])
+
+
+def read(source, name, size, gray=False):
+    """Picture `name` of a source -> uint8 (C, size, size); of a Paired one (C + 1, size, size), the map last."""
+    with source.picture(name) as picture:
+        x = square(picture, size, gray)
+    if isinstance(source, Paired):
+        with source.map(name) as picture:
+            x = np.concatenate([x, square(picture, size, gray=True)])
+    return x
+
+
 # --- a data set --------------------------------------------------------------------------------------------------------------
 
 class Images:
     """A data set at one size; load_images makes it.
 
-    .n = len(), .size, .channels, .classes (names, [] when unlabelled), .skipped (names of files that could not be read).
+    .n = len(), .size, .channels (of a picture), .maps (0, or 1 channel more), .classes (names, [] when unlabelled), .skipped (names of
+    files that could not be read).
     Image i is row rows[i] of the pixels (n, C, S, S) in memory, which subsets share, or else of the source's names.
     """
 
-    def __init__(self, size, channels, labels, classes=(), pixels=None, source=None):
-        self.size, self.channels, self.labels, self.classes = size, channels, labels, list(classes)
+    def __init__(self, size, channels, labels, classes=(), pixels=None, source=None, maps=0):
+        self.size, self.channels, self.maps, self.labels, self.classes = size, channels, maps, labels, list(classes)
         self.pixels, self.source = pixels, source
         self.rows, self.skipped, self.warned = torch.arange(len(labels)), [], set()
 
@@ -215,7 +251,7 @@ class Images:
         return other
 
     def take(self, indices):
-        """1-D indices (B) -> x uint8 (B, C, S, S), y int64 (B,), zeros where there are no classes."""
+        """1-D indices (B) -> x uint8 (B, C + maps, S, S), y int64 (B,), zeros where there are no classes."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if self.pixels is not None:
             return self.pixels[self.rows[indices]], self.labels[self.rows[indices]]
@@ -225,12 +261,11 @@ class Images:
     __getitems__ = take                                                # what a DataLoader calls for a batch
 
     def decode(self, i):
-        """Image i from its file -> array (C, S, S), its row. A file that broke since it was listed gives way to the next one."""
+        """Image i from its file -> array (C + maps, S, S), its row. A file that broke since it was listed gives way to the next one."""
         for row in self.rows.roll(-i).tolist():
             name = self.source.names[row]
             try:
-                with self.source.picture(name) as picture:
-                    return square(picture, self.size, self.channels == 1), row
+                return read(self.source, name, self.size, self.channels == 1), row
             except Exception as error:
                 if name not in self.warned:
                     print(f"{name} cannot be read ({reason(error)}): the next image takes its place", file=sys.stderr)
@@ -257,12 +292,27 @@ def leave_signals_to_parent(worker):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=None, progress=True, seed=0, count=None):
+EXACT = ("edges", "saliency")                                          # what is known of the built-in faces, by their names in faces.Faces
+
+
+def open_images(path):
+    """A folder, .zip or cifar-10-python.tar.gz -> a source. UserError for anything else."""
+    given, path = path, Path(path).expanduser()
+    if not str(given) or not path.exists():
+        raise UserError(f"{given or 'an empty name'}: there is no such file or folder; give a folder, a .zip or 'faces'")
+    kind = Folder if path.is_dir() else Zip if path.suffix.lower() == ".zip" else Cifar if path.name.endswith(".tar.gz") else None
+    if kind is None:
+        raise UserError(f"{path}: is no folder, .zip or cifar-10-python.tar.gz; put the images into a folder")
+    return kind(path)
+
+
+def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=None, progress=True, seed=0, count=None, targets=None):
     """source -> Images of size x size pixels in 1 channel if gray, else 3.
 
     source    a folder, a .zip, cifar-10-python.tar.gz, or "faces": `count` drawn ones (8192 if None), others for another seed
     labels    a class per first-level subfolder, in the order of their names; for faces their expression
     cache_gb  pixels are kept in memory when they need no more than this many 10^9 bytes, else decoded whenever they are taken
+    targets   a map for each picture, as one channel more: a folder or .zip with files of the same stems; for faces "edges" or "saliency"
     threads   how many decode (default: a few per core, Pillow releases the interpreter's lock); progress: show a bar
     UserError when the source is missing, of another kind or empty, and when more than 1 % and more than 10 files are broken.
     """
@@ -276,14 +326,14 @@ def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=No
             raise UserError(f"--data faces: {error}") from None
         luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)       # the weights of Pillow's mode L
         pixels = (faces.pixels * luma).sum(1, keepdim=True).round().byte() if gray else faces.pixels
-        return Images(size, channels, faces.labels * labels, EXPRESSIONS if labels else [], pixels)
-    if not str(source) or not path.exists():
-        raise UserError(f"{source or 'an empty name'}: there is no such file or folder; give a folder, a .zip or 'faces'")
-    kind = Folder if path.is_dir() else Zip if path.suffix.lower() == ".zip" else Cifar if path.name.endswith(".tar.gz") else None
-    if kind is None:
-        raise UserError(f"{path}: is no folder, .zip or cifar-10-python.tar.gz; put the images into a folder")
-    source = kind(path)
-    names, n = source.names, len(source.names)
+        if targets is not None and targets not in EXACT:
+            raise UserError(f"--targets {targets}: the built-in faces have maps of their own ({', '.join(EXACT)}); leave it out, or give --data")
+        pixels = torch.cat([pixels, getattr(faces, targets)], 1) if targets else pixels
+        return Images(size, channels, faces.labels * labels, EXPRESSIONS if labels else [], pixels, maps=int(targets is not None))
+    source = open_images(source)
+    if targets is not None:
+        source = Paired(source, open_images(targets))
+    names, n, maps = source.names, len(source.names), int(targets is not None)
     if n == 0:
         raise UserError(f"{path}: holds no images ({' '.join(EXTENSIONS)}); is it the right place?")
     folders = [name.rpartition("/")[0].partition("/")[0] if labels else "" for name in names]
@@ -292,15 +342,18 @@ def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=No
     classes = sorted(set(folders))
     y = torch.tensor([{name: i for i, name in enumerate(classes)}[folder] for folder in folders])
 
-    cached = n * channels * size * size <= cache_gb * 1e9
-    pixels = torch.empty(n, channels, size, size, dtype=torch.uint8) if cached else None
+    cached = n * (channels + maps) * size * size <= cache_gb * 1e9
+    pixels = torch.empty(n, channels + maps, size, size, dtype=torch.uint8) if cached else None
 
     def visit(i):
         """Decode image i into its place, or only look at its header -> None, or why it cannot be read."""
         try:
-            with source.picture(names[i]) as picture:
-                if cached:
-                    pixels[i] = torch.from_numpy(square(picture, size, gray))
+            if cached:
+                pixels[i] = torch.from_numpy(read(source, names[i], size, gray))
+            else:
+                source.picture(names[i]).close()
+                if maps:
+                    source.map(names[i]).close()
         except Exception as error:                                     # on damaged files decoders raise nearly everything
             return reason(error)
 
@@ -312,7 +365,7 @@ def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=No
         for some in pool.map(lambda at: [visit(i) for i in range(at, min(at + 32, n))], range(0, n, 32)):
             failures += some
             bar.update(len(some))
-    images = Images(size, channels, y, classes if labels else [], pixels, source)
+    images = Images(size, channels, y, classes if labels else [], pixels, source, maps)
     images.rows = torch.tensor([i for i in range(n) if failures[i] is None])
     images.skipped = [names[i] for i in range(n) if failures[i] is not None]
     if images.skipped:

@@ -9,6 +9,7 @@ better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
     python train.py --mask 0.9 --minutes 4 && python finetune.py --minutes 2      # the newest run, all tokens visible
     python finetune.py --from runs/A/last.pt --data photos/ --fraction 0.1        # to other data, a tenth of it [MaskDM transfer]
     python finetune.py --mask-from 0.5 --mask 0 --ramp cosine4                    # a falling ratio [MaskDiT]
+    python finetune.py --task superres                                            # to a task: the condition's embedding starts at zero
 
 Network, schedule, prediction, space, data and batch are the first stage's unless a flag says otherwise.
 """
@@ -22,7 +23,7 @@ from train import Options, make_parser, merge, option
 
 FIXED = ("predict", "space", "vae", "model", "patch", "skips", "decoder")              # cannot change: the weights would mean something else
 # What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.
-INHERITED = FIXED + ("data", "val", "seed", "size", "gray", "flip", "policy", "block", "schedule", "weighting", "time_sampling",
+INHERITED = FIXED + ("data", "task", "targets", "val", "seed", "size", "gray", "flip", "policy", "block", "schedule", "weighting", "time_sampling",
                      "labels", "label_dropout", "batch", "micro_batch", "cache_gb", "workers", "amp")
 
 
@@ -44,9 +45,11 @@ def main(argv=None):
     for name in FIXED:
         if name in given and given[name] != first["config"][name]:
             raise UserError(f"--{name} {given[name]}: {source} was trained with {first['config'][name]}, and its weights fit nothing else")
-    inherited = {name: first["config"][name] for name in INHERITED}
+    inherited = {name: first["config"][name] for name in INHERITED if name in first["config"]}
     if given.get("labels") is False:
         del inherited["label_dropout"]
+    if {"task", "data"} & given.keys():                                         # maps belong to the task and the data that they were made for
+        del inherited["targets"]
     length = {} if "steps" in given or "minutes" in given else dict(minutes=2.0)
     o = TuneOptions(**(inherited | length | given | dict(from_=source, out=o.out)))
     print(f"from {source}, step {first['step']}, {'averaged' if o.weights == 'ema' else 'raw'} weights")

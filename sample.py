@@ -10,10 +10,13 @@ any earlier s exactly as it would for that image. Guess, step, guess again:
 
 One step gives the mean of all images, more steps give detail; `--steps` counts network calls. A second-order solver is a better x0 for
 the same step (SOLVERS). Sampling runs on all tokens: a model trained on a tenth of them is simply handed the rest. Labels are guided by out = u + scale (c - u) (2207.12598) in one
-doubled batch. Every image has a seed of its own, so it does not depend on the batch that it was made in.
+doubled batch. Every image has a seed of its own, so it does not depend on the batch that it was made in. A condition (tasks.py) is shown
+at every call; where it is larger than the training's images, the network sees overlapping tiles and its outputs are averaged (2302.08113).
 
     python sample.py --steps 10                              # newest run -> samples.png
     python sample.py --n 5000 --out samples.zip              # for fid.py; also a folder or .npz
+    python sample.py --task inpaint --input photos/          # a model trained with --task restores your own pictures, of any size
+    python sample.py --trace trace.png                       # x_t and the guess of x0 at every call
     from sample import load, sample; images = sample(load("runs/NAME/last.pt"), n=16, steps=10)        # (16, C, H, W) in [-1, 1]
 
 Shapes: B batch, C channels; x_t (B, C, H, W); t in [0, 1].
@@ -21,20 +24,20 @@ Shapes: B batch, C channels; x_t (B, C, H, W); t in [0, 1].
 import math
 import os
 import sys
-import zipfile
 from dataclasses import dataclass, replace
-from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import ImageOps
 from tqdm import tqdm
 
 from checkpoint import newest, read_checkpoint
-from data import UserError, command_line, grid, to_uint8
-from machine import pick_device
+from data import Paired, UserError, command_line, flatten, open_images, to_float, to_uint8
+from machine import amp_type, pick_device
+from pictures import Trace, Writer
 from schedules import SCHEDULES
+from tasks import TASKS, draw_holes, fold, strip
 from vae import SPACES
 from vit import ViT
 
@@ -148,18 +151,53 @@ def denoise(look, zt, ts, schedule, solver="analytic", calls=None, churn=0.0, no
     return zt
 
 
+class Tiled:
+    """A network for images of one side as a network for larger ones: overlapping tiles, each seen as if it were alone, and their outputs
+    averaged under a window that falls off towards a tile's border [MultiDiffusion, 2302.08113]. One call for all tiles, so that a whole
+    picture is sampled at once: tiles that were sampled one by one would not fit together. side: of a tile, in places of z; batch: tiles at once."""
+
+    def __init__(self, model, side, batch=64):
+        self.model, self.side, self.batch = model, side, batch
+        edge = torch.arange(1, side + 1, dtype=torch.float32).minimum(torch.arange(side, 0, -1, dtype=torch.float32))
+        self.window = edge[:, None] * edge[None, :]                                                                  # (side, side)
+
+    def starts(self, length):
+        """Where tiles begin along an axis: they overlap by at least half and end with the picture."""
+        steps = math.ceil(2 * (length - self.side) / self.side)
+        return [round(i * (length - self.side) / max(steps, 1)) for i in range(steps + 1)]
+
+    def __call__(self, zt, t, y=None, m=None, cond=None):
+        """As ViT.forward without a mask: zt (B, C, H, W), H and W at least `side` -> (B, C_out, H, W)."""
+        places = [(b, i, j) for b in range(len(zt)) for i in self.starts(zt.shape[2]) for j in self.starts(zt.shape[3])]
+        total, weight, window = 0, zt.new_zeros(zt.shape[0], 1, *zt.shape[2:]), self.window.to(zt)
+        for lo in range(0, len(places), self.batch):
+            some = places[lo:lo + self.batch]
+            tiles = lambda u: torch.stack([u[b, :, i:i + self.side, j:j + self.side] for b, i, j in some])
+            rows = torch.tensor([b for b, _, _ in some], device=zt.device)
+            out = self.model(tiles(zt), t[rows], None if y is None else y[rows], None, None if cond is None else tiles(cond))
+            total = total if torch.is_tensor(total) else zt.new_zeros(len(zt), out.shape[1], *zt.shape[2:])
+            for tile, (b, i, j) in zip(out, some):
+                total[b, :, i:i + self.side, j:j + self.side] += tile * window
+                weight[b, :, i:i + self.side, j:j + self.side] += window
+        return total / weight
+
+
 @torch.no_grad()
-def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solver="analytic", labels=None, cfg=1.0, batch=64, first=0):
+def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solver="analytic", labels=None, cfg=1.0, batch=64, first=0,
+           cond=None, watch=None, amp=None):
     """Images (n, C, H, W) in [-1, 1], float32 on the CPU.
 
     steps: network calls. churn in [0, 1]. time_grid, solver: names in GRIDS and SOLVERS. labels: (n,) class numbers, -1 for none; cfg: guidance scale,
     1 is plain conditional, 0 unconditional, each one pass; any other is a doubled batch. first: number of the first image, whose
-    noise is a function of (seed, number) alone. The model runs in evaluation mode on the whole, unmasked image."""
+    noise is a function of (seed, number) alone. cond (n, C', h, w): a task's condition at the size of z, at least that of the training (`restore`
+    pads and folds it). watch(t, zt, x0) is told of every network call. amp: the type for autocast of the network, None for float32; the
+    steps between its calls are in float32 in any case. The model runs in evaluation mode on the whole, unmasked image."""
     model, schedule, space = loaded.model.eval(), loaded.schedule, loaded.space
     start = schedule.start(loaded.predict)
     ts = GRIDS[time_grid](schedule, start, intervals(solver, schedule, start, steps))
     side = loaded.meta["size"] // space.factor
-    shape = (space.channels, side, side)
+    shape = (space.channels, side, side) if cond is None else (space.channels, *cond.shape[2:])
+    model = model if shape[1:] == (side, side) else Tiled(model, side, batch)
     done = []
     for lo in range(0, n, batch):
         generators = [seeded(seed, first + i) for i in range(lo, min(lo + batch, n))]
@@ -168,23 +206,39 @@ def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solve
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(loaded.device)
 
         y = None if labels is None else torch.as_tensor(labels)[lo:lo + batch].to(loaded.device)
+        seen = None if cond is None else cond[lo:lo + batch].to(loaded.device)
 
+        @torch.autocast(loaded.device.type, amp, enabled=amp is not None)
         def net(zt, t):
             t = t.expand(len(zt))
             if y is None or cfg == 1:
-                return model(zt, t, y)
+                return model(zt, t, y, None, seen)
             if cfg == 0:
-                return model(zt, t, torch.full_like(y, -1))
-            c, u = model(torch.cat([zt, zt]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, -1)])).chunk(2)
+                return model(zt, t, torch.full_like(y, -1), None, seen)
+            twice = lambda u: None if u is None else torch.cat([u, u])
+            c, u = model(twice(zt), twice(t), torch.cat([y, torch.full_like(y, -1)]), None, twice(seen)).chunk(2)
             return u + cfg * (c - u)
 
         def look(zt, t):
             x0, n = schedule.split(net(zt, t), zt, t, loaded.predict)
-            return x0.clamp(-1, 1) if space.name == "pixel" else x0, n.split(zt.shape[1], 1)[1:]
+            x0 = x0.clamp(-1, 1) if space.name == "pixel" else x0
+            if watch:
+                watch(t, zt, x0)
+            return x0, n.split(zt.shape[1], 1)[1:]
 
         z = denoise(look, noise() * float(schedule.b(ts[0])), ts, schedule, solver, steps, churn, noise)
         done.append(space.decode(z).clamp(-1, 1).float().cpu())
     return torch.cat(done)
+
+
+def restore(loaded, cond, **how):
+    """A task's results for conditions of one size, whatever size: cond (n, C', H, W) in [-1, 1], as tasks.py makes it -> (n, C, H, W), maps
+    (n, 1, H, W). how: steps, seed, churn, ... of `sample`. What is known for certain is kept: inpainting changes the holes alone."""
+    H, W = cond.shape[2:]
+    f, side = loaded.space.factor, loaded.meta["size"]
+    bottom, right = max(side, -(-H // f) * f) - H, max(side, -(-W // f) * f) - W
+    whole = F.pad(cond, (0, right, 0, bottom), mode="replicate")                # a picture smaller than a tile goes on with its border
+    return TASKS[loaded.meta["task"]].finish(sample(loaded, len(cond), cond=fold(whole, f), **how)[:, :, :H, :W], cond)
 
 
 # --- from a checkpoint to a model ------------------------------------------------------------------------------------------------------------------
@@ -204,69 +258,32 @@ def load(path=None, weights="ema", device="auto"):
     model, schedule, space = build(ckpt["meta"])
     model.load_state_dict(ckpt[weights])
     device = pick_device(device)
-    return Loaded(model.to(device).eval(), schedule, space, ckpt["meta"]["predict"], ckpt["meta"] | dict(step=ckpt["step"]), device)
+    meta = dict(task="generate") | ckpt["meta"] | dict(step=ckpt["step"])
+    return Loaded(model.to(device).eval(), schedule, space, meta["predict"], meta, device)
 
 
 # --- the command -------------------------------------------------------------------------------------------------------------------
 
-def png(pixels):
-    """uint8 (C, H, W) -> the bytes of a PNG."""
-    array = pixels.permute(1, 2, 0).numpy()
-    buffer = BytesIO()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-class Writer:
-    """Where samples go, by the name of --out: a .png grid, a .npz, a .zip of PNGs, or a folder of PNGs, written as they come."""
-
-    def __init__(self, out, columns=None):
-        self.out, self.columns, self.kept, self.n = Path(out), columns, [], 0
-        self.kind = self.out.suffix.lower() or "folder"
-        if self.kind not in (".png", ".npz", ".zip", "folder"):
-            raise UserError(f"--out {out}: give a name that ends with .png, .npz or .zip, or that has no ending for a folder")
-        if self.kind == "folder":
-            if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-                raise UserError(f"--out {self.out} exists and is not an empty folder: old images would be mixed with new ones; give another name")
-            self.out.mkdir(parents=True, exist_ok=True)
-        else:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            open(self.out, "ab").close()                                        # what cannot be written is told now, not after the work
-        self.zip = zipfile.ZipFile(self.out, "w") if self.kind == ".zip" else None
-
-    def add(self, images):
-        """uint8 (B, C, H, W)."""
-        for image in images:
-            if self.kind == "folder":
-                (self.out / f"{self.n:06d}.png").write_bytes(png(image))
-            elif self.kind == ".zip":
-                self.zip.writestr(f"{self.n:06d}.png", png(image))
-            else:
-                self.kept.append(image)
-            self.n += 1
-
-    def close(self):
-        if self.kind == ".zip":
-            self.zip.close()
-        elif self.kind == ".png":
-            grid(torch.stack(self.kept), self.columns).save(self.out)
-        elif self.kind == ".npz":
-            np.savez_compressed(self.out, images=torch.stack(self.kept).permute(0, 2, 3, 1).numpy())
-
-
 def parser():
-    p = command_line("Sample images from a trained model.")
+    p = command_line("Sample images from a trained model, or restore your own with one that was trained for a task.")
     p.add_argument("--ckpt", default=None, help="a checkpoint or a run's folder; the newest run when left out")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights or the raw ones")
-    p.add_argument("--n", type=int, default=16, help="how many images")
+    p.add_argument("--n", type=int, default=None, help="how many images; 16, or with --input all of them")
     p.add_argument("--steps", type=int, default=10, help="network calls per image")
     p.add_argument("--churn", type=float, default=0.0, help="share of fresh noise per step: 0 deterministic, 1 the posterior")
     p.add_argument("--time-grid", choices=GRIDS, default="uniform", help="where the steps lie")
     p.add_argument("--solver", choices=SOLVERS, default="analytic", help="analytic is first order; heun and dpm++ are second")
     p.add_argument("--label", default=None, help="class name or number; all classes in turn when left out")
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale: 1 plain conditional, 0 unconditional")
+    p.add_argument("--task", choices=TASKS, default=None, help="what the model must have been trained for; its own task when left out")
+    p.add_argument("--input", default=None, help="for a task: a folder or .zip of your own pictures, of any size")
+    p.add_argument("--holes", default=None, help="for inpaint: a folder or .zip of masks of the same file stems, white where the hole is, or random; "
+                   "transparent pixels of --input when left out")
+    p.add_argument("--targets", default=None, help="for a task: what should come out, a folder or .zip of the same file stems, to be compared with")
+    p.add_argument("--trace", default=None, help="a .png of x_t and of the guess of x0 at every call, for the first two images")
     p.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i); -1 picks a seed and prints it")
-    p.add_argument("--batch", type=int, default=64, help="images made at once; the result does not depend on it")
+    p.add_argument("--batch", type=int, default=64, help="images (or tiles of a large one) made at once; the result does not depend on it")
+    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision of the network; auto: bf16 where the hardware has it")
     p.add_argument("--out", default="samples.png", help="a .png grid, a .npz, a .zip of PNGs, or a folder of PNGs")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return p
@@ -282,10 +299,10 @@ def class_number(name, classes):
     raise UserError(f"--label {name}: " + (f"the classes are {known}" if classes else "this model was trained without labels"))
 
 
-def main(argv=None):
-    args = parser().parse_args(argv)
+def check(args):
+    """Refuse, before any work, what cannot be."""
     for name in ("n", "steps", "batch"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not 0 <= args.churn <= 1:
         raise UserError(f"--churn {args.churn}: must be between 0 and 1")
@@ -293,25 +310,118 @@ def main(argv=None):
         raise UserError(f"--cfg {args.cfg}, --seed {args.seed}: must be finite, and the seed have less than 64 bits")
     if args.churn and args.solver != "analytic":
         raise UserError(f"--solver {args.solver} follows the deterministic path: use it with --churn 0, or --solver analytic")
+    if args.trace and not args.trace.lower().endswith(".png"):
+        raise UserError(f"--trace {args.trace}: give a name that ends with .png")
+    if args.input is None and (args.holes or args.targets):
+        raise UserError(f"--{'holes' if args.holes else 'targets'} goes with --input, the pictures to work on")
+    if args.input is not None and args.out.lower().endswith(".npz"):
+        raise UserError(f"--out {args.out}: pictures of different sizes do not fit into a .npz; give a .png, a .zip or a folder")
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check(args)
     loaded = load(args.ckpt, args.weights, args.device)
-    classes = loaded.meta["classes"]
+    classes, task = loaded.meta["classes"], loaded.meta["task"]
+    if args.task not in (None, task):
+        raise UserError(f"--task {args.task}: this model was trained for {task}; give --ckpt of one that was trained with train.py --task {args.task}")
+    if (task == "generate") != (args.input is None):
+        raise UserError("--input: this model was trained to generate, from nothing; train one for it (train.py --task superres, inpaint, ...)"
+                        if task == "generate" else f"this model was trained for {task}: give the pictures to work on, --input FOLDER")
+    if args.holes and task != "inpaint":
+        raise UserError(f"--holes: this model was trained for {task}, not to inpaint")
     if args.label is None and args.cfg != 1 and not classes:
         raise UserError(f"--cfg {args.cfg}: this model was trained without labels, there is nothing to guide")
-    if args.label is not None:
-        labels = torch.full((args.n,), class_number(args.label, classes))
-    else:
-        labels = torch.arange(args.n) % len(classes) if classes else None
     seed = args.seed if args.seed >= 0 else int(torch.seed() % 2**31)
-    writer = Writer(args.out, columns=len(classes) if classes and args.label is None and len(classes) <= 16 else None)
-    for lo in tqdm(range(0, args.n, args.batch), desc="sampling", unit="batch", disable=args.n <= args.batch):
-        hi = min(lo + args.batch, args.n)
-        images = sample(loaded, hi - lo, args.steps, seed, args.churn, args.time_grid, args.solver,
-                        None if labels is None else labels[lo:hi], args.cfg, args.batch, first=lo)
+    how = dict(steps=args.steps, seed=seed, churn=args.churn, time_grid=args.time_grid, solver=args.solver, cfg=args.cfg, batch=args.batch,
+               amp=amp_type(args.amp, loaded.device))
+    label = None if args.label is None else class_number(args.label, classes)
+    watch = Trace(loaded, 2 if args.trace else 0)
+    n, batches = generate(args, loaded, label, watch, how) if task == "generate" else work_on(args, loaded, label, watch, how)
+    if args.trace:
+        watch.draw().save(args.trace)
+        print(f"wrote {args.trace}: above x_t as the network sees it, below its guess of x0, at every call")
+    passes = " on a doubled batch" if classes and args.cfg not in (0, 1) else ""
+    print(f"wrote {n} images to {args.out}: {watch.calls // batches} network calls each{passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
+
+
+def generate(args, loaded, label, watch, how):
+    """From nothing: --n images to --out. -> (how many, in how many batches)."""
+    classes, n = loaded.meta["classes"], args.n or 16
+    labels = torch.full((n,), label) if label is not None else torch.arange(n) % len(classes) if classes else None
+    writer = Writer(args.out, columns=len(classes) if classes and label is None and len(classes) <= 16 else None)
+    begins = range(0, n, args.batch)
+    for lo in tqdm(begins, desc="sampling", unit="batch", disable=len(begins) == 1 or None):
+        hi = min(lo + args.batch, n)
+        images = sample(loaded, hi - lo, labels=None if labels is None else labels[lo:hi], first=lo, watch=watch, **how)
+        watch.done(images)
         writer.add(to_uint8(images))
     writer.close()
-    passes = 2 if labels is not None and args.cfg not in (0, 1) else 1
-    print(f"wrote {args.n} images to {args.out}: {args.steps} network calls each" + (" on a doubled batch" if passes == 2 else "")
-          + f", seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
+    return n, len(begins)
+
+
+def work_on(args, loaded, label, watch, how):
+    """A task on the user's own pictures, one by one: condition | result (| target), and scores where there are targets.
+    -> (how many, the same)."""
+    task, channels = TASKS[loaded.meta["task"]], loaded.meta["channels"]
+    source = open_images(args.input)
+    if args.targets:
+        source = Paired(source, open_images(args.targets))
+    holes = Paired(source, open_images(args.holes)) if args.holes not in (None, "random") else None
+    names = source.names[:args.n]
+    if not names:
+        raise UserError(f"--input {args.input}: holds no images")
+    writer = Writer(args.out, columns=2 + bool(args.targets))
+    scores, baseline = {}, {}
+
+    def opened(picture, what, size=None, mode="L" if channels == 1 else "RGB"):
+        """A PIL picture -> (1, C, H, W) in [-1, 1]; size: (W, H) that it must have."""
+        picture = ImageOps.exif_transpose(picture)
+        if size and picture.size != size:
+            raise UserError(f"{what} has {picture.width} x {picture.height} pixels, it should have {size[0]} x {size[1]}")
+        array = np.array(flatten(picture).convert(mode))
+        return to_float(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None])
+
+    def hole_in(name, picture, i):
+        """Where to paint, (1, 1, H, W) bool: from --holes, at random, or where the picture is transparent."""
+        if holes:
+            return opened(holes.map(name), f"the hole for {name}", picture.size, "L") > 0
+        if args.holes == "random":
+            square = draw_holes(1, max(picture.size), seeded(how["seed"], i, 1))
+            return square[:, :, :picture.height, :picture.width]
+        alpha = np.array(picture.convert("RGBA"))[:, :, 3] if picture.has_transparency_data else np.full(picture.size[::-1], 255)
+        if (alpha >= 128).all():
+            raise UserError(f"{name} has no hole: make a part of it transparent, or give --holes FOLDER (white where to paint) or --holes random")
+        return torch.from_numpy(alpha < 128)[None, None]
+
+    for i, name in enumerate(tqdm(names, desc=loaded.meta["task"], unit="picture", disable=len(names) == 1 or None)):
+        try:
+            with source.picture(name) as picture:
+                picture = ImageOps.exif_transpose(picture)
+                x = opened(picture, name)
+                cond = task.ask(x, hole_in(name, picture, i) if loaded.meta["task"] == "inpaint" else None)
+            truth = opened(source.map(name), f"the target of {name}", cond.shape[:1:-1]) if args.targets else None
+        except UserError:
+            raise
+        except Exception as error:                                              # LookupError: no target or no hole; else damage
+            raise UserError(f"{name}: {' '.join(str(error).split())}") from None
+        labels = None if not loaded.meta["classes"] else torch.tensor([-1 if label is None else label])
+        result = restore(loaded, cond, first=i, labels=labels, watch=watch, **how)
+        watch.done(result)
+        shown = list(strip(cond, result, *([truth] if args.targets else [])))
+        stem = name.rpartition(".")[0].replace("/", "_")
+        if writer.kind == ".png":
+            writer.add(shown)
+        else:
+            sheet = torch.cat(shown, 2)                                         # side by side, and the result by itself
+            writer.add([to_uint8(result[0]), sheet], [stem, f"{stem}-compare"])
+        for key, score in task.scores.items() if args.targets else ():
+            scores.setdefault(key, []).append(score(result, truth, cond))
+            baseline.setdefault(key, []).append(score(task.plain(cond), truth, cond))
+    writer.close()
+    for key in scores:
+        print(f"{key}: {np.mean(scores[key]):.3f} (without a network {np.mean(baseline[key]):.3f}), the mean over {len(names)} pictures")
+    return len(names), len(names)
 
 
 def run(command):

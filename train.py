@@ -38,8 +38,9 @@ from data import UserError, command_line, grid, holdout, load_images, to_float, 
 from losses import RECON_TARGETS, WEIGHTS, build_objective
 from machine import amp_type, start_machine
 from mask import POLICIES, RATIOS, draw, ratio_at, visible_count
-from sample import Loaded, build, run, sample, seeded
+from sample import Loaded, build, restore, run, sample, seeded
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
+from tasks import TASKS, pose, strip
 from vae import SPACES
 from vit import MODELS
 
@@ -79,6 +80,8 @@ class Options:
     recon_target: str = option("clean", "what is reconstructed", choices=RECON_TARGETS)
     space: str = option("pixel", "where diffusion happens", choices=SPACES)
     vae: str = option(None, "weights of the autoencoder for --space latent: from python vae.py, or Stable Diffusion's", kind=str)
+    task: str = option("generate", "what is predicted, and from what: a task other than generate has a condition", choices=TASKS)
+    targets: str = option(None, "maps for --task edges or saliency: a folder or .zip with the file stems of --data; the built-in faces have their own", kind=str)
     labels: bool = option(False, "condition on a class per first-level folder")
     label_dropout: float = option(0.1, "share of the labels dropped, for guidance; used with --labels")
     steps: int = option(None, "number of steps; --minutes decides when left out", kind=int)
@@ -139,6 +142,9 @@ REFUSALS = [                                                                    
     (lambda o: o.recon and not (o.mask or o.mask_from), "--recon needs --mask: there is nothing hidden to reconstruct"),
     (lambda o: o.recon_target != Options.recon_target and not o.recon, "--recon-target needs --recon, the weight of the reconstruction"),
     (lambda o: o.weighting != "plain" and o.predict != "both", "--weighting is about two heads: use --predict both"),
+    (lambda o: o.targets is not None and not TASKS[o.task].exact, "--targets are maps to predict: use them with --task edges or saliency"),
+    (lambda o: o.targets is not None and o.data == "faces", "--targets: the built-in faces have maps of their own; leave it out, or give --data"),
+    (lambda o: TASKS[o.task].needs_map and o.targets is None and o.data != "faces", "--task saliency needs --targets: a folder or .zip of maps with the file stems of --data"),
     (lambda o: not 0 <= o.label_dropout <= 1, "--label-dropout must be in [0, 1]"),
     (lambda o: o.label_dropout != Options.label_dropout and not o.labels, "--label-dropout needs --labels"),
     (lambda o: not 0 < o.fraction <= 1, "--fraction must be in (0, 1]"),
@@ -194,7 +200,7 @@ def merge(options, given, stage):
 # --- one number that compares runs ---------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def validate(model, images, schedule, space, predict, device, amp, n=256, levels=8):
+def validate(model, images, schedule, space, predict, device, amp, n=256, levels=8, task="generate"):
     """Denoising error on held-out images at fixed times and noise, all tokens visible: |x0_hat - x0|^2 in units of what a linear
     guess leaves unknown at that time (b^2 s^2 / V), averaged over `levels` equal steps of angle: 1 is as good as linear (an untrained
     `unit` model; other predictions start above). The only loss that compares mask ratios, and predictions, since x0_hat comes after `split`."""
@@ -203,12 +209,13 @@ def validate(model, images, schedule, space, predict, device, amp, n=256, levels
     errors = []
     for lo in range(0, min(n, len(images)), 64):
         x, y = images.take(torch.arange(lo, min(lo + 64, n, len(images))))
-        z = space.encode(to_float(x).to(device))
+        x, cond = pose(task, to_float(x).to(device), images.channels, space.factor, seeded(2, lo))
+        z = space.encode(x)
         noise = schedule.noise(z.cpu(), seeded(1, lo)).to(device)
         t = ts[(lo + torch.arange(len(z))) % levels]
         zt = schedule.corrupt(z, noise, t)
         with amp():
-            out = model(zt, t, y.to(device) if model.embed_class is not None else None)
+            out = model(zt, t, y.to(device) if model.embed_class is not None else None, None, cond)
         x0, _ = schedule.split(out, zt, t, predict)
         known = (schedule.b(t) * schedule.s * schedule.scale(t)) ** 2
         errors.append(((x0 - z) ** 2).mean((1, 2, 3)).cpu().double() / known)
@@ -251,6 +258,7 @@ def train(o, ckpt=None, first=None, stage="train"):
 
     # Data: every process knows the same images in the same order; held-out ones never enter training.
     settings = dict(seed=o.seed, cache_gb=o.cache_gb / machine.local_world, progress=rank == 0)
+    settings["targets"] = o.targets or (TASKS[o.task].exact if o.data == "faces" else None)
     images, held_out = holdout(load_images(o.data, o.size, o.gray, o.labels, **settings), o.val, **settings)
     if o.fraction < 1:
         images = images.subset(torch.randperm(len(images), generator=seeded(o.seed, 7))[:max(1, round(o.fraction * len(images)))])
@@ -265,10 +273,12 @@ def train(o, ckpt=None, first=None, stage="train"):
         if o.size % (space.factor * o.patch):
             raise UserError(f"--size {o.size}: must be a multiple of {space.factor * o.patch}, the autoencoder's factor {space.factor} times --patch {o.patch}")
         some, _ = images.take(torch.arange(min(len(images), 1024)))
-        meta = dict(stage=stage, schedule=o.schedule, predict=o.predict, space=o.space, channels=images.channels, size=o.size, classes=classes, vae=o.vae, vae_sha=space.sha,
-                    data_std=first[1]["data_std"] if first else space.encode(to_float(some)).double().square().mean().sqrt().item(),
+        some, _ = pose(o.task, to_float(some), images.channels, g=seeded(o.seed, 8))                # what diffusion runs on: its size is measured
+        same_kind = first and TASKS[first[1].get("task", "generate")].exact == TASKS[o.task].exact     # pictures then and now, or one kind of map
+        meta = dict(stage=stage, schedule=o.schedule, predict=o.predict, space=o.space, task=o.task, channels=images.channels, size=o.size, classes=classes, vae=o.vae, vae_sha=space.sha,
+                    data_std=first[1]["data_std"] if same_kind else space.encode(some).double().square().mean().sqrt().item(),
                     model=dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].heads(o.predict), patch=o.patch, skips=o.skips,
-                               decoder=o.decoder, classes=len(classes), **MODELS[o.model]),
+                               decoder=o.decoder, classes=len(classes), cond_channels=TASKS[o.task].channels(images.channels) * space.factor ** 2, **MODELS[o.model]),
                     plan=None, skipped=0, shards=world * accumulate)
     net, schedule, space = build(meta)
     if first:
@@ -310,9 +320,18 @@ def train(o, ckpt=None, first=None, stage="train"):
     def evaluate():
         """Validation loss, and a grid of samples on fixed noise, both from the averaged weights."""
         loaded = Loaded(averaged, schedule, space, o.predict, meta, device)
-        pictures = sample(loaded, 16, 10, labels=torch.arange(16) % len(classes) if classes else None)
-        grid(to_uint8(pictures)).save(out / "samples" / f"{step:06d}.png")
-        return validate(averaged, held_out, schedule, space, o.predict, device, amp)
+        path = out / "samples" / f"{step:06d}.png"
+        if o.task == "generate":
+            grid(to_uint8(sample(loaded, 16, 10, labels=torch.arange(16) % len(classes) if classes else None))).save(path)
+        else:                                                                   # condition | result | target of held-out images, and how good
+            task, few = TASKS[o.task], min(64, len(held_out))
+            x, y = held_out.take(torch.arange(few))
+            truth, cond = pose(o.task, to_float(x), images.channels, g=seeded(3))
+            result = restore(loaded, cond, steps=10, labels=y if classes else None)
+            grid(strip(cond[:12], result[:12], truth[:12]), 9).save(path)
+            tqdm.write("  ".join(f"{name} {score(result, truth, cond):.3f} (without a network {score(task.plain(cond), truth, cond):.3f})"
+                                 for name, score in task.scores.items()) + f", {few} held-out images, 10 calls")
+        return validate(averaged, held_out, schedule, space, o.predict, device, amp, task=o.task)
 
     looked = 0.0                                                                # seconds that one look at the model costs: for the plan
     if rank == 0:
@@ -366,6 +385,7 @@ def train(o, ckpt=None, first=None, stage="train"):
             x = to_float(x.to(device, non_blocking=True))
             x = torch.where(coin(0.5)[:, None, None, None], x.flip(3), x) if o.flip else x
             y = torch.where(coin(o.label_dropout), -1, y.to(device)) if classes else None
+            x, cond = pose(o.task, x, images.channels, space.factor, g)         # tasks.py      what is predicted, and from what
             # Gradients are averaged over processes once per step: the last shard's forward and backward do it, the others must not.
             with model.no_sync() if world > 1 and j < accumulate - 1 else nullcontext():
                 with amp():
@@ -374,7 +394,7 @@ def train(o, ckpt=None, first=None, stage="train"):
                     n = schedule.noise(z, g)                                    # schedules.py  eps, and DDM's random slopes
                     t = times(o.time_sampling, schedule, len(z), g)             #               when, in [0, 1]
                     zt = schedule.corrupt(z, n, t)                              # schedules.py  a(t) z + b(t) eps
-                    guess = model(zt, t, y, m)                                  # vit.py        tokens in, image-shaped out
+                    guess = model(zt, t, y, m, cond)                            # vit.py        tokens in, image-shaped out
                 loss = objective(guess, z, n, t, m)                             # losses.py     score matching on the visible
                 scaler.scale(loss / accumulate).backward()
             loss_now = loss_now + loss.detach() / accumulate
@@ -440,9 +460,11 @@ def train(o, ckpt=None, first=None, stage="train"):
 
 def fit(net, weights, classes_there, classes_here):
     """Load a first stage's weights. Classes keep their embedding by name; inputs that the first stage did not have (other classes, a
-    condition) start fresh. UserError when anything else differs."""
+    condition of another shape) start fresh. UserError when anything else differs."""
     mine = net.state_dict()
     weights = {k: v for k, v in weights.items() if k in mine or not k.startswith(("embed_class", "embed_cond"))}
+    if "embed_cond.weight" in weights and weights["embed_cond.weight"].shape != mine["embed_cond.weight"].shape:
+        del weights["embed_cond.weight"]                                        # of another task
     if "embed_class.weight" in weights:
         rows = mine["embed_class.weight"].clone()
         for i, name in enumerate(classes_here):

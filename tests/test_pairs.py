@@ -9,15 +9,16 @@ import torch
 
 from losses import RECON_TARGETS, WEIGHTS, build_objective
 from mask import POLICIES, RATIOS, draw, ratio_at
-from sample import GRIDS, SOLVERS, Loaded, sample
+from sample import GRIDS, SOLVERS, Loaded, restore, sample
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
+from tasks import TASKS, pose
 from vae import SPACES, AutoencoderKL, LatentSpace, PixelSpace
 from vit import ViT
 
 AXES = {
     "policy": list(POLICIES), "ramp": list(RATIOS), "ratio": [(0.9, 0.9), (0.25, 0.75), (0.5, 0.0)], "schedule": list(SCHEDULES),
     "predict": list(PREDICTIONS), "weighting": list(WEIGHTS), "time": list(TIMES), "space": list(SPACES), "skips": [False, True],
-    "decoder": [0, 2], "recon": [None, *RECON_TARGETS], "classes": [0, 3], "cond": [0, 1], "grid": list(GRIDS), "churn": [0.0, 0.5, 1.0],
+    "decoder": [0, 2], "recon": [None, *RECON_TARGETS], "classes": [0, 3], "task": list(TASKS), "grid": list(GRIDS), "churn": [0.0, 0.5, 1.0],
     "solver": list(SOLVERS),
 }
 
@@ -61,16 +62,17 @@ RUNS = covering_set()
 def one_run(run):
     torch.manual_seed(0)
     schedule = replace(SCHEDULES[run["schedule"]], s=0.5)
+    task = TASKS[run["task"]]
     space = PixelSpace(2) if run["space"] == "pixel" else LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=2, channels=2))
     net = ViT(schedule, channels=space.channels, heads_out=schedule.heads(run["predict"]), patch=2, width=32, depth=2, heads=1,
-              skips=run["skips"], decoder=run["decoder"], decoder_width=32, classes=run["classes"], cond_channels=run["cond"])
+              skips=run["skips"], decoder=run["decoder"], decoder_width=32, classes=run["classes"], cond_channels=task.channels(2) * space.factor ** 2)
     objective = build_objective(schedule, run["predict"], 2, run["weighting"], 0.1 if run["recon"] else 0.0, run["recon"] or "clean")
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     g = torch.Generator().manual_seed(0)
-    x = torch.rand(3, 2, 8 * space.factor, 8 * space.factor, generator=g) * 2 - 1
+    pictures = torch.rand(3, 2 + bool(task.exact), 8 * space.factor, 8 * space.factor, generator=g) * 2 - 1
     y = torch.tensor([-1, 0, 2]) if run["classes"] else None
-    cond = x[:, :1, ::space.factor, ::space.factor] if run["cond"] else None    # a condition has the size of z
     for progress in (0.0, 1.0):
+        x, cond = pose(run["task"], pictures, 2, space.factor, g)
         z = space.encode(x)
         m = draw(run["policy"], 3, 4, 4, ratio_at(run["ramp"], progress, *run["ratio"]), g, 2)
         n = schedule.noise(z, g)
@@ -83,10 +85,13 @@ def one_run(run):
         assert all(q.grad is not None and torch.isfinite(q.grad).all() for q in net.parameters()), "every parameter takes part"
         optimizer.step()
         optimizer.zero_grad()
-    if not run["cond"]:                                                         # sampling with a condition is tasks.py's
-        loaded = Loaded(net, schedule, space, run["predict"], dict(size=8 * space.factor), torch.device("cpu"))
-        images = sample(loaded, 2, 2, churn=run["churn"], time_grid=run["grid"], solver=run["solver"], labels=torch.tensor([0, 2]) if run["classes"] else None)
-        assert torch.isfinite(images).all() and images.shape == (2, 2, 8 * space.factor, 8 * space.factor)
+    loaded = Loaded(net, schedule, space, run["predict"], dict(size=8 * space.factor, task=run["task"]), torch.device("cpu"))
+    how = dict(steps=2, churn=run["churn"], time_grid=run["grid"], solver=run["solver"], labels=torch.tensor([0, 2]) if run["classes"] else None)
+    if cond is None:
+        images = sample(loaded, 2, **how)
+    else:
+        images = restore(loaded, pose(run["task"], pictures[:2], 2, 1, g)[1], **how)
+    assert torch.isfinite(images).all() and images.shape == (2, 1 if task.exact else 2, 8 * space.factor, 8 * space.factor)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(str(v) for v in run.values()))

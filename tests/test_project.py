@@ -12,12 +12,13 @@ import pytest
 
 import fid
 import finetune
+import reproduce
 import sample
 import train
 import vae
 from conftest import ROOT
 
-LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "machine", "vae", "fid", "tasks", "vit", "losses"], ["sample"], ["train"], ["finetune"], ["reproduce"]]
+LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "machine", "pictures", "vae", "fid", "tasks", "vit", "losses"], ["sample"], ["train"], ["finetune"], ["reproduce"]]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 OURS = [p for p in sorted(ROOT.glob("*.py"))]
 PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL", "scipy", "safetensors"}       # the last one is optional, imported where it is needed
@@ -88,14 +89,14 @@ def flags(parser):
     return {a.dest for a in parser._actions} - {"help"}
 
 
-@pytest.mark.parametrize("module", [sample, fid, vae], ids=["sample", "fid", "vae"])
+@pytest.mark.parametrize("module", [sample, fid, vae, reproduce], ids=lambda module: module.__name__)
 def test_every_flag_of_the_other_commands_is_read(module):
     unread = flags(module.parser()) - attributes(Path(module.__file__))
     assert not unread
 
 
 PARSERS = {"train.py": lambda: train.make_parser(train.Options, ""), "finetune.py": lambda: train.make_parser(finetune.TuneOptions, ""),
-           "sample.py": sample.parser, "fid.py": fid.parser, "vae.py": vae.parser}
+           "sample.py": sample.parser, "fid.py": fid.parser, "vae.py": vae.parser, "reproduce.py": reproduce.parser}
 
 
 @pytest.mark.parametrize("command", PARSERS)
@@ -138,7 +139,7 @@ def test_every_command_in_the_readme_is_understood_by_its_parser():
     assert {"train.py", "finetune.py", "sample.py", "fid.py", "mask.py", "schedules.py", "data.py"} <= seen
 
 
-@pytest.mark.parametrize("script", ["mask.py", "schedules.py", "data.py"])
+@pytest.mark.parametrize("script", ["mask.py", "schedules.py", "data.py", "tasks.py"])
 def test_each_concept_draws_its_picture(script, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / script), "--out", str(tmp_path / "picture.png")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -146,9 +147,9 @@ def test_each_concept_draws_its_picture(script, tmp_path):
     assert Image.open(tmp_path / "picture.png").size[0] > 400
 
 
-@pytest.mark.parametrize("script", ["train.py", "finetune.py", "sample.py", "fid.py", "mask.py", "schedules.py", "data.py"])
+@pytest.mark.parametrize("script", ["train.py", "finetune.py", "sample.py", "fid.py", "mask.py", "schedules.py", "data.py", "tasks.py", "reproduce.py"])
 def test_an_unknown_flag_is_exit_2_without_a_traceback(script, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / script), "A", "B", "--no-such-flag"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, str(ROOT / script), "ddm", "B", "--no-such-flag"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "--no-such-flag" in done.stderr
 
 

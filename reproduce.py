@@ -1,0 +1,280 @@
+"""Reproduce: each paper's claim as one small, fair, side-by-side experiment.
+
+The idea. A claim is worth what a stranger can check in an afternoon. So a claim is a function here: it trains its *arms* (networks of one
+size, on the same images, seed, batch and number of steps, that differ in the thing under test and in nothing else), draws from all of
+them with the same noise, measures, and writes a table and pictures. It reports what comes out, not what should.
+
+    python reproduce.py ddm   --data cifar10-train.zip         # ten analytic steps against the ancestral sampler of DDPM      [DDM]
+    python reproduce.py tasks --data faces64.zip               # super-resolution, inpainting, edges, saliency in ten calls    [DDM]
+
+    --scale smoke    does it run? a minute        cpu    the README's numbers, hours on two cores        gpu    the papers' sizes, for one GPU
+    --arm NAME       only train this arm          anything that is there already is not done again: kill it, start it again
+
+Below runs/reproduce/CLAIM/ every arm is an ordinary run (log.csv, checkpoints: sample.py and finetune.py work on it), cells.json holds
+every number measured so far, table.md and the pictures are made from it. Distances are fid.py's proxies: not FID, and only
+comparable at equal n.
+"""
+import json
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+import finetune
+import train
+from data import UserError, command_line, grid, holdout, load_images, to_float, to_uint8
+from fid import proxy
+from machine import amp_type
+from sample import load, restore, run, sample, seeded
+from tasks import TASKS, pose, strip
+
+
+# --- what every claim needs ------------------------------------------------------------------------------------------------------------
+
+class Bench:
+    """One claim at work: where its files are, at what scale, and the numbers so far."""
+
+    def __init__(self, claim, args, scale):
+        self.folder, self.args, self.scale = Path(args.out) / claim, args, scale
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / "cells.json"
+        self.cells = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.loaded, self.arms = {}, []
+
+    def arm(self, name, command, *flags):
+        """Train the arm `name` with train.main or finetune.main, unless that was done; one that was interrupted goes on. -> its folder."""
+        self.arms.append(name)
+        if self.args.arm in (None, name):
+            print(f"\n=== {self.folder / name}: {command.__module__}.py {' '.join(map(str, flags))}", flush=True)
+            common = ["--seed", self.args.seed, "--threads", self.args.threads, "--device", self.args.device, "--out", self.folder / name, "--resume"]
+            command([str(f) for f in (*flags, *common)])
+        return self.folder / name
+
+    def all_trained(self):
+        """Whether to go on and measure. False after --arm; UserError for an arm that there is not."""
+        if self.args.arm not in (None, *self.arms):
+            raise UserError(f"--arm {self.args.arm}: the arms of {self.args.claim} are {', '.join(self.arms)}")
+        return self.args.arm is None
+
+    def model(self, path):
+        """The averaged model of a run or checkpoint, loaded once."""
+        if path not in self.loaded:
+            self.loaded[path] = load(self.folder / path, device=self.args.device)
+        return self.loaded[path]
+
+    def cell(self, key, measure):
+        """The number (or numbers) called `key`: measured now, or remembered."""
+        if key not in self.cells:
+            begun = time.monotonic()
+            self.cells[key] = measure()
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.cells, indent=1))
+            temporary.replace(self.file)
+            print(f"{key}: {self.cells[key]}  ({time.monotonic() - begun:.0f} s)", flush=True)
+        return self.cells[key]
+
+    def draw(self, path, n, **how):
+        """n images of a model as uint8, always of the same noise."""
+        loaded = self.model(path)
+        return to_uint8(sample(loaded, n, seed=self.args.seed, batch=self.scale["batch"], amp=amp_type("auto", loaded.device), **how))
+
+    def write(self, name, text):
+        """A file of the claim's folder, also printed."""
+        (self.folder / name).write_text(text)
+        print(f"\n{text}\nwrote {self.folder / name}")
+
+
+def markdown(head, rows):
+    """A table of strings in Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def sheet(rows, columns, zoom=1, left=150):
+    """Pictures in a table: rows [(label, uint8 (k, C, H, W))] under the column titles, a PIL image."""
+    strips = [grid(images, len(images), pad=1) for _, images in rows]
+    strips = [s.resize((s.width * zoom, s.height * zoom), Image.Resampling.NEAREST) for s in strips]
+    canvas = Image.new("RGB", (left + max(s.width for s in strips), 16 + sum(s.height + 4 for s in strips)), "white")
+    ink, top = ImageDraw.Draw(canvas), 16
+    for j, title in enumerate(columns):
+        ink.text((left + 4 + j * strips[0].width / len(rows[0][1]), 2), title, fill="black")
+    for (label, _), s in zip(rows, strips):
+        ink.text((4, top + s.height / 2 - 6), label, fill="black")
+        canvas.paste(s, (left, top))
+        top += s.height + 4
+    return canvas
+
+
+# --- [DDM] ten analytic steps ----------------------------------------------------------------------------------------------------------------
+
+SAMPLERS = {                                                                    # of the DDM arm
+    "posterior, uniform": dict(churn=1.0, time_grid="uniform"),
+    "posterior, quadratic": dict(churn=1.0, time_grid="quadratic"),
+    "deterministic, uniform": dict(time_grid="uniform"),
+    "deterministic, quadratic": dict(time_grid="quadratic"),
+    "Heun, quadratic": dict(time_grid="quadratic", solver="heun"),
+    "DPM++, quadratic": dict(time_grid="quadratic", solver="dpm++"),
+}
+DDM_SCALES = {
+    "smoke": dict(steps=20, half=10, model="tiny", train=["--batch", 8, "--sample-every", 20], n=24, few=16, calls=[1, 2, 5], long=[], ddpm=[5, 10], batch=64),
+    # 5,400 steps are 30 minutes, 2,700 are 15, on the two quiet cores (0.33 s a step) on which they were chosen
+    "cpu": dict(steps=5400, half=2700, model="tiny", train=["--batch", 64, "--sample-every", 900], n=1000, few=500, calls=[1, 2, 5, 10, 20, 50],
+                long=[100, 200], ddpm=[10, 50, 200, 1000], batch=125),
+    "gpu": dict(steps=100_000, half=50_000, model="small", train=["--batch", 256, "--sample-every", 10_000, "--patch", 2], n=10_000, few=10_000,
+                calls=[1, 2, 5, 10, 20, 50], long=[100, 200], ddpm=[10, 50, 200, 1000], batch=500),
+}
+
+
+def ddm(args):
+    """[DDM] `ddm` with two heads at 10 calls against DDPM (`vp-linear`, eps) at up to 1000, and what each difference contributes.
+
+    Two arms of the full length, which are also arms of half the length (the learning rate is constant, the average does the
+    annealing), and two more of half the length that stand between them. Distances are to training images, as is usual."""
+    bench = Bench("ddm", args, scale := DDM_SCALES[args.scale])
+    common = ["--data", args.data, "--size", args.size, "--model", scale["model"], *scale["train"], "--lr", 1e-3, "--lr-end", 1,
+              "--save-every", scale["half"] // 3 or 1, "--workers", 0]
+    ours, ddpm = "ddm-both", "vp-linear-eps"
+    for name, schedule, predict, steps in ((ours, "ddm", "both", scale["steps"]), (ddpm, "vp-linear", "eps", scale["steps"]),
+                                           ("vp-linear-unit", "vp-linear", "unit", scale["half"]), ("ddm-unit", "ddm", "unit", scale["half"])):
+        bench.arm(name, train.main, *common, "--schedule", schedule, "--predict", predict, "--steps", steps)
+    if not bench.all_trained():
+        return
+    images, _ = holdout(load_images(args.data, args.size, seed=args.seed), "0.02", seed=args.seed)
+    pick = torch.randperm(len(images), generator=seeded(args.seed, 100))[:2 * scale["n"]]
+    reference = images.take(pick)[0]
+
+    def distances(path, n, **how):
+        """{proxy: [value, floor]} of n samples."""
+        name = f"{path} n={n} {' '.join(f'{k}={v}' for k, v in how.items())}"
+        return bench.cell(name, lambda: {k: [round(float(v), 5) for v in pair] for k, pair in proxy(bench.draw(path, n, **how), reference[:2 * n]).items()})
+
+    show = lambda cell: " / ".join(f"{cell[k][0]:.3g}" for k in ("pixel", "random-conv", "swd"))
+    half = lambda name: f"{name}/{scale['half']:06d}.pt"
+    n, few, best = scale["n"], scale["few"], scale["calls"][min(3, len(scale["calls"]) - 1)]
+
+    baseline = {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"]}
+    table = {label: {c: distances(ours, n, steps=c, **how) for c in scale["calls"]} for label, how in SAMPLERS.items()}
+    ten = {label: distances(ours, few, steps=best, **SAMPLERS[label]) for label in SAMPLERS}
+    ladder = [("DDPM: vp-linear, eps, ancestral, uniform", distances(half(ddpm), few, steps=best, churn=1.0)),
+              ("solver: deterministic", distances(half(ddpm), few, steps=best)),
+              ("grid: quadratic", distances(half(ddpm), few, steps=best, time_grid="quadratic")),
+              ("prediction: unit", distances(half("vp-linear-unit"), few, steps=best, time_grid="quadratic")),
+              ("schedule: ddm", distances(half("ddm-unit"), few, steps=best, time_grid="quadratic")),
+              ("prediction: both heads", distances(half(ours), few, steps=best, time_grid="quadratic")),
+              ("grid: uniform", distances(half(ours), few, steps=best))]
+    for label in ("deterministic, uniform", "deterministic, quadratic"):
+        for c in scale["long"]:
+            table[label][c] = distances(ours, n, steps=c, **SAMPLERS[label])
+
+    floor = next(iter(table["posterior, uniform"].values()))
+    calls = scale["calls"] + scale["long"]
+    text = [f"Distances to {args.data}: pixel / random-conv / swd (fid.py --proxy; not FID). {n} samples, seed {args.seed}, floor "
+            + " / ".join(f"{floor[k][1]:.3g}" for k in ("pixel", "random-conv", "swd")) + ".", "",
+            markdown(["`ddm`, two heads", *(f"{c} calls" for c in calls)],
+                     [[label, *(show(row[c]) if c in row else "" for c in calls)] for label, row in table.items()]),
+            "", f"The same number of samples on both sides, {few}:", "",
+            markdown(["", *(f"{c} calls" for c in scale["ddpm"])], [["DDPM, ancestral", *(show(baseline[c]) for c in scale["ddpm"])]]), "",
+            markdown(["", f"{best} calls"], [[f"ddm, {label}", show(cell)] for label, cell in ten.items()]),
+            "", f"One change at a time, at {best} calls, {scale['half']} steps of training, {few} samples:", "",
+            markdown(["change", "distances"], [[label, show(cell)] for label, cell in ladder])]
+    bench.write("table.md", "\n".join(text) + "\n")
+    rows = [(f"{arm}, {c} calls", bench.draw(path, 12, steps=c, **how)) for arm, path, how, counts in
+            (("ddm", ours, SAMPLERS["deterministic, uniform"], scale["calls"]), ("DDPM ancestral", ddpm, dict(churn=1.0), scale["ddpm"])) for c in counts]
+    sheet(rows, [], 2).save(bench.folder / "samples.png")
+    print(f"wrote {bench.folder / 'samples.png'}: the same twelve noises in every row")
+
+
+# --- [DDM] image-conditioned tasks in ten calls ------------------------------------------------------------------------------------------
+
+TASK_SCALES = {
+    "smoke": dict(pre=20, tune=10, model="tiny", train=["--batch", 8], n=16, calls=[1, 2, 5], batch=64, patch=8),
+    "cpu": dict(pre=2000, tune=800, model="tiny", train=["--batch", 64], n=256, calls=[1, 2, 5, 10], batch=64, patch=8),
+    "gpu": dict(pre=50_000, tune=20_000, model="small", train=["--batch", 256], n=1024, calls=[1, 2, 5, 10, 20], batch=256, patch=4),
+}
+
+
+def tasks(args):
+    """[DDM] Every task at up to 10 calls on held-out images, and whether a masked, unconditional first stage halves its training."""
+    bench = Bench("tasks", args, scale := TASK_SCALES[args.scale])
+    common = [*scale["train"], "--lr", 2e-3, "--save-every", 10**9, "--workers", 0]
+    size = ["--size", args.size]
+    photos = ["--data", args.data, *size, *(["--gray"] if args.gray else [])]
+    network = ["--model", scale["model"], "--patch", scale["patch"], "--predict", "unit"]
+    tune = scale["tune"]
+    bench.arm("masked", train.main, *photos, *network, *common, "--mask", 0.75, "--steps", scale["pre"], "--sample-every", scale["pre"])
+    arms = {}                                                                   # name -> task
+    for task in ("superres", "inpaint", "edges"):
+        look = ["--task", task, "--sample-every", max(1, tune // 8)]
+        arms[f"{task}-scratch"] = bench.arm(f"{task}-scratch", train.main, *photos, *network, *common, *look, "--steps", tune) and task
+        if task != "edges":
+            arms[f"{task}-tuned"] = bench.arm(f"{task}-tuned", finetune.main, "--from", bench.folder / "masked", *common, *look, "--steps", tune // 2) and task
+    for task in ("edges", "saliency"):
+        look = ["--task", task, "--sample-every", max(1, tune // 8)]
+        arms[f"faces-{task}"] = bench.arm(f"faces-{task}", train.main, "--data", "faces", *size, *network, *common, *look, "--steps", tune) and task
+    if not bench.all_trained():
+        return
+
+    def held_out(name, task):
+        """Truth and condition of held-out images of the arm's own data."""
+        data, gray = ("faces", False) if name.startswith("faces-") else (args.data, args.gray)
+        exact = TASKS[task].exact if data == "faces" else None
+        _, images = holdout(load_images(data, args.size, gray, seed=args.seed, targets=exact), "0.02", seed=args.seed)
+        x, _ = images.take(torch.arange(min(scale["n"], len(images))))
+        return pose(task, to_float(x), images.channels, g=seeded(args.seed, 101))
+
+    rows, pictures = [], {}
+    for name, task in arms.items():
+        truth, cond = held_out(name, task)
+        loaded = bench.model(name)
+        results = {}
+        how = dict(seed=args.seed, batch=scale["batch"], amp=amp_type("auto", loaded.device))
+
+        def score(result):
+            return {k: round(f(result, truth, cond), 4) for k, f in TASKS[task].scores.items()}
+
+        plain = bench.cell(f"{name} plain n={len(truth)}", lambda: score(TASKS[task].plain(cond)))
+        cells = {c: bench.cell(f"{name} n={len(truth)} steps={c}", lambda: score(restore(loaded, cond, steps=c, **how))) for c in scale["calls"]}
+        rows += [[name if i == 0 else "", key, f"{plain[key]:.3f}", *(f"{cells[c][key]:.3f}" for c in scale["calls"])] for i, key in enumerate(plain)]
+        few = {c: restore(loaded, cond[:4], steps=c, **how) for c in scale["calls"]}
+        pictures[name] = [(f"{name}" if i == 0 else "", strip(cond[i:i + 1], *(few[c][i:i + 1] for c in scale["calls"]), truth[i:i + 1])) for i in range(min(4, len(truth)))]
+    text = [f"{args.data} and the built-in faces at {args.size} px, {scale['n']} held-out images at most, seed {args.seed}; {tune} steps from scratch, "
+            f"{tune // 2} when tuned from {scale['pre']} masked steps.", "",
+            markdown(["arm", "score", "without a network", *(f"{c} call{'s' * (c > 1)}" for c in scale["calls"])], rows)]
+    bench.write("table.md", "\n".join(text) + "\n")
+    titles = ["condition", *(f"{c} calls" for c in scale["calls"]), "truth"]
+    for name, lines in pictures.items():
+        sheet(lines, titles, left=110).save(bench.folder / f"{name}.png")
+    print(f"wrote {', '.join(f'{name}.png' for name in pictures)} in {bench.folder}")
+
+
+# --- the command -------------------------------------------------------------------------------------------------------------------------
+
+CLAIMS = {"ddm": ddm, "tasks": tasks}
+
+
+def parser():
+    p = command_line("Reproduce a claim as a small, fair experiment: a table and pictures below --out.")
+    p.add_argument("claim", choices=CLAIMS, help="which: ddm (ten analytic steps), tasks (image-conditioned, ten calls)")
+    p.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu", help="smoke: a minute; cpu: hours on two cores; gpu: for one GPU")
+    p.add_argument("--data", default="faces", help="a folder, a .zip, cifar-10-python.tar.gz, or faces for the built-in ones")
+    p.add_argument("--size", type=int, default=32, help="pixels along a side")
+    p.add_argument("--gray", action="store_true", help="one channel (tasks)")
+    p.add_argument("--arm", default=None, help="train this arm and nothing else; all, and the measurements, when left out")
+    p.add_argument("--seed", type=int, default=0, help="of training, noise and held-out images")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads of the training; 0: torch's own choice")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.add_argument("--out", default="runs/reproduce", help="the claim's files go to a folder of its name in here")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    if args.scale == "smoke" and args.out == "runs/reproduce":
+        args.out = "runs/reproduce-smoke"                                       # never mixed with the real thing
+    if args.gray and args.claim == "ddm":
+        raise UserError("--gray is for tasks: the claim ddm is measured in colour")
+    CLAIMS[args.claim](args)
+
+
+if __name__ == "__main__":
+    run(main)

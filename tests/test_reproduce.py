@@ -1,0 +1,56 @@
+"""Claims run from nothing to a table, and what was done is not done again."""
+import json
+
+import pytest
+from PIL import Image
+
+import data
+import reproduce
+import train
+from data import UserError
+
+
+@pytest.fixture
+def tiny_world(tmp_path, monkeypatch):
+    """Forty faces and networks that are trained for four steps."""
+    few = lambda source, *args, **how: data.load_images(source, *args, **how | (dict(count=40) if source == "faces" else {}))
+    monkeypatch.setattr(train, "load_images", few)
+    monkeypatch.setattr(reproduce, "load_images", few)
+    monkeypatch.setattr(reproduce, "proxy", lambda a, b: {name: (abs(float(a.float().mean() - b.float().mean())), 0.0) for name in ("pixel", "random-conv", "swd")})
+    monkeypatch.chdir(tmp_path)
+    train_flags = ["--batch", 2, "--sample-every", 4]
+    monkeypatch.setitem(reproduce.DDM_SCALES, "smoke", dict(steps=4, half=3, model="tiny", train=train_flags, n=8, few=8, calls=[1, 2], long=[3], ddpm=[2], batch=8))
+    monkeypatch.setitem(reproduce.TASK_SCALES, "smoke", dict(pre=2, tune=2, model="tiny", train=["--batch", 2], n=4, calls=[1, 2], batch=4, patch=4))
+    return tmp_path / "runs" / "reproduce-smoke"
+
+
+@pytest.mark.parametrize("claim", reproduce.CLAIMS)
+def test_a_claim_makes_a_table_and_pictures_and_a_second_call_trains_and_measures_nothing(claim, tiny_world, monkeypatch):
+    command = [claim, "--scale", "smoke", "--size", "16", "--threads", "1"]
+    reproduce.main(command)
+    folder = tiny_world / claim
+    cells = json.loads((folder / "cells.json").read_text())
+    table = (folder / "table.md").read_text()
+    assert len(cells) > 5 and table.count("|") > 20 and "nan" not in table
+    for picture in folder.glob("*.png"):
+        assert Image.open(picture).size[0] > 100
+    assert list(folder.glob("*.png"))
+    (folder / "table.md").unlink()
+    monkeypatch.setattr(train, "train", None)                                   # a step of training would fail, a measurement too
+    monkeypatch.setattr(reproduce, "proxy", None)
+    reproduce.main(command)
+    assert (folder / "table.md").read_text() == table and json.loads((folder / "cells.json").read_text()) == cells
+
+
+def test_one_arm_is_trained_by_itself(tiny_world):
+    reproduce.main(["ddm", "--scale", "smoke", "--size", "16", "--threads", "1", "--arm", "ddm-unit"])
+    assert [p.name for p in (tiny_world / "ddm").iterdir()] == ["ddm-unit"]
+    with pytest.raises(UserError, match="--arm no-such: the arms of ddm are .*ddm-unit"):
+        reproduce.main(["ddm", "--scale", "smoke", "--size", "16", "--threads", "1", "--arm", "no-such"])
+
+
+def test_arms_differ_in_the_thing_under_test_and_in_nothing_else(tiny_world):
+    reproduce.main(["ddm", "--scale", "smoke", "--size", "16", "--threads", "1"])
+    configs = {p.parent.name: json.loads(p.read_text()) for p in (tiny_world / "ddm").glob("*/config.json")}
+    differ = {key for config in configs.values() for key in config if config[key] != configs["ddm-both"][key]}
+    assert differ == {"schedule", "predict", "steps", "out"}

@@ -1,0 +1,364 @@
+"""Laws of tasks: a condition says nothing about what it hides, known pixels survive, measures equal brute force, tiles make one picture."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import sample as S
+import train
+from data import UserError, draw_faces, load_images, to_float, to_uint8
+from sample import Loaded, Tiled, restore, sample, seeded
+from schedules import SCHEDULES
+from tasks import TASKS, agree, cut, draw_holes, enlarge, fill_with_mean, fold, gradient, hole_of, mae, max_f, paste, pose, psnr, shrink, small_of, strip, unfold
+from vae import PixelSpace
+from vit import ViT
+
+CONDITIONED = [name for name in TASKS if name != "generate"]
+
+
+def pictures(n=3, side=16, channels=3, maps=0, seed=0):
+    return torch.rand(n, channels + maps, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# --- conditions ------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_task_makes_a_target_like_the_picture_and_the_condition_it_declares(name, channels):
+    x = pictures(channels=channels, maps=int(bool(TASKS[name].exact)))
+    target, cond = pose(name, x, channels, g=torch.Generator().manual_seed(0))
+    assert target.shape == (3, channels, 16, 16) and target.abs().max() <= 1
+    if name == "generate":
+        assert cond is None and torch.equal(target, x)
+    else:
+        assert cond.shape == (3, TASKS[name].channels(channels), 16, 16) and cond.abs().max() <= 1
+        assert TASKS[name].scores and all(math.isfinite(score(target, target, cond)) for score in TASKS[name].scores.values())
+
+
+def test_the_condition_of_inpainting_knows_nothing_of_the_hole():
+    """Whatever is in the hole, the condition is bitwise the same: nothing can leak."""
+    x, hole = pictures(), draw_holes(3, 16, torch.Generator().manual_seed(1))
+    other = torch.where(hole, 99.0, x)
+    assert torch.equal(cut(x, hole), cut(other, hole))
+    assert torch.equal(hole_of(cut(x, hole)), hole)
+
+
+def test_the_condition_of_super_resolution_is_a_function_of_the_small_picture():
+    x = pictures()
+    target, cond = pose("superres", x, 3)
+    assert torch.equal(target, x) and torch.equal(cond, enlarge(shrink(x)))
+
+
+def test_a_restored_picture_shrinks_to_the_small_one_and_the_truth_is_left_alone():
+    x = to_float(draw_faces(4, 32, 7).pixels)
+    cond = pose("superres", x, 3)[1]
+    assert (small_of(cond) - shrink(x)).abs().mean() < 0.01
+    rough = (x + 0.3 * pictures(4, 32, 3)).clamp(-1, 1)
+    before, after = ((shrink(u) - shrink(x)).abs().mean() for u in (rough, agree(rough, cond)))
+    assert after < before / 4 and psnr(agree(rough, cond), x) > psnr(rough, x)
+    assert psnr(agree(x, cond), x) > 40
+
+
+def test_shrinking_is_pillows():
+    face = draw_faces(1, 64, 3).pixels[0]
+    pillow = np.array(Image.fromarray(face.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BICUBIC))
+    ours = to_uint8(shrink(to_float(face[None])))[0].permute(1, 2, 0).numpy()
+    off = np.abs(pillow.astype(int) - ours.astype(int))                         # Pillow rounds and clips once more, between rows and columns
+    assert off.max() <= 4 and off.mean() < 0.5
+
+
+@given(st.integers(0, 2**40), st.integers(1, 4), st.sampled_from([8, 16, 33]))
+def test_holes_are_of_a_sensible_size_and_a_function_of_the_generator(seed, n, side):
+    draw = lambda: draw_holes(n, side, torch.Generator().manual_seed(seed))
+    hole = draw()
+    assert hole.shape == (n, 1, side, side) and hole.dtype == torch.bool and torch.equal(hole, draw())
+    share = hole.float().mean((1, 2, 3))
+    assert (share > 0.01).all() and (share < 0.75).all()
+
+
+def test_images_of_a_batch_have_holes_of_their_own():
+    hole = draw_holes(20, 32, torch.Generator().manual_seed(0))
+    assert len({h.numpy().tobytes() for h in hole}) == 20
+
+
+def test_known_pixels_are_kept_bit_for_bit():
+    x, hole = to_float(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)), draw_holes(3, 16, torch.Generator().manual_seed(2))
+    out = paste(pictures(seed=5), cut(x, hole))
+    known = ~hole.expand_as(x)
+    assert torch.equal(out[known], x[known]) and not torch.equal(out, x)
+    assert torch.equal(to_uint8(out)[known], to_uint8(x)[known])
+
+
+def test_the_mean_fill_is_the_mean_of_what_is_known():
+    x, hole = pictures(1), draw_holes(1, 16, torch.Generator().manual_seed(2))
+    filled, seen = fill_with_mean(cut(x, hole)), ~hole[0, 0]
+    for c in range(3):
+        assert torch.allclose(filled[0, c][hole[0, 0]], x[0, c][seen].mean(), atol=1e-6)
+    assert torch.equal(filled[~hole.expand_as(x)], x[~hole.expand_as(x)])
+
+
+def test_the_gradient_of_a_flat_picture_is_nothing_and_of_a_step_an_edge():
+    x = torch.full((1, 3, 8, 8), 0.3)
+    assert (gradient(x) == -1).all()
+    x[..., 4:] = -0.6                                                           # a step of .45 of the range, above a third
+    assert (gradient(x)[0, 0, :, 3:5] == 1).all() and (gradient(x)[0, 0, :, :2] == -1).all()
+    assert torch.equal(gradient(x.transpose(2, 3)), gradient(x).transpose(2, 3))
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_folding_a_condition_loses_nothing_and_keeps_places(factor):
+    cond = pictures(channels=4)
+    folded = fold(cond, factor)
+    assert folded.shape == (3, 4 * factor ** 2, 16 // factor, 16 // factor) and torch.equal(unfold(folded, factor), cond)
+    touched = cond.clone()
+    touched[:, :, 0, 0] += 1
+    changed = (fold(touched, factor) != folded).any(1)
+    assert changed[:, 0, 0].all() and changed.sum() == 3
+    assert fold(None, factor) is None and unfold(None, factor) is None
+
+
+# --- measures --------------------------------------------------------------------------------------------------------------------------
+
+def test_psnr_is_its_definition_in_eight_bits():
+    a, b = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
+    byhand = np.mean([10 * np.log10(255 ** 2 / np.mean((p.astype(float) - q) ** 2)) for p, q in zip(a.numpy(), b.numpy().astype(float))])
+    assert psnr(to_float(a), to_float(b)) == pytest.approx(byhand, rel=1e-6)
+
+
+def test_psnr_in_a_hole_counts_the_hole_alone():
+    x, hole = pictures(), draw_holes(3, 16, torch.Generator().manual_seed(3))
+    wrong_outside = torch.where(hole, x, x + 1)
+    assert psnr(wrong_outside, x, hole) == pytest.approx(10 * math.log10(4e10))          # the error is floored, not infinite
+    assert psnr(x + 0.2, x, hole) == pytest.approx(10 * math.log10(4 / 0.04), abs=1e-4)
+
+
+def test_the_mean_absolute_error_of_opposite_maps_is_one():
+    assert mae(torch.ones(2, 1, 4, 4), -torch.ones(2, 1, 4, 4)) == 1 and mae(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)) == 0.5
+
+
+def brute_force_f(guess, truth, tolerance, beta2):
+    """Every threshold, every pixel, every neighbour."""
+    level, true = to_uint8(guess)[:, 0].numpy(), (truth[:, 0] > 0).numpy()
+    n, H, W = level.shape
+
+    def near(mask, b, i, j):
+        return mask[b, max(0, i - tolerance):i + tolerance + 1, max(0, j - tolerance):j + tolerance + 1].any()
+
+    best = 0.0
+    for threshold in range(1, 256):
+        said = level >= threshold
+        found = sum(near(true, b, i, j) for b, i, j in zip(*np.nonzero(said)))
+        recalled = sum(near(said, b, i, j) for b, i, j in zip(*np.nonzero(true)))
+        precision, recall = found / max(1, said.sum()), recalled / max(1, true.sum())
+        best = max(best, (1 + beta2) * precision * recall / max(1e-12, beta2 * precision + recall))
+    return best
+
+
+@pytest.mark.parametrize("tolerance, beta2", [(0, 0.3), (1, 1.0), (2, 0.3)])
+def test_max_f_equals_a_brute_force_loop(tolerance, beta2):
+    g = torch.Generator().manual_seed(tolerance)
+    truth = torch.where(torch.rand(2, 1, 7, 9, generator=g) < 0.25, 1.0, -1.0)
+    guess = (0.4 * truth + torch.randn(2, 1, 7, 9, generator=g) * 0.5).clamp(-1, 1)
+    assert max_f(guess, truth, tolerance, beta2) == pytest.approx(brute_force_f(guess, truth, tolerance, beta2), rel=1e-9)
+    assert max_f(truth, truth, tolerance, beta2) == pytest.approx(1)
+
+
+# --- training ----------------------------------------------------------------------------------------------------------------------------
+
+def small(task="superres", channels=1, predict="unit", classes=0, awake=True):
+    torch.manual_seed(0)
+    schedule = SCHEDULES["ddm"]
+    net = ViT(schedule, channels=channels, heads_out=schedule.heads(predict), patch=4, width=32, depth=1, heads=1, classes=classes,
+              cond_channels=TASKS[task].channels(channels))
+    if awake:
+        with torch.no_grad():
+            for q in net.parameters():
+                q.add_(0.1 * torch.randn_like(q))
+    return Loaded(net, schedule, PixelSpace(channels), predict, dict(size=8, task=task, classes=[], channels=channels, step=0), torch.device("cpu"))
+
+
+def test_a_new_condition_leaves_the_network_as_it_was():
+    """The embedding of the condition starts at zero: fine-tuning to a task starts from exactly the unconditional model."""
+    with_cond, without = small("superres"), small("generate")
+    first = {k: v for k, v in without.model.state_dict().items()}
+    net = small("superres", awake=False).model
+    train.fit(net, first, [], [])
+    x, t = pictures(2, 8, 1), torch.tensor([0.3, 0.9])
+    assert torch.equal(net(x, t, cond=pictures(2, 8, 1, seed=1)), without.model(x, t))
+    assert not torch.equal(with_cond.model(x, t, cond=pictures(2, 8, 1, seed=1)), with_cond.model(x, t, cond=pictures(2, 8, 1, seed=2)))
+
+
+def test_a_condition_of_another_task_starts_afresh():
+    first, net = small("superres").model.state_dict(), small("inpaint", awake=False).model
+    train.fit(net, first, [], [])
+    assert (net.embed_cond.weight == 0).all() and torch.equal(net.embed.weight, first["embed.weight"])
+
+
+FLAGS = ["--data", "faces", "--model", "tiny", "--size", "8", "--steps", "2", "--batch", "2", "--sample-every", "2", "--patch", "4"]
+
+
+@pytest.fixture
+def few_faces(monkeypatch):
+    """The built-in faces, but 40 of them."""
+    from data import load_images
+    monkeypatch.setattr(train, "load_images", lambda source, *args, **how: load_images(source, *args, **how | (dict(count=40) if source == "faces" else {})))
+
+
+@pytest.mark.parametrize("task", CONDITIONED)
+def test_a_task_trains_and_restores_pictures_of_other_sizes_from_the_command_line(task, few_faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([*FLAGS, "--task", task, "--mask", "0.5", "--out", "run"])
+    faces = draw_faces(2, 24, 1)
+    for folder in ("in", "truth"):
+        (tmp_path / folder).mkdir()
+    for i, size in enumerate([(13, 24), (24, 5)]):                              # larger than the training's 8 in one way, smaller in another
+        face = Image.fromarray(faces.pixels[i].permute(1, 2, 0).numpy()).resize(size)
+        face.save(tmp_path / "in" / f"face{i}.png")
+        face.resize((4 * size[0], 4 * size[1]) if task == "superres" else size).convert("L" if TASKS[task].exact else "RGB").save(tmp_path / "truth" / f"face{i}.png")
+    more = ["--holes", "random"] if task == "inpaint" else []
+    S.main(["--task", task, "--input", "in", "--targets", "truth", "--out", "out", "--steps", "2", "--trace", "way.png", *more])
+    said = capsys.readouterr().out
+    assert "2 network calls each" in said and all(name in said for name in TASKS[task].scores)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["face0-compare.png", "face0.png", "face1-compare.png", "face1.png"]
+    for i in range(2):
+        result, truth = (Image.open(tmp_path / folder / f"face{i}.png") for folder in ("out", "truth"))
+        assert result.size == truth.size and result.mode == truth.mode
+        assert Image.open(tmp_path / "out" / f"face{i}-compare.png").size == (3 * truth.size[0], truth.size[1])
+    assert Image.open(tmp_path / "way.png").size[0] > 100
+
+
+def test_your_own_hole_is_a_transparent_part_or_a_mask_and_the_rest_survives(few_faces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main([*FLAGS, "--task", "inpaint", "--out", "run"])
+    face = draw_faces(1, 24, 1).pixels[0].permute(1, 2, 0).numpy()
+    hole = np.zeros((24, 24), bool)
+    hole[4:15, 6:11] = True
+    for folder in ("alpha", "plain", "holes"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(np.dstack([face, np.where(hole, 0, 255).astype(np.uint8)])).save("alpha/a.png")
+    Image.fromarray(face).save("plain/a.png")
+    Image.fromarray((hole * 255).astype(np.uint8)).save("holes/a.png")
+    S.main(["--input", "alpha", "--out", "one", "--steps", "2"])
+    S.main(["--input", "plain", "--holes", "holes", "--out", "two", "--steps", "2"])
+    one, two = (np.array(Image.open(f"{folder}/a.png")) for folder in ("one", "two"))
+    assert (one[~hole] == face[~hole]).all() and (two[~hole] == face[~hole]).all() and (one[hole] != face[hole]).any()
+    with pytest.raises(UserError, match="has no hole"):
+        S.main(["--input", "plain", "--out", "three"])
+    (tmp_path / "holes" / "a.png").unlink()
+    Image.fromarray((hole * 255).astype(np.uint8)).resize((20, 20)).save("holes/a.png")
+    with pytest.raises(UserError, match="20 x 20"):
+        S.main(["--input", "plain", "--holes", "holes", "--out", "four"])
+
+
+@pytest.mark.parametrize("arguments, why", [
+    (["--task", "edges", "--input", "x"], "was trained for"), ([], "give the pictures"), (["--input", "nowhere"], "no such file"),
+    (["--holes", "random"], "goes with --input"), (["--input", "x", "--out", "a.npz"], "npz"), (["--input", "empty"], "holds no images"),
+    (["--trace", "way.jpg", "--input", "x"], "png"), (["--input", "x", "--holes", "x"], "not to inpaint"), (["--input", "x", "--targets", "empty"], "no target")])
+def test_what_cannot_be_restored_is_refused_in_one_line(arguments, why, few_faces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x").mkdir()
+    Image.new("RGB", (8, 8)).save("x/a.png")
+    train.main([*FLAGS[:6], "--steps", "1", *FLAGS[8:], "--task", "superres", "--out", "run"])
+    with pytest.raises(UserError, match=why) as error:
+        S.main(arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, why", [
+    (["--task", "saliency", "--data", "photos"], "needs --targets"), (["--targets", "x"], "maps to predict"),
+    (["--task", "edges", "--targets", "x"], "of their own")])
+def test_tasks_that_cannot_be_trained_are_refused(flags, why):
+    o = train.Options(**vars(train.make_parser(train.Options, "").parse_args(flags)))
+    with pytest.raises(UserError, match=why):
+        train.check(o)
+
+
+def test_flips_and_cuts_reach_picture_and_map_alike(tmp_path):
+    """Maps of --targets stay aligned with their pictures, cached or streamed, in whatever folder they lie."""
+    faces = draw_faces(6, 16, 2)
+    for i in range(6):
+        folder = tmp_path / "images" / ("train" if i < 3 else "test")
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(faces.pixels[i].permute(1, 2, 0).numpy()).save(folder / f"f{i}.png")
+        Image.fromarray(faces.saliency[i, 0].numpy()).save(tmp_path / "maps" / f"f{i}.gif")
+    for cache in (1.0, 0.0):
+        images = load_images(tmp_path / "images", 16, targets=tmp_path / "maps", cache_gb=cache)
+        x, _ = images.take(range(6))
+        assert images.maps == 1 and images.channels == 3 and x.shape == (6, 4, 16, 16)
+        order = [3, 4, 5, 0, 1, 2]                                              # test before train
+        assert torch.equal(x[:, :3], faces.pixels[order]) and torch.equal(x[:, 3:], faces.saliency[order])
+    exact = load_images("faces", 16, count=6, seed=2, targets="saliency").take(range(6))[0]
+    assert torch.equal(exact, torch.cat([faces.pixels, faces.saliency], 1))
+
+
+def test_a_picture_without_a_map_is_named(tmp_path, capsys):
+    for folder in ("images", "maps"):
+        (tmp_path / folder).mkdir()
+    for i in range(30):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"f{i:02d}.png")
+        if i != 7:
+            Image.new("L", (8, 8)).save(tmp_path / "maps" / f"f{i:02d}.png")
+    assert len(load_images(tmp_path / "images", 8, targets=tmp_path / "maps")) == 29
+    assert "f07.png (no target f07.* in" in capsys.readouterr().err
+    (tmp_path / "maps" / "again").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "maps" / "again" / "f07.png")
+    Image.new("L", (8, 8)).save(tmp_path / "maps" / "f07.gif")                  # the path decides before the stem
+    assert len(load_images(tmp_path / "images", 8, targets=tmp_path / "maps")) == 30
+    with pytest.raises(UserError, match="of their own"):
+        load_images("faces", 8, count=3, targets="maps")
+
+
+# --- any size ----------------------------------------------------------------------------------------------------------------------------
+
+@given(st.integers(8, 60))
+def test_tiles_cover_every_place_and_overlap_by_half(length):
+    starts = Tiled(None, 8).starts(length)
+    assert starts[0] == 0 and starts[-1] == length - 8 and all(0 <= b - a <= 4 for a, b in zip(starts, starts[1:]))
+
+
+def test_tiles_of_a_pointwise_network_are_the_network():
+    """Where a network looks at each place alone, tiling changes nothing."""
+    net = lambda zt, t, y, m, cond: torch.cat([zt * t[:, None, None, None] + cond, zt ** 2], 1)
+    zt, cond, t = pictures(2, 21, 2), pictures(2, 21, 2, seed=1), torch.tensor([0.2, 0.7])
+    for batch in (1, 3, 64):
+        assert torch.allclose(Tiled(net, 8, batch)(zt, t, cond=cond), net(zt, t, None, None, cond), atol=1e-5)
+
+
+def test_a_picture_of_the_training_size_is_not_tiled():
+    loaded, cond = small("edges"), pictures(2, 8, 1)
+    assert torch.equal(restore(loaded, cond, steps=3), sample(loaded, 2, 3, cond=cond))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 8), (3, 3), (20, 9), (8, 31)])
+def test_any_size_is_restored_and_a_part_far_away_does_not_matter(size):
+    loaded = small("inpaint")
+    cond = cut(pictures(1, 40, 1)[:, :, :size[0], :size[1]], draw_holes(1, 40, seeded(1))[:, :, :size[0], :size[1]])
+    out = restore(loaded, cond, steps=2)
+    assert out.shape == (1, 1, *size) and torch.isfinite(out).all()
+    if size == (8, 31):
+        touched = cond.clone()
+        touched[..., :4] = 0.9
+        again = restore(loaded, touched, steps=1)
+        assert torch.equal(again[..., 20:], restore(loaded, cond, steps=1)[..., 20:])
+
+
+def test_the_condition_is_shown_at_every_call_and_doubled_for_guidance():
+    loaded, seen = small("superres", classes=2), []
+    loaded.model.register_forward_pre_hook(lambda module, args: seen.append(args[4]))
+    cond = pictures(2, 8, 1)
+    sample(loaded, 2, 3, cond=cond, labels=torch.tensor([0, 1]))
+    assert len(seen) == 3 and all(torch.equal(c, cond) for c in seen)
+    sample(loaded, 2, 1, cond=cond, labels=torch.tensor([0, 1]), cfg=2.0)
+    assert torch.equal(seen[-1], torch.cat([cond, cond]))
+
+
+def test_a_strip_lays_condition_result_and_truth_side_by_side():
+    a, b = pictures(2, 4, 4), pictures(2, 4, 1, seed=1)
+    rows = strip(a, b)
+    assert rows.shape == (4, 3, 4, 4) and torch.equal(rows[0], to_uint8(a[0, :3])) and torch.equal(rows[3], to_uint8(b[1]).expand(3, -1, -1))
