@@ -135,3 +135,30 @@ def test_a_perfect_prediction_costs_nothing():
             out, z, n, t, m = scene(schedule, predict)
             perfect = torch.cat(schedule.target(z, n, t, predict), 1)
             assert build_objective(schedule, predict, 2)(perfect, z, n, t, m).item() == 0, (name, predict)
+
+
+def test_two_heads_learn_different_things():
+    """One head twice would be no gain. Trained together for a moment, each is the better guess of the image where the other is poor: the
+    noise head, through (x_t - b eps) / a, while there is little noise, the image head when the image has nearly faded."""
+    schedule, g = replace(SCHEDULES["ddm"], s=0.5), torch.Generator().manual_seed(0)
+    x = to_float(draw_faces(256, 8, 0).pixels)
+    torch.manual_seed(0)
+    net = ViT(schedule, channels=3, heads_out=2, patch=4, width=64, depth=2, heads=2)
+    objective, optimizer = build_objective(schedule, "both", 4), torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for _ in range(150):
+        z = x[torch.randint(256, (64,), generator=g)]
+        n, t = schedule.noise(z, g), times("uniform", schedule, 64, g)
+        objective(net(schedule.corrupt(z, n, t), t), z, n, t, None).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def errors(time):
+        t, n = torch.full((256,), time, dtype=torch.float64), schedule.noise(x, g)
+        zt = schedule.corrupt(x, n, t)
+        with torch.no_grad():
+            image, eps = net(zt, t).chunk(2, 1)
+        a, b = schedule.at(t, zt)
+        return ((image - x) ** 2).mean().item(), (((zt - b * eps) / a - x) ** 2).mean().item()
+
+    early, late = errors(0.02), errors(0.9)
+    assert early[1] < 0.7 * early[0] and late[0] < 0.7 * late[1]
