@@ -10,7 +10,7 @@ any earlier s exactly as it would for that image. Guess, step, guess again:
 
 One step gives the mean of all images, more steps give detail; `--steps` counts network calls. A second-order solver is a better x0 for
 the same step (SOLVERS). Sampling runs on all tokens: a model trained on a tenth of them is simply handed the rest. Labels are guided by out = u + scale (c - u) (2207.12598) in one
-doubled batch. Every image has a seed of its own, so it does not depend on the batch that it was made in.
+doubled batch, at all noise levels or in an interval of them. Every image has a seed of its own, so it does not depend on the batch that it was made in.
 
     python sample.py --steps 10                              # newest run -> samples.png
     python sample.py --n 5000 --out samples.zip              # for fid.py; also a folder or .npz
@@ -149,11 +149,13 @@ def denoise(look, zt, ts, schedule, solver="analytic", calls=None, churn=0.0, no
 
 
 @torch.no_grad()
-def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solver="analytic", labels=None, cfg=1.0, batch=64, first=0):
+def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solver="analytic", labels=None, cfg=1.0, batch=64, first=0,
+           cfg_interval=(0.0, math.inf)):
     """Images (n, C, H, W) in [-1, 1], float32 on the CPU.
 
     steps: network calls. churn in [0, 1]. time_grid, solver: names in GRIDS and SOLVERS. labels: (n,) class numbers, -1 for none; cfg: guidance scale,
-    1 is plain conditional, 0 unconditional, each one pass; any other is a doubled batch. first: number of the first image, whose
+    1 is plain conditional, 0 unconditional, each one pass; any other is a doubled batch. cfg_interval: the noise levels b / a
+    that are guided, low < b / a <= high (2404.07724); the others are one conditional pass. first: number of the first image, whose
     noise is a function of (seed, number) alone. The model runs in evaluation mode on the whole, unmasked image."""
     model, schedule, space = loaded.model.eval(), loaded.schedule, loaded.space
     start = schedule.start(loaded.predict)
@@ -170,8 +172,9 @@ def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solve
         y = None if labels is None else torch.as_tensor(labels)[lo:lo + batch].to(loaded.device)
 
         def net(zt, t):
+            level = float(schedule.b(t) / schedule.a(t))                        # one time for all; infinite where the image is gone
             t = t.expand(len(zt))
-            if y is None or cfg == 1:
+            if y is None or cfg == 1 or not cfg_interval[0] < level <= cfg_interval[1]:
                 return model(zt, t, y)
             if cfg == 0:
                 return model(zt, t, torch.full_like(y, -1))
@@ -265,6 +268,8 @@ def parser():
     p.add_argument("--solver", choices=SOLVERS, default="analytic", help="analytic is first order; heun and dpm++ are second")
     p.add_argument("--label", default=None, help="class name or number; all classes in turn when left out")
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale: 1 plain conditional, 0 unconditional")
+    p.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, math.inf), metavar=("LOW", "HIGH"),
+                   help="guide at noise levels b / a in (LOW, HIGH] alone, whatever the schedule: .3 to 3 keeps variety and saves passes")
     p.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i); -1 picks a seed and prints it")
     p.add_argument("--batch", type=int, default=64, help="images made at once; the result does not depend on it")
     p.add_argument("--out", default="samples.png", help="a .png grid, a .npz, a .zip of PNGs, or a folder of PNGs")
@@ -291,6 +296,11 @@ def main(argv=None):
         raise UserError(f"--churn {args.churn}: must be between 0 and 1")
     if not math.isfinite(args.cfg) or abs(args.seed) >= 2**63:
         raise UserError(f"--cfg {args.cfg}, --seed {args.seed}: must be finite, and the seed have less than 64 bits")
+    low, high = args.cfg_interval
+    if not 0 <= low < high:
+        raise UserError(f"--cfg-interval {low} {high}: give two noise levels, 0 <= LOW < HIGH; inf is one")
+    if args.cfg == 1 and (low, high) != (0, math.inf):
+        raise UserError("--cfg-interval says where to guide: give the scale too, --cfg 2")
     if args.churn and args.solver != "analytic":
         raise UserError(f"--solver {args.solver} follows the deterministic path: use it with --churn 0, or --solver analytic")
     loaded = load(args.ckpt, args.weights, args.device)
@@ -302,15 +312,16 @@ def main(argv=None):
     else:
         labels = torch.arange(args.n) % len(classes) if classes else None
     seed = args.seed if args.seed >= 0 else int(torch.seed() % 2**31)
+    seen = []                                                                   # images per pass through the network: counted, not computed
+    loaded.model.register_forward_hook(lambda module, given, out: seen.append(len(out)))
     writer = Writer(args.out, columns=len(classes) if classes and args.label is None and len(classes) <= 16 else None)
     for lo in tqdm(range(0, args.n, args.batch), desc="sampling", unit="batch", disable=args.n <= args.batch):
         hi = min(lo + args.batch, args.n)
         images = sample(loaded, hi - lo, args.steps, seed, args.churn, args.time_grid, args.solver,
-                        None if labels is None else labels[lo:hi], args.cfg, args.batch, first=lo)
+                        None if labels is None else labels[lo:hi], args.cfg, args.batch, first=lo, cfg_interval=args.cfg_interval)
         writer.add(to_uint8(images))
     writer.close()
-    passes = 2 if labels is not None and args.cfg not in (0, 1) else 1
-    print(f"wrote {args.n} images to {args.out}: {args.steps} network calls each" + (" on a doubled batch" if passes == 2 else "")
+    print(f"wrote {args.n} images to {args.out}: {args.steps} network calls each" + (f", {sum(seen) / args.n:g} passes (guided calls take two)" if sum(seen) > args.n * args.steps else "")
           + f", seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
 
 
