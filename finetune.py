@@ -12,7 +12,7 @@ better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
 
 Network, schedule, prediction, space, data and batch are the first stage's unless a flag says otherwise.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import train
 from checkpoint import newest, read_checkpoint
@@ -20,7 +20,7 @@ from data import UserError
 from sample import run
 from train import Options, make_parser, merge, option
 
-FIXED = ("predict", "space", "vae", "model", "patch", "skips", "decoder")              # cannot change: the weights would mean something else
+FIXED = ("predict", "space", "vae", "model", "patch", "skips", "decoder", "economy")   # cannot change: the weights would mean something else
 # What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.
 INHERITED = FIXED + ("data", "val", "seed", "size", "gray", "flip", "policy", "block", "schedule", "weighting", "time_sampling",
                      "labels", "label_dropout", "batch", "micro_batch", "cache_gb", "workers", "amp")
@@ -41,10 +41,11 @@ def main(argv=None):
         return train.resume(o, ckpt, "finetune")
     source = o.from_ or str(newest())
     first = read_checkpoint(source)
+    config = {f.name: f.default for f in fields(Options)} | first["config"]     # an option that is younger than the checkpoint had its default
     for name in FIXED:
-        if name in given and given[name] != first["config"][name]:
-            raise UserError(f"--{name} {given[name]}: {source} was trained with {first['config'][name]}, and its weights fit nothing else")
-    inherited = {name: first["config"][name] for name in INHERITED}
+        if name in given and given[name] != config[name]:
+            raise UserError(f"--{name} {given[name]}: {source} was trained with {config[name]}, and its weights fit nothing else")
+    inherited = {name: config[name] for name in INHERITED}
     if given.get("labels") is False:
         del inherited["label_dropout"]
     length = {} if "steps" in given or "minutes" in given else dict(minutes=2.0)

@@ -41,7 +41,7 @@ from mask import POLICIES, RATIOS, draw, ratio_at, visible_count
 from sample import Loaded, build, run, sample, seeded
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
 from vae import SPACES
-from vit import MODELS
+from vit import ECONOMIES, MODELS
 
 
 # --- options: a field is a default and a line of help; argparse is made from them ------------------------------------------------
@@ -66,6 +66,8 @@ class Options:
     patch: int = option(4, "side of a token")
     skips: bool = option(False, "long skip connections (U-ViT, the network of MaskDM)")
     decoder: int = option(0, "blocks of the light decoder on all tokens (MaskDiT); 0 for none")
+    economy: str = option("drop", "what hidden tokens do: drop never enters, route skips blocks (TREAD), defer leaves after a light mixer (MicroDiT)",
+                          choices=ECONOMIES)
     mask: float = option(0.0, "share of the tokens that is hidden, in [0, 1)")
     mask_from: float = option(None, "share at the start of a ramp", kind=float)
     ramp: str = option("constant", "how the share goes from --mask-from to --mask", choices=RATIOS)
@@ -137,6 +139,8 @@ REFUSALS = [                                                                    
     (lambda o: not 0 <= o.recon < math.inf, "--recon is a weight: at least 0"),
     (lambda o: o.recon and not o.decoder, "--recon needs --decoder: without one, hidden patches have no output"),
     (lambda o: o.recon and not (o.mask or o.mask_from), "--recon needs --mask: there is nothing hidden to reconstruct"),
+    (lambda o: o.recon and o.economy != "drop", "--recon guesses what was never seen: --economy route and defer let hidden tokens take part, use drop"),
+    (lambda o: o.skips and o.economy == "route", "--economy route does not know --skips: a long skip would join blocks that see different tokens"),
     (lambda o: o.recon_target != Options.recon_target and not o.recon, "--recon-target needs --recon, the weight of the reconstruction"),
     (lambda o: o.weighting != "plain" and o.predict != "both", "--weighting is about two heads: use --predict both"),
     (lambda o: not 0 <= o.label_dropout <= 1, "--label-dropout must be in [0, 1]"),
@@ -182,8 +186,9 @@ def merge(options, given, stage):
     if ckpt["meta"]["stage"] != stage:
         raise UserError(f"--resume: {out} was made by {ckpt['meta']['stage']}.py, not by {stage}.py; give the --out of the run to continue")
     for f in dataclasses.fields(options):
-        if f.name in given and f.name not in FREE and given[f.name] != ckpt["config"][f.name]:
-            raise UserError(f"{flag(f)} {given[f.name]}: the run in {out} has {ckpt['config'][f.name]}; resume it without this flag "
+        was = ckpt["config"].get(f.name, f.default)                             # an option that is younger than the run had its default
+        if f.name in given and f.name not in FREE and given[f.name] != was:
+            raise UserError(f"{flag(f)} {given[f.name]}: the run in {out} has {was}; resume it without this flag "
                             f"(--steps makes it longer), or start another run with another --out")
     if o.steps is not None and o.steps < (ckpt["meta"]["plan"] or 0):
         raise UserError(f"--steps {o.steps}: the run in {out} has a plan of {ckpt['meta']['plan']} steps; a resumed run can only become longer")
@@ -237,6 +242,12 @@ LOG_EVERY = 10
 TOO_MANY = 20                                                                   # non-finite steps in a row that end a run
 
 
+def network(o, channels, classes):
+    """The options of the ViT that options `o` ask for, in a space of `channels`."""
+    return dict(channels=channels, heads_out=SCHEDULES[o.schedule].heads(o.predict), patch=o.patch, skips=o.skips, decoder=o.decoder,
+                economy=o.economy, classes=classes, **MODELS[o.model])
+
+
 def train(o, ckpt=None, first=None, stage="train"):
     """Train with options `o`. ckpt: a checkpoint to continue exactly. first: (state dict, meta) of a first stage to start from."""
     check(o)
@@ -267,16 +278,14 @@ def train(o, ckpt=None, first=None, stage="train"):
         some, _ = images.take(torch.arange(min(len(images), 1024)))
         meta = dict(stage=stage, schedule=o.schedule, predict=o.predict, space=o.space, channels=images.channels, size=o.size, classes=classes, vae=o.vae, vae_sha=space.sha,
                     data_std=first[1]["data_std"] if first else space.encode(to_float(some)).double().square().mean().sqrt().item(),
-                    model=dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].heads(o.predict), patch=o.patch, skips=o.skips,
-                               decoder=o.decoder, classes=len(classes), **MODELS[o.model]),
-                    plan=None, skipped=0, shards=world * accumulate)
+                    model=network(o, space.channels, len(classes)), plan=None, skipped=0, shards=world * accumulate)
     net, schedule, space = build(meta)
     if first:
         fit(net, first[0], first[1]["classes"], classes)
     net.checkpoint_blocks = o.checkpoint_blocks
     net.to(device)
     averaged = copy.deepcopy(net).eval().requires_grad_(False)                  # the EMA is a model of its own: it is what gets sampled
-    objective = build_objective(schedule, o.predict, o.patch, o.weighting, o.recon, o.recon_target)
+    objective = build_objective(schedule, o.predict, o.patch, o.weighting, o.recon, o.recon_target, ECONOMIES[o.economy].all_scored)
     optimizer = torch.optim.AdamW(net.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.wd, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, seconds, skipped = 0, 0.0, meta["skipped"]
@@ -288,7 +297,7 @@ def train(o, ckpt=None, first=None, stage="train"):
         torch.set_rng_state(ckpt["rng"])                                        # ours need none: this is for your own dropout
         step, seconds = ckpt["step"], ckpt["seconds"]
     if o.compile:
-        for block in net.blocks:
+        for block in net.all_blocks():
             block.compile(dynamic=False)
     model = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else net
 

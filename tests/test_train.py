@@ -23,7 +23,7 @@ from conftest import ROOT
 from data import UserError
 from machine import amp_type
 from vae import PixelSpace
-from vit import ViT
+from vit import ECONOMIES, ViT
 
 TINY = ["--size", "16", "--patch", "8", "--batch", "8", "--threads", "1", "--val", "0.2", "--workers", "0"]
 
@@ -398,6 +398,7 @@ REFUSED = [["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "
            ["--clip", "inf"], ["--minutes", "nan"], ["--decoder", "-1"], ["--recon", "-1"], ["--workers", "-1"], ["--seed", "-1"],
            ["--label-dropout", "0.3"], ["--label-dropout", "2", "--labels"], ["--recon-target", "noisy"], ["--block", "2"], ["--data", ""],
            ["--val", ""], ["--val", "nowhere"], ["--wd", "-1"], ["--out", "FILE/x"],
+           ["--economy", "route", "--skips"], ["--economy", "defer", "--decoder", "1", "--mask", "0.5", "--recon", "0.1"],
            ["--space", "latent"], ["--vae", "vae.pt"], ["--space", "latent", "--vae", "nowhere.pt"]]
 
 
@@ -421,6 +422,26 @@ def test_every_refusal_of_the_table_can_happen():
     for refused, why in train.REFUSALS:
         assert any(refused(o) for o in cases), why
         assert not refused(train.Options()), why
+
+
+@pytest.mark.parametrize("economy", ECONOMIES)
+def test_every_economy_trains_tunes_and_samples_and_cannot_become_another(photos, economy):
+    go(photos, "--economy", economy, "--mask", 0.5, "--steps", 2, "--labels", "--out", "runs/a")
+    finetune.main(["--steps", "2", "--mask-from", "0.5", "--mask", "0", "--ramp", "cosine4", "--out", "runs/b"])
+    assert (rows("runs/b")[0]["ratio"], rows("runs/b")[0]["visible"]) == ("0.5", "2")        # the fall begins where the first stage was
+    for run in ("a", "b"):
+        assert read(f"runs/{run}/last.pt")["meta"]["model"]["economy"] == read(f"runs/{run}/last.pt")["config"]["economy"] == economy
+    S.main(["--n", "2", "--steps", "2", "--cfg", "2", "--label", "day"])
+    with pytest.raises(UserError, match="--economy"):
+        finetune.main(["--economy", "route" if economy == "drop" else "drop", "--steps", "1", "--out", "runs/c"])
+
+
+def test_the_objective_scores_all_tokens_where_the_economy_says_so(photos, monkeypatch):
+    asked, build = [], train.build_objective
+    monkeypatch.setattr(train, "build_objective", lambda *args: asked.append(args[-1]) or build(*args))
+    for economy in ECONOMIES:
+        go(photos, "--economy", economy, "--mask", 0.5, "--steps", 1, "--out", f"runs/{economy}")
+    assert asked == [ECONOMIES[economy].all_scored for economy in ECONOMIES]
 
 
 def test_a_latent_generator_trains_tunes_and_samples_through_its_autoencoder(photos):
