@@ -8,7 +8,8 @@ better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
 
     python train.py --mask 0.9 --minutes 4 && python finetune.py --minutes 2      # the newest run, all tokens visible
     python finetune.py --from runs/A/last.pt --data photos/ --fraction 0.1        # to other data, a tenth of it [MaskDM transfer]
-    python finetune.py --mask-from 0.5 --mask 0 --ramp cosine4                    # a falling ratio [MaskDiT]
+    python finetune.py --mask-from 0.5 --mask 0 --ramp cosine4 --recon 0.1        # a falling ratio, on 8 token counts [MaskDiT]
+    python finetune.py --recipe maskdit                                           # the paper's unmasking: zero ratio, half the learning rate
 
 Network, schedule, prediction, space, data and batch are the first stage's unless a flag says otherwise.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass, fields
 import train
 from checkpoint import newest, read_checkpoint
 from data import UserError
+from recipes import settings
 from sample import run
 from train import Options, make_parser, merge, option
 
@@ -48,8 +50,9 @@ def main(argv=None):
     inherited = {name: config[name] for name in INHERITED}
     if given.get("labels") is False:
         del inherited["label_dropout"]
-    length = {} if "steps" in given or "minutes" in given else dict(minutes=2.0)
-    o = TuneOptions(**(inherited | length | given | dict(from_=source, out=o.out)))
+    chosen = settings(o.recipe, "finetune", given)
+    length = {} if "steps" in chosen or "minutes" in chosen else dict(minutes=2.0)
+    o = TuneOptions(**(inherited | length | chosen | dict(from_=source, out=o.out)))
     print(f"from {source}, step {first['step']}, {'averaged' if o.weights == 'ema' else 'raw'} weights")
     train.train(o, first=(first[o.weights], first["meta"]), stage="finetune")
 

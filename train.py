@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -34,10 +35,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import LATEST, VERSION, draw_loss, keep_copy, name_newest, newest, open_log, read_checkpoint, save_atomic
+from cost import report
 from data import UserError, command_line, grid, holdout, load_images, to_float, to_uint8
 from losses import RECON_TARGETS, WEIGHTS, build_objective
 from machine import amp_type, start_machine
 from mask import POLICIES, RATIOS, draw, ratio_at, visible_count
+from recipes import RECIPES, settings
 from sample import Loaded, build, run, sample, seeded
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
 from vae import SPACES
@@ -54,6 +57,7 @@ def option(default, help, kind=None, choices=None, name=None):
 @dataclass(frozen=True)
 class Options:
     """All options of a run, in the order of --help."""
+    recipe: str = option(None, "a paper's own settings at its own scale (recipes.py); any flag beside it wins", kind=str, choices=RECIPES)
     data: str = option("faces", "images: a folder, a .zip, cifar-10-python.tar.gz, or faces (drawn by data.py)")
     val: str = option("0.02", "held-out images: a fraction of --data, or a path")
     size: int = option(32, "images are cropped square and resized to this side")
@@ -101,6 +105,7 @@ class Options:
     seed: int = option(0, "of everything")
     device: str = option("auto", "auto, cpu, cuda, mps")
     threads: int = option(0, "CPU threads per process; 0: cores divided by processes under torchrun, else torch's own choice")
+    dry_run: bool = option(False, "print parameters, tokens, GFLOP, memory and the command for 8 GPUs, and end")
     out: str = option(None, "folder of the run; runs/DATE-TIME when left out", kind=str)
     resume: bool = option(False, "continue --out (or the newest run) if it has a checkpoint")
     save_every: int = option(2000, "steps between checkpoints")
@@ -127,6 +132,7 @@ def positive(x):
 
 
 REFUSALS = [                                                                    # (is refused, why and what to do); NaN is never in a range
+    (lambda o: o.data is None and not o.dry_run, "--recipe needs its paper's images: --data PATH (maskdm CelebA-HQ, maskdit and lmd ImageNet, ddm CIFAR-10)"),
     (lambda o: not 0 <= o.mask < 1, "--mask must be in [0, 1): the share of hidden tokens"),
     (lambda o: o.mask_from is not None and not 0 <= o.mask_from < 1, "--mask-from must be in [0, 1)"),
     (lambda o: o.ramp != "constant" and o.mask_from is None, "--ramp needs --mask-from, the share it starts at"),
@@ -134,7 +140,8 @@ REFUSALS = [                                                                    
     (lambda o: o.block < 1, "--block must be at least 1"),
     (lambda o: o.block != Options.block and o.policy != "block", "--block is the side of --policy block's squares: use it with that policy"),
     (lambda o: o.patch < 1 or o.size < 1 or o.size % o.patch, "--size must be a positive multiple of --patch"),
-    (lambda o: (o.space == "latent") != (o.vae is not None), "--space latent and --vae PATH belong together; python vae.py trains an autoencoder"),
+    (lambda o: (o.space == "latent") != (o.vae is not None) and not (o.dry_run and o.vae is None),
+     "--space latent (which --recipe maskdit and lmd mean) and --vae PATH belong together; python vae.py trains an autoencoder"),
     (lambda o: o.decoder < 0, "--decoder is a number of blocks: at least 0"),
     (lambda o: not 0 <= o.recon < math.inf, "--recon is a weight: at least 0"),
     (lambda o: o.recon and not o.decoder, "--recon needs --decoder: without one, hidden patches have no output"),
@@ -174,6 +181,7 @@ def merge(options, given, stage):
 
     A resumed run keeps its own options: one that is given with another value is refused by name, unless it is in FREE."""
     o = options(**given)
+    o = options(**settings(o.recipe, stage, given))
     out = Path(o.out) if o.out else newest().parent if o.resume and LATEST.exists() else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     last = out / "last.pt"
     if not last.exists():
@@ -251,6 +259,8 @@ def network(o, channels, classes):
 def train(o, ckpt=None, first=None, stage="train"):
     """Train with options `o`. ckpt: a checkpoint to continue exactly. first: (state dict, meta) of a first stage to start from."""
     check(o)
+    if o.dry_run:
+        return print(report(o, lambda channels, classes: network(o, channels, classes), f"{stage}.py", sys.argv[1:]))
     machine = start_machine(o.device, o.threads)
     rank, world, device = machine.rank, machine.world, machine.device
     micro = o.micro_batch or max(1, o.batch // world)
