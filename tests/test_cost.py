@@ -40,7 +40,7 @@ def test_the_count_is_torchs_own(variant, visible):
 
 def test_the_published_costs_come_out():
     """DiT-XL/2 prints 118.6 "Gflops" at 256 px, MaskDiT 65.4 at ratio 0.5 and 6 % more than DiT unmasked: all are multiply-adds, attention included.
-    524.5 and 280.2 are the same at 512 px, where attention counts more."""
+    524.5 and 280.2 are the same at 512 px, where attention counts more. Counted here: 118.621 and 65.449, with modulation, clock and head."""
     giga = lambda net, side, visible=None: sum(forward_cost(net, side, side, visible)[0].values()) / 1e9
     dit = on_meta(channels=4, heads_out=2, patch=2, classes=1001, **MODELS["xl"])        # heads_out 2: it learns a variance too
     maskdit = on_meta(channels=4, patch=2, classes=1000, decoder=8, **MODELS["xl"])
