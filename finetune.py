@@ -8,20 +8,22 @@ better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
 
     python train.py --mask 0.9 --minutes 4 && python finetune.py --minutes 2      # the newest run, all tokens visible
     python finetune.py --from runs/A/last.pt --data photos/ --fraction 0.1        # to other data, a tenth of it [MaskDM transfer]
-    python finetune.py --mask-from 0.5 --mask 0 --ramp cosine4                    # a falling ratio [MaskDiT]
+    python finetune.py --mask-from 0.5 --mask 0 --ramp cosine4 --recon 0.1        # a falling ratio, on 8 token counts [MaskDiT]
+    python finetune.py --recipe maskdit                                           # the paper's unmasking: zero ratio, half the learning rate
     python finetune.py --task superres                                            # to a task: the condition's embedding starts at zero
 
 Network, schedule, prediction, space, data and batch are the first stage's unless a flag says otherwise.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import train
 from checkpoint import newest, read_checkpoint
 from data import UserError
+from recipes import settings
 from sample import run
 from train import Options, make_parser, merge, option
 
-FIXED = ("predict", "space", "vae", "model", "patch", "skips", "decoder")              # cannot change: the weights would mean something else
+FIXED = ("predict", "space", "vae", "model", "patch", "skips", "decoder", "economy")   # cannot change: the weights would mean something else
 # What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.
 INHERITED = FIXED + ("data", "task", "targets", "val", "seed", "size", "gray", "flip", "policy", "block", "schedule", "weighting", "time_sampling",
                      "labels", "label_dropout", "batch", "micro_batch", "cache_gb", "workers", "amp")
@@ -42,16 +44,18 @@ def main(argv=None):
         return train.resume(o, ckpt, "finetune")
     source = o.from_ or str(newest())
     first = read_checkpoint(source)
+    config = {f.name: f.default for f in fields(Options)} | first["config"]     # an option that is younger than the checkpoint had its default
     for name in FIXED:
-        if name in given and given[name] != first["config"][name]:
-            raise UserError(f"--{name} {given[name]}: {source} was trained with {first['config'][name]}, and its weights fit nothing else")
-    inherited = {name: first["config"][name] for name in INHERITED if name in first["config"]}
+        if name in given and given[name] != config[name]:
+            raise UserError(f"--{name} {given[name]}: {source} was trained with {config[name]}, and its weights fit nothing else")
+    inherited = {name: config[name] for name in INHERITED}
     if given.get("labels") is False:
         del inherited["label_dropout"]
     if {"task", "data"} & given.keys():                                         # maps belong to the task and the data that they were made for
         del inherited["targets"]
-    length = {} if "steps" in given or "minutes" in given else dict(minutes=2.0)
-    o = TuneOptions(**(inherited | length | given | dict(from_=source, out=o.out)))
+    chosen = settings(o.recipe, "finetune", given)
+    length = {} if "steps" in chosen or "minutes" in chosen else dict(minutes=2.0)
+    o = TuneOptions(**(inherited | length | chosen | dict(from_=source, out=o.out)))
     print(f"from {source}, step {first['step']}, {'averaged' if o.weights == 'ema' else 'raw'} weights")
     train.train(o, first=(first[o.weights], first["meta"]), stage="finetune")
 

@@ -7,6 +7,7 @@ their neighbours is a second task:
 
     L = mean over visible tokens of  sum_f w_f(t) |out_f - target_f|^2   +   lambda mean over hidden tokens of |out - patch|^2
 
+A token economy that lets hidden tokens take part (routing, vit.py) has an answer for them: then all tokens are scored, the ordinary loss.
 The targets belong to the prediction (schedules.py); the weights w_f are per image and are applied before any mean, in float32.
 The reconstruction reads the network's *raw* output: through EDM's c_skip the noisy patch, which is the target, would leak in.
 
@@ -48,12 +49,14 @@ def normalise(u, eps=1e-6):
     return (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + eps).sqrt()
 
 
-def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, recon_target="clean"):
+def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, recon_target="clean", all_scored=False):
     """-> objective(out, z, n, t, m), the scalar training loss in float32.
 
     weighting: a name in WEIGHTS, used by the prediction `both`. recon: lambda, 0 for none; it needs a decoder, whose outputs at hidden
     patches it scores against RECON_TARGETS[recon_target], the noisy one normalised patch by patch. m None: nothing is hidden, and
-    the reconstruction term is absent (not 0/0)."""
+    the reconstruction term is absent (not 0/0). all_scored: score matching on all tokens, hidden or not (ECONOMIES of vit.py)."""
+    if recon and all_scored:
+        raise ValueError("reconstruction is about tokens that score matching leaves out: there are none when all are scored")
 
     def objective(out, z, n, t, m):
         C = z.shape[1]
@@ -62,7 +65,7 @@ def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, reco
         for i, (guess, target) in enumerate(zip(out.float().split(C, 1), schedule.target(z, n, t, predict))):
             square = patchify((guess - target) ** 2, patch).mean(-1)                                                 # (B, N)
             error = error + (weights[i].to(square)[:, None] * square if i < len(weights) else square)
-        if m is None:
+        if m is None or all_scored or m.keep.shape[1] == m.n:
             return error.mean()
         loss = error.gather(1, m.keep).mean()                                   # [MaskDM] visible tokens only, divided by K
         if recon:

@@ -56,7 +56,7 @@ class Mask:
         return u.gather(1, self.keep[:, :, None].expand(-1, -1, u.shape[2]))
 
     def scatter(self, v, fill=None):
-        """Put visible rows back in their places: (B, K, D) -> (B, N, D). Hidden places get `fill` (D,) or zero."""
+        """Put visible rows back in their places: (B, K, D) -> (B, N, D). Hidden places get `fill`, (D,) or (B, N, D), or zero."""
         rest = v.new_zeros(()) if fill is None else fill.to(v.dtype)
         rest = rest.expand(len(v), self.n, v.shape[2])
         return rest.scatter(1, self.keep[:, :, None].expand_as(v), v)

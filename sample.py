@@ -10,7 +10,7 @@ any earlier s exactly as it would for that image. Guess, step, guess again:
 
 One step gives the mean of all images, more steps give detail; `--steps` counts network calls. A second-order solver is a better x0 for
 the same step (SOLVERS). Sampling runs on all tokens: a model trained on a tenth of them is simply handed the rest. Labels are guided by out = u + scale (c - u) (2207.12598) in one
-doubled batch. Every image has a seed of its own, so it does not depend on the batch that it was made in. A condition (tasks.py) is shown
+doubled batch, at all noise levels or in an interval of them. Every image has a seed of its own, so it does not depend on the batch that it was made in. A condition (tasks.py) is shown
 at every call; where it is larger than the training's images, the network sees overlapping tiles and its outputs are averaged (2302.08113).
 
     python sample.py --steps 10                              # newest run -> samples.png
@@ -184,11 +184,12 @@ class Tiled:
 
 @torch.no_grad()
 def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solver="analytic", labels=None, cfg=1.0, batch=64, first=0,
-           cond=None, watch=None, amp=None):
+           cond=None, watch=None, amp=None, cfg_interval=(0.0, math.inf)):
     """Images (n, C, H, W) in [-1, 1], float32 on the CPU.
 
     steps: network calls. churn in [0, 1]. time_grid, solver: names in GRIDS and SOLVERS. labels: (n,) class numbers, -1 for none; cfg: guidance scale,
-    1 is plain conditional, 0 unconditional, each one pass; any other is a doubled batch. first: number of the first image, whose
+    1 is plain conditional, 0 unconditional, each one pass; any other is a doubled batch. cfg_interval: the noise levels b / a
+    that are guided, low < b / a <= high (2404.07724); the others are one conditional pass. first: number of the first image, whose
     noise is a function of (seed, number) alone. cond (n, C', h, w): a task's condition at the size of z, at least that of the training (`restore`
     pads and folds it). watch(t, zt, x0) is told of every network call. amp: the type for autocast of the network, None for float32; the
     steps between its calls are in float32 in any case. The model runs in evaluation mode on the whole, unmasked image."""
@@ -210,8 +211,9 @@ def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="uniform", solve
 
         @torch.autocast(loaded.device.type, amp, enabled=amp is not None)
         def net(zt, t):
+            level = float(schedule.b(t) / schedule.a(t))                        # one time for all; infinite where the image is gone
             t = t.expand(len(zt))
-            if y is None or cfg == 1:
+            if y is None or cfg == 1 or not cfg_interval[0] < level <= cfg_interval[1]:
                 return model(zt, t, y, None, seen)
             if cfg == 0:
                 return model(zt, t, torch.full_like(y, -1), None, seen)
@@ -281,6 +283,8 @@ def parser():
                    "transparent pixels of --input when left out")
     p.add_argument("--targets", default=None, help="for a task: what should come out, a folder or .zip of the same file stems, to be compared with")
     p.add_argument("--trace", default=None, help="a .png of x_t and of the guess of x0 at every call, for the first two images")
+    p.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, math.inf), metavar=("LOW", "HIGH"),
+                   help="guide at noise levels b / a in (LOW, HIGH] alone, whatever the schedule: .3 to 3 keeps variety and saves passes")
     p.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i); -1 picks a seed and prints it")
     p.add_argument("--batch", type=int, default=64, help="images (or tiles of a large one) made at once; the result does not depend on it")
     p.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision of the network; auto: bf16 where the hardware has it")
@@ -308,6 +312,11 @@ def check(args):
         raise UserError(f"--churn {args.churn}: must be between 0 and 1")
     if not math.isfinite(args.cfg) or abs(args.seed) >= 2**63:
         raise UserError(f"--cfg {args.cfg}, --seed {args.seed}: must be finite, and the seed have less than 64 bits")
+    low, high = args.cfg_interval
+    if not 0 <= low < high:
+        raise UserError(f"--cfg-interval {low} {high}: give two noise levels, 0 <= LOW < HIGH; inf is one")
+    if args.cfg == 1 and (low, high) != (0, math.inf):
+        raise UserError("--cfg-interval says where to guide: give the scale too, --cfg 2")
     if args.churn and args.solver != "analytic":
         raise UserError(f"--solver {args.solver} follows the deterministic path: use it with --churn 0, or --solver analytic")
     if args.trace and not args.trace.lower().endswith(".png"):
@@ -334,15 +343,17 @@ def main(argv=None):
         raise UserError(f"--cfg {args.cfg}: this model was trained without labels, there is nothing to guide")
     seed = args.seed if args.seed >= 0 else int(torch.seed() % 2**31)
     how = dict(steps=args.steps, seed=seed, churn=args.churn, time_grid=args.time_grid, solver=args.solver, cfg=args.cfg, batch=args.batch,
-               amp=amp_type(args.amp, loaded.device))
+               amp=amp_type(args.amp, loaded.device), cfg_interval=args.cfg_interval)
     label = None if args.label is None else class_number(args.label, classes)
-    watch = Trace(loaded, 2 if args.trace else 0)
+    watch, seen = Trace(loaded, 2 if args.trace else 0), []                     # seen: images per pass through the network: counted, not computed
+    loaded.model.register_forward_hook(lambda module, given, out: seen.append(len(out)))
     n, batches = generate(args, loaded, label, watch, how) if task == "generate" else work_on(args, loaded, label, watch, how)
     if args.trace:
         watch.draw().save(args.trace)
         print(f"wrote {args.trace}: above x_t as the network sees it, below its guess of x0, at every call")
-    passes = " on a doubled batch" if classes and args.cfg not in (0, 1) else ""
-    print(f"wrote {n} images to {args.out}: {watch.calls // batches} network calls each{passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
+    calls = watch.calls // batches
+    passes = f", {sum(seen) / n:g} passes (a guided call takes two, each tile of a large picture its own)" if sum(seen) > n * calls else ""
+    print(f"wrote {n} images to {args.out}: {calls} network calls each{passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
 
 
 def generate(args, loaded, label, watch, how):

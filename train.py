@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -34,15 +35,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import LATEST, VERSION, draw_loss, keep_copy, name_newest, newest, open_log, read_checkpoint, save_atomic
+from cost import report
 from data import UserError, command_line, grid, holdout, load_images, to_float, to_uint8
 from losses import RECON_TARGETS, WEIGHTS, build_objective
 from machine import amp_type, start_machine
 from mask import POLICIES, RATIOS, draw, ratio_at, visible_count
+from recipes import RECIPES, settings
 from sample import Loaded, build, restore, run, sample, seeded
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
 from tasks import TASKS, pose, strip
 from vae import SPACES
-from vit import MODELS
+from vit import ECONOMIES, MODELS
 
 
 # --- options: a field is a default and a line of help; argparse is made from them ------------------------------------------------
@@ -55,6 +58,7 @@ def option(default, help, kind=None, choices=None, name=None):
 @dataclass(frozen=True)
 class Options:
     """All options of a run, in the order of --help."""
+    recipe: str = option(None, "a paper's own settings at its own scale (recipes.py); any flag beside it wins", kind=str, choices=RECIPES)
     data: str = option("faces", "images: a folder, a .zip, cifar-10-python.tar.gz, or faces (drawn by data.py)")
     val: str = option("0.02", "held-out images: a fraction of --data, or a path")
     size: int = option(32, "images are cropped square and resized to this side")
@@ -67,6 +71,8 @@ class Options:
     patch: int = option(4, "side of a token")
     skips: bool = option(False, "long skip connections (U-ViT, the network of MaskDM)")
     decoder: int = option(0, "blocks of the light decoder on all tokens (MaskDiT); 0 for none")
+    economy: str = option("drop", "what hidden tokens do: drop never enters, route skips blocks (TREAD), defer leaves after a light mixer (MicroDiT)",
+                          choices=ECONOMIES)
     mask: float = option(0.0, "share of the tokens that is hidden, in [0, 1)")
     mask_from: float = option(None, "share at the start of a ramp", kind=float)
     ramp: str = option("constant", "how the share goes from --mask-from to --mask", choices=RATIOS)
@@ -102,6 +108,7 @@ class Options:
     seed: int = option(0, "of everything")
     device: str = option("auto", "auto, cpu, cuda, mps")
     threads: int = option(0, "CPU threads per process; 0: cores divided by processes under torchrun, else torch's own choice")
+    dry_run: bool = option(False, "print parameters, tokens, GFLOP, memory and the command for 8 GPUs, and end")
     out: str = option(None, "folder of the run; runs/DATE-TIME when left out", kind=str)
     resume: bool = option(False, "continue --out (or the newest run) if it has a checkpoint")
     save_every: int = option(2000, "steps between checkpoints")
@@ -128,6 +135,7 @@ def positive(x):
 
 
 REFUSALS = [                                                                    # (is refused, why and what to do); NaN is never in a range
+    (lambda o: o.data is None and not o.dry_run, "--recipe needs its paper's images: --data PATH (maskdm CelebA-HQ, maskdit and lmd ImageNet, ddm CIFAR-10)"),
     (lambda o: not 0 <= o.mask < 1, "--mask must be in [0, 1): the share of hidden tokens"),
     (lambda o: o.mask_from is not None and not 0 <= o.mask_from < 1, "--mask-from must be in [0, 1)"),
     (lambda o: o.ramp != "constant" and o.mask_from is None, "--ramp needs --mask-from, the share it starts at"),
@@ -135,11 +143,14 @@ REFUSALS = [                                                                    
     (lambda o: o.block < 1, "--block must be at least 1"),
     (lambda o: o.block != Options.block and o.policy != "block", "--block is the side of --policy block's squares: use it with that policy"),
     (lambda o: o.patch < 1 or o.size < 1 or o.size % o.patch, "--size must be a positive multiple of --patch"),
-    (lambda o: (o.space == "latent") != (o.vae is not None), "--space latent and --vae PATH belong together; python vae.py trains an autoencoder"),
+    (lambda o: (o.space == "latent") != (o.vae is not None) and not (o.dry_run and o.vae is None),
+     "--space latent (which --recipe maskdit and lmd mean) and --vae PATH belong together; python vae.py trains an autoencoder"),
     (lambda o: o.decoder < 0, "--decoder is a number of blocks: at least 0"),
     (lambda o: not 0 <= o.recon < math.inf, "--recon is a weight: at least 0"),
     (lambda o: o.recon and not o.decoder, "--recon needs --decoder: without one, hidden patches have no output"),
     (lambda o: o.recon and not (o.mask or o.mask_from), "--recon needs --mask: there is nothing hidden to reconstruct"),
+    (lambda o: o.recon and o.economy != "drop", "--recon guesses what was never seen: --economy route and defer let hidden tokens take part, use drop"),
+    (lambda o: o.skips and o.economy == "route", "--economy route does not know --skips: a long skip would join blocks that see different tokens"),
     (lambda o: o.recon_target != Options.recon_target and not o.recon, "--recon-target needs --recon, the weight of the reconstruction"),
     (lambda o: o.weighting != "plain" and o.predict != "both", "--weighting is about two heads: use --predict both"),
     (lambda o: o.targets is not None and not TASKS[o.task].exact, "--targets are maps to predict: use them with --task edges or saliency"),
@@ -176,6 +187,7 @@ def merge(options, given, stage):
 
     A resumed run keeps its own options: one that is given with another value is refused by name, unless it is in FREE."""
     o = options(**given)
+    o = options(**settings(o.recipe, stage, given))
     out = Path(o.out) if o.out else newest().parent if o.resume and LATEST.exists() else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     last = out / "last.pt"
     if not last.exists():
@@ -188,8 +200,9 @@ def merge(options, given, stage):
     if ckpt["meta"]["stage"] != stage:
         raise UserError(f"--resume: {out} was made by {ckpt['meta']['stage']}.py, not by {stage}.py; give the --out of the run to continue")
     for f in dataclasses.fields(options):
-        if f.name in given and f.name not in FREE and given[f.name] != ckpt["config"][f.name]:
-            raise UserError(f"{flag(f)} {given[f.name]}: the run in {out} has {ckpt['config'][f.name]}; resume it without this flag "
+        was = ckpt["config"].get(f.name, f.default)                             # an option that is younger than the run had its default
+        if f.name in given and f.name not in FREE and given[f.name] != was:
+            raise UserError(f"{flag(f)} {given[f.name]}: the run in {out} has {was}; resume it without this flag "
                             f"(--steps makes it longer), or start another run with another --out")
     if o.steps is not None and o.steps < (ckpt["meta"]["plan"] or 0):
         raise UserError(f"--steps {o.steps}: the run in {out} has a plan of {ckpt['meta']['plan']} steps; a resumed run can only become longer")
@@ -244,9 +257,17 @@ LOG_EVERY = 10
 TOO_MANY = 20                                                                   # non-finite steps in a row that end a run
 
 
+def network(o, channels, space, classes):
+    """The options of the ViT that options `o` ask for: images of `channels`, in a space (its .channels and .factor), with so many classes."""
+    return dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].heads(o.predict), patch=o.patch, skips=o.skips, decoder=o.decoder,
+                economy=o.economy, classes=classes, cond_channels=TASKS[o.task].channels(channels) * space.factor ** 2, **MODELS[o.model])
+
+
 def train(o, ckpt=None, first=None, stage="train"):
     """Train with options `o`. ckpt: a checkpoint to continue exactly. first: (state dict, meta) of a first stage to start from."""
     check(o)
+    if o.dry_run:
+        return print(report(o, network, f"{stage}.py", sys.argv[1:]))
     machine = start_machine(o.device, o.threads)
     rank, world, device = machine.rank, machine.world, machine.device
     micro = o.micro_batch or max(1, o.batch // world)
@@ -277,16 +298,14 @@ def train(o, ckpt=None, first=None, stage="train"):
         same_kind = first and TASKS[first[1].get("task", "generate")].exact == TASKS[o.task].exact     # pictures then and now, or one kind of map
         meta = dict(stage=stage, schedule=o.schedule, predict=o.predict, space=o.space, task=o.task, channels=images.channels, size=o.size, classes=classes, vae=o.vae, vae_sha=space.sha,
                     data_std=first[1]["data_std"] if same_kind else space.encode(some).double().square().mean().sqrt().item(),
-                    model=dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].heads(o.predict), patch=o.patch, skips=o.skips,
-                               decoder=o.decoder, classes=len(classes), cond_channels=TASKS[o.task].channels(images.channels) * space.factor ** 2, **MODELS[o.model]),
-                    plan=None, skipped=0, shards=world * accumulate)
+                    model=network(o, images.channels, space, len(classes)), plan=None, skipped=0, shards=world * accumulate)
     net, schedule, space = build(meta)
     if first:
         fit(net, first[0], first[1]["classes"], classes)
     net.checkpoint_blocks = o.checkpoint_blocks
     net.to(device)
     averaged = copy.deepcopy(net).eval().requires_grad_(False)                  # the EMA is a model of its own: it is what gets sampled
-    objective = build_objective(schedule, o.predict, o.patch, o.weighting, o.recon, o.recon_target)
+    objective = build_objective(schedule, o.predict, o.patch, o.weighting, o.recon, o.recon_target, ECONOMIES[o.economy].all_scored)
     optimizer = torch.optim.AdamW(net.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.wd, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, seconds, skipped = 0, 0.0, meta["skipped"]
@@ -298,7 +317,7 @@ def train(o, ckpt=None, first=None, stage="train"):
         torch.set_rng_state(ckpt["rng"])                                        # ours need none: this is for your own dropout
         step, seconds = ckpt["step"], ckpt["seconds"]
     if o.compile:
-        for block in net.blocks:
+        for block in net.all_blocks():
             block.compile(dynamic=False)
     model = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else net
 

@@ -10,15 +10,20 @@ know where they are. The blocks are DiT's (2212.09748): time and class enter by 
     u = m.scatter(u, mask token)             (B, N, D')    only with a decoder (MaskDiT, 2306.09305): light blocks on all tokens
     F = head(u)                              (B, C_out, H, W)
 
-Without a decoder the output at hidden patches is zero. `m = None` is the plain, unmasked network: the same code, bit for bit.
+Dropping is one token economy of three (ECONOMIES): hidden tokens may instead take a shorter route (TREAD, 2501.04765) or leave late, after
+a light mixer has seen them (MicroDiT, 2407.15811). The mask says which tokens those are; it is a value drawn outside, whatever is done with it.
+Without a decoder the output at dropped patches is zero. `m = None` is the plain, unmasked network: the same code, bit for bit.
 Options: long skips (U-ViT, the network of MaskDM), a decoder, classes, extra condition channels.
-Every residual branch starts at zero (adaLN-zero) and so does the head: at step 0 a gradient reaches the head alone, at step 1 the
-gates and the connector before the decoder, from step 2 on everything. Do not look for encoder gradients before that.
+Every residual branch starts at zero (adaLN-zero) and so does the head: at step 0 a gradient reaches the head alone, at step 1 the embedding
+and the gates, from step 2 on everything. With a decoder, what lies before its connector waits one step more: do not look for the encoder's
+first gradient (embedding, gates) before step 2, nor for that of its attention before step 3.
 
 Shapes: B batch, N tokens of an h x w grid, K visible, D width, P = p p C values per patch; t in [0, 1], y labels (-1: no label).
 """
 import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -92,22 +97,74 @@ class Block(nn.Module):
         return u + gate2[:, None] * self.mlp(modulate(u, shift2, scale2))
 
 
+# --- token economies: what a hidden token is spared. run(net, see, c, m): see(m) embeds the visible tokens, see(None) all of them -------
+
+def drop(net, see, c, m):
+    """[MaskDM, MaskDiT] Hidden tokens are not even embedded. -> (B, K, D)"""
+    return net.encode(see(m), c)
+
+
+def route(net, see, c, m):
+    """[TREAD] Hidden tokens skip blocks i ... j - 1 and re-join as they were before block i. Nothing is lost, so all tokens are scored; without
+    a mask, as at sampling, nobody skips. -> (B, N, D)"""
+    i, j = way(len(net.blocks))
+    u = net.encode(see(None), c, 0, i)
+    u = net.encode(u, c, i, j) if m is None else m.scatter(net.encode(m.gather(u), c, i, j), fill=u)
+    return net.encode(u, c, j)
+
+
+def way(depth):
+    """(i, j): all tokens meet in the first two and in the last three blocks (TREAD's best; in shallow networks in a quarter at each end)."""
+    return min(2, (depth + 1) // 4), depth - min(3, (depth + 1) // 4)
+
+
+def defer(net, see, c, m):
+    """[MicroDiT] A light mixer sees all tokens, so that each visible one knows about its neighbours, then the hidden ones are dropped. -> (B, K, D)"""
+    u = see(None)                                                                                                    # (B, N, D')
+    for block in net.mixer:
+        u = net.run(block, u, c)
+    return net.encode(net.enter(u if m is None else m.gather(u)), c)
+
+
+@dataclass(frozen=True)
+class Economy:
+    """run: see above. hidden_seen: what a hidden token holds can reach the prediction. all_scored: hidden tokens have an answer of their
+    own, so the loss is on all tokens (losses.py) and not on the visible ones alone. mixer: its blocks, for an encoder of some depth."""
+    run: Callable
+    hidden_seen: bool
+    all_scored: bool
+    mixer: Callable = lambda depth: 0
+
+
+ECONOMIES = {
+    "drop": Economy(drop, hidden_seen=False, all_scored=False),
+    "route": Economy(route, hidden_seen=True, all_scored=True),
+    "defer": Economy(defer, hidden_seen=True, all_scored=False, mixer=lambda depth: math.ceil(depth * 6 / 28)),      # [MicroDiT-XL] 6 for 28
+}
+
+
 # --- the whole network ------------------------------------------------------------------------------------------------------
 
 class ViT(nn.Module):
     """Encoder on the visible tokens, optional light decoder on all tokens.
 
     channels, heads_out: image channels C in and number of image-shaped fields out (`schedule.heads(predict)`), C_out = C heads_out.
-    patch: p. width, depth, heads: the encoder. skips: U-ViT's long skips. decoder: its depth, 0 for none. classes: number of
-    labels, 0 for none. cond_channels: channels of the condition image, 0 for none. schedule: gives c_in and the time angle."""
+    patch: p. width, depth, heads: the encoder. skips: U-ViT's long skips. decoder: its depth, 0 for none. decoder_width: of the light
+    blocks, those of the decoder and of the mixer. classes: number of labels, 0 for none. cond_channels: channels of the condition image,
+    0 for none. economy: a name in ECONOMIES. schedule: gives c_in and the time angle."""
 
     def __init__(self, schedule, channels=3, heads_out=1, patch=4, width=192, depth=6, heads=3, skips=False, decoder=0,
-                 decoder_width=128, classes=0, cond_channels=0, checkpoint_blocks=False):
+                 decoder_width=128, classes=0, cond_channels=0, checkpoint_blocks=False, economy="drop"):
         super().__init__()
         self.schedule, self.p, self.width, self.checkpoint_blocks = schedule, patch, width, checkpoint_blocks
+        self.economy = ECONOMIES[economy]
+        light = lambda count: nn.ModuleList(Block(decoder_width, decoder_width // 32, width) for _ in range(count))
         out = patch * patch * channels * heads_out
-        self.embed = nn.Linear(patch * patch * channels, width)
-        self.embed_cond = nn.Linear(patch * patch * cond_channels, width, bias=False) if cond_channels else None
+        self.mixer = light(self.economy.mixer(depth)) or None
+        self.enter = nn.Linear(decoder_width, width) if self.mixer else None    # [MicroDiT] from the mixer's width to the encoder's
+        first = decoder_width if self.mixer else width
+        self.embed = nn.Linear(patch * patch * channels, first)
+        self.embed_cond = nn.Linear(patch * patch * cond_channels, first, bias=False) if cond_channels else None
         self.embed_time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_class = nn.Embedding(classes, width) if classes else None
         first_out = depth - depth // 2 if skips else depth                      # blocks from here on receive a long skip
@@ -117,7 +174,7 @@ class ViT(nn.Module):
             self.connect_ada = nn.Linear(width, 2 * width)
             self.connect = nn.Linear(width, decoder_width)
             self.mask_token = nn.Parameter(torch.zeros(decoder_width))
-            self.decoder = nn.ModuleList(Block(decoder_width, decoder_width // 32, width) for _ in range(decoder))
+            self.decoder = light(decoder)
         self.head_ada = nn.Linear(width, 2 * (decoder_width if decoder else width))
         self.head = nn.Linear(decoder_width if decoder else width, out)
         self.initialise()
@@ -131,7 +188,7 @@ class ViT(nn.Module):
                     nn.init.zeros_(module.bias)
         for weight in [self.embed_time[0].weight, self.embed_time[2].weight] + ([self.embed_class.weight] if self.embed_class else []):
             nn.init.normal_(weight, std=0.02)
-        blocks = [*self.blocks, *(self.decoder or [])]
+        blocks = self.all_blocks()
         zero = [self.head, self.head_ada] + [block.ada for block in blocks] + ([self.embed_cond] if self.embed_cond else [])
         if self.decoder is not None:
             nn.init.normal_(self.mask_token, std=0.02)
@@ -143,39 +200,51 @@ class ViT(nn.Module):
                 with torch.no_grad():
                     block.skip.weight.copy_(torch.eye(block.skip.out_features, block.skip.in_features))
 
+    def all_blocks(self):
+        """The blocks of mixer, encoder and decoder, in their order."""
+        return [*(self.mixer or []), *self.blocks, *(self.decoder or [])]
+
     def run(self, block, *inputs):
         """One block, recomputed in the backward pass instead of remembered when `checkpoint_blocks` is set."""
         if self.checkpoint_blocks and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
+    def encode(self, u, c, i=0, j=None):
+        """Blocks i ... j - 1, all of them by default: (B, K, D) -> (B, K, D)."""
+        stack = []
+        for number, block in enumerate(self.blocks[i:j], i):
+            u = self.run(block, u, c) if block.skip is None else self.run(block, u, c, stack.pop())
+            if number < len(self.blocks) // 2:
+                stack.append(u)
+        return u
+
     def forward(self, zt, t, y=None, m=None, cond=None):
         """zt (B, C, H, W) at times t (B,), labels y (B,) int64 with -1 for "no label", mask m or None, condition (B, C', H, W)
-        in [-1, 1] or None  ->  (B, C_out, H, W), zero at hidden patches unless there is a decoder."""
+        in [-1, 1] or None  ->  (B, C_out, H, W), zero at dropped patches unless there is a decoder."""
         h, w = zt.shape[2] // self.p, zt.shape[3] // self.p
         c_in = per_image(self.schedule.scale(t), zt)
-        u = self.embed(patchify(c_in * zt, self.p)) if m is None else self.embed(m.gather(patchify(c_in * zt, self.p)))
-        if self.embed_cond is not None:                                         # never noised, dropped with its patch
-            cond = patchify(cond, self.p)
-            u = u + self.embed_cond(cond if m is None else m.gather(cond))
-        place = positions(h, w, self.width, zt.device)                                                               # (N, D)
-        u = u + (place if m is None else place[m.keep])                                                              # (B, K, D)
+
+        def see(m):
+            """Tokens at their places, all of them or the visible ones: embedded after they are gathered, for that is cheaper."""
+            u = self.embed(patchify(c_in * zt, self.p)) if m is None else self.embed(m.gather(patchify(c_in * zt, self.p)))
+            if self.embed_cond is not None:                                     # never noised, dropped with its patch
+                tokens = patchify(cond, self.p)
+                u = u + self.embed_cond(tokens if m is None else m.gather(tokens))
+            place = positions(h, w, u.shape[2], zt.device)                                                           # (N, D)
+            return u + (place if m is None else place[m.keep])                                                       # (B, K, D)
 
         clock = 1000 * self.schedule.angle(t) / (math.pi / 2)                   # the noise level as an angle: finite everywhere
         c = self.embed_time(sincos(clock.float().to(zt.device), 256)).expand(len(zt), -1)                     # (B, D)
         if self.embed_class is not None and y is not None:
             c = c + self.embed_class(y.clamp(min=0)) * (y >= 0)[:, None]        # "no label" is the zero vector [MaskDiT]
 
-        stack = []
-        for i, block in enumerate(self.blocks):
-            u = self.run(block, u, c) if block.skip is None else self.run(block, u, c, stack.pop())
-            if i < len(self.blocks) // 2:
-                stack.append(u)
+        u = self.economy.run(self, see, c, m)                                                                        # (B, K or N, D)
 
         if self.decoder is not None:
             u = self.connect(modulate(u, *self.connect_ada(F.silu(c)).chunk(2, -1)))                                 # (B, K, D')
-            # 0 * token: DistributedDataParallel wants a gradient for every parameter, also when nothing is hidden
-            u = u + 0 * self.mask_token if m is None else m.scatter(u, fill=self.mask_token)                         # (B, N, D')
+            # 0 * token: DistributedDataParallel wants a gradient for every parameter, also when nothing was dropped
+            u = u + 0 * self.mask_token if u.shape[1] == h * w else m.scatter(u, fill=self.mask_token)               # (B, N, D')
             u = u + positions(h, w, u.shape[2], zt.device)
             for block in self.decoder:
                 u = self.run(block, u, c)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from losses import RECON_TARGETS, WEIGHTS, build_objective, normalise
-from mask import draw, patchify
+from mask import Mask, draw, patchify
 from schedules import PREDICTIONS, SCHEDULES
 
 every_schedule, every_prediction = pytest.mark.parametrize("name", SCHEDULES), pytest.mark.parametrize("predict", PREDICTIONS)
@@ -88,6 +88,48 @@ def test_the_released_target_is_the_noisy_patch_normalised():
     assert (both - alone).item() == pytest.approx(((patchify(out, 2) - noisy) ** 2)[~m.visible].mean().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("target", RECON_TARGETS)
+def test_reconstruction_reads_the_raw_output_and_not_the_preconditioned_one(target):
+    """What sigma is cannot matter but through the target: the same output and target cost the same in every schedule. Through EDM's
+    c_skip x_t, the released reading, the noisy patch would be part of the prediction."""
+    losses = []
+    for name in ("edm", "flow"):
+        schedule = replace(SCHEDULES[name], s=0.5)
+        out, z, n, t, m = scene(schedule, "unit")
+        at = schedule.time_at(torch.full((4,), 0.7, dtype=torch.float64))       # one angle, two schedules: x_t differs by a factor, which
+        both = build_objective(schedule, "unit", 2, recon=1.0, recon_target=target)(out, z, n, at, m)           # per-patch normalisation removes
+        losses.append((both - build_objective(schedule, "unit", 2)(out, z, n, at, m)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_whole_of_maskdits_loss_is_as_published_with_the_raw_output_in_place_of_d():
+    """[MaskDiT 1.3 to 1.6] w = (s^2 + sd^2) / (s sd)^2 on |D - y|^2 over visible tokens, plus 0.1 |F - T|^2 over hidden ones, from EDM's formulas."""
+    sd = 0.5
+    schedule = replace(SCHEDULES["edm"], s=sd)
+    F, y, n, _, m = scene(schedule, "unit")
+    sigma = torch.tensor([0.05, 0.3, 1.0, 20.0], dtype=torch.float64)
+    loss = build_objective(schedule, "unit", 2, recon=0.1, recon_target="noisy")(F, y, n, (sigma / 80) ** (1 / 7), m)
+    s = sigma.view(4, 1, 1, 1)
+    x = y + s * n
+    D = sd ** 2 / (s ** 2 + sd ** 2) * x + s * sd / (s ** 2 + sd ** 2).sqrt() * F
+    e = patchify((s ** 2 + sd ** 2) / (s * sd) ** 2 * (D - y) ** 2, 2).mean(-1)
+    P = patchify(x, 2)
+    T = (P - P.mean(-1, keepdim=True)) / (P.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert loss.item() == pytest.approx((e[m.visible].mean() + 0.1 * ((patchify(F, 2) - T) ** 2).mean(-1)[~m.visible].mean()).item(), rel=1e-4)
+
+
+@every_prediction
+def test_all_tokens_are_scored_where_the_economy_says_so(predict):
+    schedule = SCHEDULES["ddm"]
+    out, z, n, t, m = scene(schedule, predict)
+    loss = build_objective(schedule, predict, 2, all_scored=True)(out, z, n, t, m)
+    assert torch.equal(loss, build_objective(schedule, predict, 2)(out, z, n, t, None))
+    loss.backward()
+    assert (out.grad != 0).all()
+    with pytest.raises(ValueError):
+        build_objective(schedule, predict, 2, recon=0.1, all_scored=True)
+
+
 @every_prediction
 @pytest.mark.parametrize("target", RECON_TARGETS)
 def test_without_hidden_tokens_the_reconstruction_is_absent(predict, target):
@@ -95,6 +137,8 @@ def test_without_hidden_tokens_the_reconstruction_is_absent(predict, target):
     out, z, n, t, _ = scene(schedule, predict)
     with_recon = build_objective(schedule, predict, 2, recon=0.1, recon_target=target)(out, z, n, t, None)
     assert torch.equal(with_recon, build_objective(schedule, predict, 2)(out, z, n, t, None)) and torch.isfinite(with_recon)
+    all_visible = Mask(torch.arange(16).expand(4, -1), 16)                      # (the release divides 0 by 0 at the end of its cosine ramp)
+    assert torch.equal(with_recon, build_objective(schedule, predict, 2, recon=0.1, recon_target=target)(out, z, n, t, all_visible))
 
 
 @every_prediction

@@ -18,7 +18,7 @@ import train
 import vae
 from conftest import ROOT
 
-LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "machine", "pictures", "vae", "fid", "tasks", "vit", "losses"], ["sample"], ["train"], ["finetune"], ["reproduce"]]
+LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "machine", "pictures", "recipes", "vae", "fid", "tasks", "vit", "losses"], ["cost", "sample"], ["train"], ["finetune"], ["reproduce"]]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 OURS = [p for p in sorted(ROOT.glob("*.py"))]
 PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL", "scipy", "safetensors"}       # the last one is optional, imported where it is needed

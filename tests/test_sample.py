@@ -220,6 +220,20 @@ def test_guidance_extrapolates_from_the_unconditional_guess():
     assert torch.allclose(ends[2][inside], (ends[0] + ends[1])[inside] / 2, atol=1e-4)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", ["ddm", "edm"])
+def test_outside_of_the_interval_a_guided_call_is_one_conditional_pass(name, solver):
+    """Twice the batch where low < b / a <= high and once elsewhere, in whatever order a solver calls."""
+    loaded, calls = tiny(classes=2, schedule=name), []
+    loaded.model.register_forward_pre_hook(lambda module, args: calls.append((float(loaded.schedule.b(args[1][0]) / loaded.schedule.a(args[1][0])), len(args[0]))))
+    labels = torch.tensor([0, 1])
+    S.sample(loaded, 2, 9, labels=labels, cfg=2.0, solver=solver, time_grid="angle", cfg_interval=(0.3, 3.0))
+    assert all(size == (4 if 0.3 < level <= 3 else 2) for level, size in calls) and {size for _, size in calls} == {2, 4} and len(calls) == 9
+    everywhere, nowhere = (S.sample(loaded, 2, 9, labels=labels, cfg=2.0, cfg_interval=i) for i in ((0.0, math.inf), (1e8, 1e9)))
+    assert torch.equal(everywhere, S.sample(loaded, 2, 9, labels=labels, cfg=2.0))
+    assert torch.equal(nowhere, S.sample(loaded, 2, 9, labels=labels))
+
+
 @pytest.mark.parametrize("predict", ["both", "eps", "x0", "v", "unit"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_and_prediction_samples_finite_images(name, predict):
@@ -274,7 +288,7 @@ def test_labels_are_given_by_name_or_number():
             S.class_number(name, classes)
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--n", "0"], ["--churn", "1.5"], ["--churn", "0.5", "--solver", "heun"], ["--ckpt", "nowhere"], ["--device", "cuda:77"], ["--device", "foo"], ["--cfg", "nan"],
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--n", "0"], ["--churn", "1.5"], ["--churn", "0.5", "--solver", "heun"], ["--ckpt", "nowhere"], ["--device", "cuda:77"], ["--device", "foo"], ["--cfg", "nan"], ["--cfg", "2", "--cfg-interval", "3", "0.3"], ["--cfg", "2", "--cfg-interval", "nan", "1"], ["--cfg-interval", "0.3", "3"],
                                        ["--out", "x.jpg"], ["--no-such-flag"]])
 def test_bad_arguments_are_one_line_and_exit_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

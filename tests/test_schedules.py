@@ -88,6 +88,7 @@ def test_unit_is_edms_preconditioning_when_a_is_one(sigma, s):
     D = s ** 2 / (sigma ** 2 + s ** 2) * x + sigma * s / math.sqrt(sigma ** 2 + s ** 2) * F
     assert torch.allclose(schedule.split(F, x, t, "unit")[0], D, rtol=1e-8)
     assert schedule.scale(t).item() == pytest.approx(1 / math.sqrt(sigma ** 2 + s ** 2))
+    assert (schedule.angle(t).tan() * s).log().item() / 4 == pytest.approx(math.log(sigma) / 4, abs=1e-9)       # c_noise, told as an angle
 
 
 @pytest.mark.parametrize("name", ["vp-linear", "vp-cosine"])
@@ -225,8 +226,9 @@ def test_uniform_times_cover_every_bin_of_the_batch_once():
     assert sorted((t * 50).floor().clamp(max=49).long().tolist()) == list(range(50)) or t.sort().values.diff().max() < 1.01 / 50
 
 
-def test_lognormal_times_have_edms_noise_levels():
-    schedule = replace(SCHEDULES["ddm"], s=0.5)
+@pytest.mark.parametrize("name", ["ddm", "edm"])
+def test_lognormal_times_have_edms_noise_levels(name):
+    schedule = replace(SCHEDULES[name], s=0.5)
     t = times("lognormal", schedule, 4000, torch.Generator().manual_seed(0))
     log_sigma = (schedule.b(t) / schedule.a(t)).log()
     assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.02) and log_sigma.std().item() == pytest.approx(1.2, abs=0.03)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from checkpoint import save_atomic
 from conftest import ROOT
 from data import UserError
 from machine import amp_type
+from recipes import RECIPES, settings
 from vae import PixelSpace
-from vit import ViT
+from vit import ECONOMIES, ViT
 
 TINY = ["--size", "16", "--patch", "8", "--batch", "8", "--threads", "1", "--val", "0.2", "--workers", "0"]
 
@@ -398,6 +400,7 @@ REFUSED = [["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "
            ["--clip", "inf"], ["--minutes", "nan"], ["--decoder", "-1"], ["--recon", "-1"], ["--workers", "-1"], ["--seed", "-1"],
            ["--label-dropout", "0.3"], ["--label-dropout", "2", "--labels"], ["--recon-target", "noisy"], ["--block", "2"], ["--data", ""],
            ["--val", ""], ["--val", "nowhere"], ["--wd", "-1"], ["--out", "FILE/x"],
+           ["--economy", "route", "--skips"], ["--economy", "defer", "--decoder", "1", "--mask", "0.5", "--recon", "0.1"], ["--recipe", "maskdit"],
            ["--space", "latent"], ["--vae", "vae.pt"], ["--space", "latent", "--vae", "nowhere.pt"]]
 
 
@@ -416,11 +419,79 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(photos, arguments
 
 def test_every_refusal_of_the_table_can_happen():
     """Each line of the table is reached by one of the cases above."""
-    parse = lambda a: train.Options(**vars(train.make_parser(train.Options, "").parse_args(a)))
-    cases = [parse(arguments) for arguments in REFUSED]
+    given = [vars(train.make_parser(train.Options, "").parse_args(arguments)) for arguments in [*REFUSED, ["--recipe", "ddm"]]]
+    cases = [train.Options(**settings(g.get("recipe"), "train", g)) for g in given]
     for refused, why in train.REFUSALS:
         assert any(refused(o) for o in cases), why
         assert not refused(train.Options()), why
+
+
+# --- recipes, economies, costs -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe, stage", [(name, stage) for name, stages in RECIPES.items() for stage in stages])
+def test_a_recipe_sets_known_options_that_fit_together_and_flags_beside_it_win(recipe, stage):
+    options = {"train": train.Options, "finetune": finetune.TuneOptions}[stage]
+    o = options(**settings(recipe, stage, {"lr": 0.5}))
+    assert o.lr == 0.5 and o.steps and options(**settings(recipe, stage, {"minutes": 1.0})).steps is None
+    train.check(replace(o, data="faces", vae="x" if o.space == "latent" else None))
+    if stage == "train":
+        with pytest.raises(UserError, match="--data"):
+            train.check(o)
+
+
+def test_maskdits_second_stage_is_at_half_the_rate_and_ddms_does_not_exist(photos, capsys):
+    assert RECIPES["maskdit"]["finetune"]["lr"] == RECIPES["maskdit"]["train"]["lr"] / 2
+    own = ["--recipe", "ddm", "--model", "tiny", "--out", "runs/a"]
+    go(photos, *own, "--steps", 2)
+    config = read("runs/a/last.pt")["config"]
+    assert (config["recipe"], config["weighting"], config["size"], config["lr"]) == ("ddm", "ddm", 16, 1e-4)
+    go(photos, *own, "--steps", 3, "--resume")
+    assert read("runs/a/last.pt")["step"] == 3
+    with pytest.raises(UserError, match="--recipe maskdm"):
+        go(photos, "--recipe", "maskdm", "--out", "runs/a", "--resume")
+    with pytest.raises(UserError, match="no second stage"):
+        finetune.main(["--recipe", "ddm"])
+    finetune.main(["--recipe", "maskdit", "--steps", "1", "--batch", "8", "--out", "runs/b"])
+    config = read("runs/b/last.pt")["config"]
+    assert (config["lr"], config["amp"], config["schedule"], config["data"]) == (5e-5, "off", "ddm", photos)
+
+
+@pytest.mark.parametrize("economy", ECONOMIES)
+def test_every_economy_trains_tunes_and_samples_and_cannot_become_another(photos, economy, monkeypatch):
+    all_scored, build = [], train.build_objective
+    monkeypatch.setattr(train, "build_objective", lambda *args: all_scored.append(args[-1]) or build(*args))
+    go(photos, "--economy", economy, "--mask", 0.5, "--steps", 2, "--labels", "--out", "runs/a")
+    finetune.main(["--steps", "2", "--mask-from", "0.5", "--mask", "0", "--ramp", "cosine4", "--out", "runs/b"])
+    assert (rows("runs/b")[0]["ratio"], rows("runs/b")[0]["visible"]) == ("0.5", "2")        # the fall begins where the first stage was
+    for run in ("a", "b"):
+        assert all_scored.pop() == ECONOMIES[economy].all_scored                # what the economy declares, the objective does
+        assert read(f"runs/{run}/last.pt")["meta"]["model"]["economy"] == read(f"runs/{run}/last.pt")["config"]["economy"] == economy
+    S.main(["--n", "2", "--steps", "2", "--cfg", "2", "--label", "day"])
+    with pytest.raises(UserError, match="--economy"):
+        finetune.main(["--economy", "route" if economy == "drop" else "drop", "--steps", "1", "--out", "runs/c"])
+
+
+def test_a_checkpoint_from_before_an_option_existed_goes_on_with_its_default(photos):
+    go(photos, "--steps", 2, "--out", "runs/a")
+    ckpt = read("runs/a/last.pt")
+    del ckpt["config"]["economy"], ckpt["config"]["recipe"], ckpt["config"]["dry_run"], ckpt["meta"]["model"]["economy"]
+    save_atomic(ckpt, Path("runs/a/last.pt"))
+    finetune.main(["--steps", "1", "--out", "runs/b", "--economy", "drop"])
+    with pytest.raises(UserError, match="--economy"):
+        go(photos, "--steps", 3, "--out", "runs/a", "--resume", "--economy", "route")
+    go(photos, "--steps", 3, "--out", "runs/a", "--resume", "--economy", "drop")
+
+
+def test_a_dry_run_prints_the_published_costs_reads_no_image_and_writes_nothing(photos, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_images", None)
+    train.main(["--recipe", "maskdit", "--dry-run"])
+    text = capsys.readouterr().out
+    for fact in ("730.12 M", "256 of 16 x 16 pixels, visible 128", "65.45 G multiply-adds", "125.8 with all tokens", "torchrun --nproc_per_node=8 train.py", "--data PATH --vae PATH"):
+        assert fact in text, (fact, text)
+    go(photos, "--labels", "--mask", 0.75, "--ramp", "cosine", "--mask-from", 0.25, "--dry-run", "--batch", 12)
+    text = capsys.readouterr().out
+    assert "4 of 8 x 8 pixels, visible 1, 2, 3" in text and "in the mean" in text and "--batch 12 must become" in text
+    assert not Path("runs").exists()
 
 
 def test_a_latent_generator_trains_tunes_and_samples_through_its_autoencoder(photos):

@@ -7,11 +7,15 @@ import torch.nn.functional as F
 
 from mask import draw
 from schedules import SCHEDULES
-from vit import MODELS, Block, ViT, attend, positions
+from vit import ECONOMIES, MODELS, Block, ViT, attend, positions, way
 
 VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2), "skips+decoder": dict(skips=True, decoder=1),
             "classes": dict(classes=3), "condition": dict(cond_channels=2), "recompute": dict(checkpoint_blocks=True)}
+for name in [e for e in ECONOMIES if e != "drop"]:
+    VARIANTS |= {name: dict(economy=name), f"{name}+decoder": dict(economy=name, decoder=1), f"{name}+inputs": dict(economy=name, classes=3, cond_channels=2)}
 every = pytest.mark.parametrize("variant", VARIANTS)
+SEES_HIDDEN = [v for v, options in VARIANTS.items() if ECONOMIES[options.get("economy", "drop")].hidden_seen]
+dropping, taking_part = (pytest.mark.parametrize("variant", [v for v in VARIANTS if (v in SEES_HIDDEN) == yes]) for yes in (False, True))
 
 
 def awake(**options):
@@ -41,18 +45,94 @@ def pixels(flag, p, h, w):
     return out
 
 
-@every
-def test_hidden_pixels_cannot_reach_the_prediction(variant):
-    net = awake(**VARIANTS[variant])
+def clean_and_spoiled(net):
+    """The outputs for an image and for the same image with its hidden pixels overwritten by 99, and which pixels are visible."""
     zt, t, y, cond = inputs(net)
     m = draw("patch", 2, 4, 4, 0.6, torch.Generator().manual_seed(0))
     seen = pixels(m.visible, 2, 8, 8)
     spoiled = torch.where(seen, zt, torch.tensor(99.0))
     spoiled_cond = None if cond is None else torch.where(seen, cond, torch.tensor(99.0))
-    assert torch.equal(net(zt, t, y, m, cond), net(spoiled, t, y, m, spoiled_cond))
+    return net(zt, t, y, m, cond), net(spoiled, t, y, m, spoiled_cond), seen.expand(-1, 6, -1, -1)
 
 
-@every
+@dropping
+def test_hidden_pixels_cannot_reach_the_prediction(variant):
+    clean, spoiled, _ = clean_and_spoiled(awake(**VARIANTS[variant]))
+    assert torch.equal(clean, spoiled)
+
+
+@taking_part
+def test_hidden_pixels_reach_every_prediction_where_the_economy_lets_them_take_part(variant):
+    """The other way round: visible places too depend on what hidden tokens hold, and hidden places have an answer if all are scored."""
+    net = awake(**VARIANTS[variant])
+    clean, spoiled, seen = clean_and_spoiled(net)
+    assert (clean != spoiled)[seen].all() and (clean[~seen] != 0).all() == (net.economy.all_scored or net.decoder is not None)
+
+
+@taking_part
+def test_gradients_flow_to_hidden_pixels_where_they_take_part(variant):
+    net = awake(**VARIANTS[variant])
+    zt, t, y, cond = inputs(net)
+    zt.requires_grad_()
+    m = draw("patch", 2, 4, 4, 0.6, torch.Generator().manual_seed(0))
+    net(zt, t, y, m, cond)[pixels(m.visible, 2, 8, 8).expand(-1, 6, -1, -1)].square().sum().backward()          # of visible answers alone
+    assert (zt.grad != 0).all()
+
+
+def quieten(blocks):
+    """Make blocks the identity: their gates shut."""
+    for block in blocks:
+        for q in block.ada.parameters():
+            torch.nn.init.zeros_(q)
+
+
+def test_a_routed_token_is_what_it_was_and_the_blocks_of_the_route_do_not_see_it():
+    """[TREAD] x_k for k not in S is what it was before block i. With identities around the route, hidden places are those of a network
+    without blocks, whatever the route does, and visible places do not know what hidden tokens hold."""
+    net = awake(economy="route", depth=6)
+    i, j = way(6)
+    quieten([*net.blocks[:i], *net.blocks[j:]])
+    zt, t, _, _ = inputs(net)
+    m = draw("patch", 2, 4, 4, 0.5, torch.Generator().manual_seed(0))
+    seen = pixels(m.visible, 2, 8, 8)
+    out, spoiled = net(zt, t, None, m), net(torch.where(seen, zt, torch.tensor(99.0)), t, None, m)
+    seen = seen.expand(-1, 6, -1, -1)
+    assert torch.equal(out[seen], spoiled[seen]) and (out != spoiled)[~seen].all()
+    quieten(net.blocks)
+    without_blocks = net(zt, t)
+    assert torch.equal(out[~seen], without_blocks[~seen]) and (out != without_blocks)[seen].all()
+
+
+def test_deferred_tokens_are_seen_by_the_mixer_and_by_nothing_else():
+    net = awake(economy="defer", depth=6)
+    assert len(net.mixer) == 2 and len(awake(economy="defer", depth=28).mixer) == 6                         # [MicroDiT-XL] 6 for 28
+    quieten(net.mixer)
+    clean, spoiled, seen = clean_and_spoiled(net)
+    assert torch.equal(clean, spoiled) and (clean[~seen] == 0).all()
+
+
+@pytest.mark.parametrize("depth, expected", [(1, (0, 1)), (3, (1, 2)), (6, (1, 5)), (12, (2, 9)), (28, (2, 25))])
+def test_the_route_leaves_the_first_two_and_the_last_three_blocks_to_all_tokens(depth, expected):
+    assert way(depth) == expected
+
+
+@pytest.mark.parametrize("name", ECONOMIES)
+@pytest.mark.parametrize("decoder", [0, 1])
+def test_unmasked_all_economies_but_the_mixer_are_one_network(name, decoder):
+    """m = None is the plain network bit for bit; the mixer's economy is that of a network with its mixer."""
+    net = awake(economy=name, decoder=decoder)
+    zt, t, _, _ = inputs(net)
+    if net.mixer is None:
+        plain = awake(decoder=decoder)
+        plain.load_state_dict(net.state_dict())
+        assert torch.equal(net(zt, t), plain(zt, t))
+    else:
+        before = net(zt, t)
+        torch.nn.init.normal_(net.mixer[0].ada.bias)
+        assert not torch.allclose(before, net(zt, t))
+
+
+@dropping
 def test_no_gradient_flows_to_hidden_pixels(variant):
     net = awake(**VARIANTS[variant])
     zt, t, y, cond = inputs(net)
@@ -86,7 +166,7 @@ def test_the_output_is_an_image_whatever_the_options_and_hidden_places_are_zero_
         assert out.shape == (2, 6, 8, 12) and out.dtype == torch.float32
         if m is not None:
             hidden = ~pixels(m.visible, 2, 8, 12).expand_as(out)
-            assert (out[hidden] == 0).all() == (net.decoder is None)
+            assert (out[hidden] == 0).all() == (net.decoder is None and not net.economy.all_scored)
 
 
 @every
@@ -153,23 +233,33 @@ def test_every_branch_starts_at_zero():
     assert (net(torch.randn(2, 3, 16, 16), torch.tensor([0.5, 0.1])) == 0).all()
 
 
+@pytest.mark.parametrize("economy", ECONOMIES)
 @pytest.mark.parametrize("decoder", [0, 1])
-def test_gradients_reach_everything_from_the_third_step_on(decoder):
+def test_gradients_first_reach_each_part_at_the_stated_step(decoder, economy):
     torch.manual_seed(0)
-    net = ViT(SCHEDULES["ddm"], heads_out=1, width=32, depth=2, heads=2, skips=True, decoder=decoder, decoder_width=32, classes=2)
+    net = ViT(SCHEDULES["ddm"], heads_out=1, width=32, depth=2, heads=2, skips=economy != "route", decoder=decoder, decoder_width=32, classes=2, economy=economy)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     m = draw("patch", 4, 4, 4, 0.5, torch.Generator().manual_seed(0))
-    for _ in range(4):
+    first = {}
+    for step in range(4):
         optimizer.zero_grad()
         F.mse_loss(net(torch.randn(4, 3, 16, 16), torch.rand(4), torch.arange(4) % 2, m), torch.ones(4, 3, 16, 16)).backward()
         optimizer.step()
-    silent = [name for name, q in net.named_parameters() if q.grad is None or q.grad.abs().sum() == 0]
-    assert not silent
+        for name, q in net.named_parameters():
+            if q.grad is not None and q.grad.abs().sum() > 0:
+                first.setdefault(name, step)
+    unreached = {name for name, _ in net.named_parameters()} - set(first)
+    assert unreached == ({"mask_token"} if decoder and net.economy.all_scored else set())      # nothing was dropped: there but 0
+    assert (first["head.weight"], first["embed.weight"], first["blocks.0.ada.weight"]) == (0, 1 + decoder, 1 + decoder)
+    assert first["blocks.0.qkv.weight"] == 2 + decoder == max(first.values())
+    if decoder:
+        assert (first["connect.weight"], first["decoder.0.ada.weight"], first["decoder.0.qkv.weight"]) == (1, 1, 2)
 
 
-@pytest.mark.parametrize("encoder, decoder, skips", list(itertools.product([1, 2, 3], [0, 1, 3], [False, True])))
-def test_any_split_builds_and_a_masked_model_runs_unmasked(encoder, decoder, skips):
-    net = ViT(SCHEDULES["ddm"], width=32, depth=encoder, heads=2, decoder=decoder, decoder_width=32, skips=skips)
+@pytest.mark.parametrize("encoder, decoder, skips, economy", [(e, d, s, name) for e, d, s, name in itertools.product([1, 2, 3], [0, 1, 3], [False, True], ECONOMIES)
+                                                              if not (s and name == "route")])
+def test_any_split_builds_and_a_masked_model_runs_unmasked(encoder, decoder, skips, economy):
+    net = ViT(SCHEDULES["ddm"], width=32, depth=encoder, heads=2, decoder=decoder, decoder_width=32, skips=skips, economy=economy)
     zt, t = torch.randn(2, 3, 16, 16), torch.rand(2)
     m = draw("patch", 2, 4, 4, 0.9, torch.Generator().manual_seed(0))
     assert net(zt, t, None, m).shape == net(zt, t).shape
