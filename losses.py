@@ -7,6 +7,8 @@ their neighbours is a second task:
 
     L = mean over visible tokens of  sum_f w_f(t) |out_f - target_f|^2   +   lambda mean over hidden tokens of |out - patch|^2
 
+LMD (2312.07971) drops the noise and the time, and with them the first term: reconstruction alone, of the hidden patches of a clean image.
+
 The targets belong to the prediction (schedules.py); the weights w_f are per image and are applied before any mean, in float32.
 The reconstruction reads the network's *raw* output: through EDM's c_skip the noisy patch, which is the target, would leak in.
 
@@ -40,7 +42,12 @@ def noisy_target(schedule, z, n, t):
     return schedule.corrupt(z, n, t)
 
 
-RECON_TARGETS = {"clean": clean_target, "noisy": noisy_target}
+def whitened_target(schedule, z, n, t):
+    """[LMD, MAE] the image, to be normalised patch by patch: features get better, but no pixel can be made of them again."""
+    return z
+
+
+RECON_TARGETS = {"clean": clean_target, "noisy": noisy_target, "whitened": whitened_target}
 
 
 def normalise(u, eps=1e-6):
@@ -48,11 +55,24 @@ def normalise(u, eps=1e-6):
     return (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + eps).sqrt()
 
 
+def miss(out, z, n, t, schedule, patch, recon_target):
+    """Squared error (B, N) of the raw output's first C channels against a target's patches; all but the clean ones are normalised."""
+    wanted = patchify(RECON_TARGETS[recon_target](schedule, z, n, t), patch)
+    wanted = wanted if recon_target == "clean" else normalise(wanted)
+    return ((patchify(out[:, :z.shape[1]].float(), patch) - wanted) ** 2).mean(-1)
+
+
+def hidden_mean(error, m):
+    """The mean of error (B, N) over hidden tokens."""
+    hidden = ~m.visible
+    return (error * hidden).sum() / hidden.sum()
+
+
 def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, recon_target="clean"):
     """-> objective(out, z, n, t, m), the scalar training loss in float32.
 
     weighting: a name in WEIGHTS, used by the prediction `both`. recon: lambda, 0 for none; it needs a decoder, whose outputs at hidden
-    patches it scores against RECON_TARGETS[recon_target], the noisy one normalised patch by patch. m None: nothing is hidden, and
+    patches it scores against RECON_TARGETS[recon_target]. m None: nothing is hidden, and
     the reconstruction term is absent (not 0/0)."""
 
     def objective(out, z, n, t, m):
@@ -66,11 +86,17 @@ def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, reco
             return error.mean()
         loss = error.gather(1, m.keep).mean()                                   # [MaskDM] visible tokens only, divided by K
         if recon:
-            hidden = ~m.visible                                                                                      # (B, N)
-            wanted = patchify(RECON_TARGETS[recon_target](schedule, z, n, t), patch)
-            wanted = normalise(wanted) if recon_target == "noisy" else wanted
-            miss = ((patchify(out[:, :C].float(), patch) - wanted) ** 2).mean(-1)                                    # (B, N)
-            loss = loss + recon * (miss * hidden).sum() / hidden.sum()          # [MaskDiT] lambda = 0.1
+            loss = loss + recon * hidden_mean(miss(out, z, n, t, schedule, patch, recon_target), m)    # [MaskDiT] lambda = 0.1
         return loss
 
     return objective
+
+
+def build_reconstruction(schedule, predict, patch, weighting="plain", recon=0.0, recon_target="clean"):
+    """-> objective(out, z, n, t, m), the mean over hidden tokens of |out - patch|^2: all that is left without noise. [LMD]
+
+    The first arguments are build_objective's; there is nothing to predict or to weigh but the patches. m hides something, always."""
+    return lambda out, z, n, t, m: hidden_mean(miss(out, z, n, t, schedule, patch, recon_target), m)
+
+
+OBJECTIVES = {"denoise": build_objective, "reconstruct": build_reconstruction}

@@ -294,6 +294,8 @@ def main(argv=None):
     if args.churn and args.solver != "analytic":
         raise UserError(f"--solver {args.solver} follows the deterministic path: use it with --churn 0, or --solver analytic")
     loaded = load(args.ckpt, args.weights, args.device)
+    if loaded.meta.get("objective", "denoise") != "denoise":
+        raise UserError("this model was trained to reconstruct hidden patches and makes nothing of noise; train one without --objective reconstruct")
     classes = loaded.meta["classes"]
     if args.label is None and args.cfg != 1 and not classes:
         raise UserError(f"--cfg {args.cfg}: this model was trained without labels, there is nothing to guide")

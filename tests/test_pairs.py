@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from losses import RECON_TARGETS, WEIGHTS, build_objective
+from losses import OBJECTIVES, RECON_TARGETS, WEIGHTS
 from mask import POLICIES, RATIOS, draw, ratio_at
 from sample import GRIDS, SOLVERS, Loaded, sample
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
@@ -17,14 +17,17 @@ from vit import ViT
 AXES = {
     "policy": list(POLICIES), "ramp": list(RATIOS), "ratio": [(0.9, 0.9), (0.25, 0.75), (0.5, 0.0)], "schedule": list(SCHEDULES),
     "predict": list(PREDICTIONS), "weighting": list(WEIGHTS), "time": list(TIMES), "space": list(SPACES), "skips": [False, True],
-    "decoder": [0, 2], "recon": [None, *RECON_TARGETS], "classes": [0, 3], "cond": [0, 1], "grid": list(GRIDS), "churn": [0.0, 0.5, 1.0],
+    "objective": list(OBJECTIVES), "decoder": [0, 2], "recon": [None, *RECON_TARGETS], "classes": [0, 3], "cond": [0, 1], "grid": list(GRIDS), "churn": [0.0, 0.5, 1.0],
     "solver": list(SOLVERS),
 }
 
 
 def allowed(run):
-    """What the commands refuse, and nothing else: two-headed weights need two heads, reconstruction a decoder, churn the analytic step."""
+    """What the commands refuse, and nothing else: two-headed weights need two heads, reconstruction a decoder, the
+    objective of reconstruction also something hidden and a target without noise, churn the analytic step."""
+    alone = run["objective"] == "reconstruct"
     return ((run["weighting"] == "plain" or run["predict"] == "both") and (run["recon"] is None or run["decoder"] > 0)
+            and (not alone or (run["decoder"] > 0 and run["recon"] != "noisy" and run["ratio"][1] > 0))
             and (run["churn"] == 0 or run["solver"] == "analytic"))
 
 
@@ -64,7 +67,7 @@ def one_run(run):
     space = PixelSpace(2) if run["space"] == "pixel" else LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=2, channels=2))
     net = ViT(schedule, channels=space.channels, heads_out=schedule.heads(run["predict"]), patch=2, width=32, depth=2, heads=1,
               skips=run["skips"], decoder=run["decoder"], decoder_width=32, classes=run["classes"], cond_channels=run["cond"])
-    objective = build_objective(schedule, run["predict"], 2, run["weighting"], 0.1 if run["recon"] else 0.0, run["recon"] or "clean")
+    objective = OBJECTIVES[run["objective"]](schedule, run["predict"], 2, run["weighting"], 0.1 if run["recon"] else 0.0, run["recon"] or "clean")
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     g = torch.Generator().manual_seed(0)
     x = torch.rand(3, 2, 8 * space.factor, 8 * space.factor, generator=g) * 2 - 1
@@ -74,7 +77,7 @@ def one_run(run):
         z = space.encode(x)
         m = draw(run["policy"], 3, 4, 4, ratio_at(run["ramp"], progress, *run["ratio"]), g, 2)
         n = schedule.noise(z, g)
-        t = times(run["time"], schedule, 3, g)
+        t = times(run["time"] if run["objective"] == "denoise" else "zero", schedule, 3, g)
         zt = schedule.corrupt(z, n, t)
         out = net(zt, t, y, m, cond)
         loss = objective(out, z, n, t, m)

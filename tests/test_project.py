@@ -17,7 +17,7 @@ import train
 import vae
 from conftest import ROOT
 
-LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "machine", "vae", "fid", "tasks", "vit", "losses"], ["sample"], ["train"], ["finetune"], ["reproduce"]]
+LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "machine", "vae", "fid", "tasks", "vit", "losses", "latents"], ["reconstruct"], ["sample"], ["train", "probe"], ["finetune"], ["reproduce"]]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 OURS = [p for p in sorted(ROOT.glob("*.py"))]
 PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL", "scipy", "safetensors"}       # the last one is optional, imported where it is needed
