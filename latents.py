@@ -14,6 +14,7 @@ for nothing. And in float32, although half of that would do: a cached latent is 
 
 A file grows chunk by chunk under another name, is forced to disk after each, and gets its own name when it is whole. After kill -9 the whole
 chunks are kept, but the last one, which may be torn. A lock on it makes one process encode while all others, of this run or of another, wait.
+Nothing else depends on a finished file: it may be deleted, and is made again when it is wanted.
 
 Shapes: n images, B batch, L latent channels, h = w places along a side; x (B, C, H, W) in [-1, 1].
 """

@@ -82,7 +82,7 @@ def complete(loaded, z, m, y=None):
 
 def psnr(a, x):
     """Peak signal-to-noise ratio in dB, of each image: 10 log10(range^2 / error), range 2. (n, C, H, W) twice -> (n,)."""
-    return 10 * (4 / (a - x).double().square().mean((1, 2, 3)).clamp(min=1e-10)).log10()
+    return 10 * (4 / (a - x).cpu().double().square().mean((1, 2, 3)).clamp(min=1e-10)).log10()
 
 
 @torch.no_grad()
@@ -121,6 +121,18 @@ def hole_mask(hole, square, dilate):
             keep = (grown.flatten() == 0).nonzero()[:, 0]
             return Mask(keep[None], grown.numel()) if len(keep) < grown.numel() else None
     raise UserError("a hole leaves no token of its image to be seen: make it smaller")
+
+
+def holes_of(images, n, size):
+    """data.Images of gray pictures, white where pixels are missing -> holes (n, 1, size, size) bool for inpaint_hole, in the order of their names;
+    one picture is everyone's. None: a square in the middle, half as wide as the image."""
+    if images is None:
+        holes = torch.zeros(1, 1, size, size, dtype=torch.bool)
+        holes[:, :, size // 4:size - size // 4, size // 4:size - size // 4] = True
+        return holes.expand(n, -1, -1, -1)
+    if len(images) != 1 and len(images) < n:
+        raise UserError(f"--holes: {len(images)} pictures for {n} images; give one for all, or one for each")
+    return images.take(torch.zeros(n, dtype=torch.int64) if len(images) == 1 else torch.arange(n))[0] > 127
 
 
 @torch.no_grad()
@@ -179,7 +191,9 @@ def picture(done, margin=170):
 
 
 def report(done):
-    """What `reconstruct` gave, in one line."""
+    """What `reconstruct` or `inpaint_hole` gave, in one line."""
+    if "psnr" not in done:
+        return f"{' | '.join(done)}: {len(done['original'])} images, known pixels as they were"
     mean = {name: v.mean().item() for name, v in done.items() if v.ndim == 1}
     return (f"masked | reconstructed | ceiling | original: PSNR {mean['psnr']:.2f} dB, ceiling {mean['ceiling_psnr']:.2f} dB, "
             f"MSE of hidden latents {mean['latent_mse']:.4f} ({len(done['psnr'])} images)")

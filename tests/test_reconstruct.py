@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from data import Images, UserError, to_float
 from mask import patchify
-from reconstruct import RATIOS, complete, hole_mask, inpaint_hole, masked_errors, masks, picture, psnr, reconstruct, report
+from reconstruct import RATIOS, complete, hole_mask, holes_of, inpaint_hole, masked_errors, masks, picture, psnr, reconstruct, report
 from sample import Loaded
 from schedules import SCHEDULES
 from vae import AutoencoderKL, LatentSpace, PixelSpace
@@ -131,6 +131,20 @@ def test_a_token_is_hidden_when_its_square_or_a_neighbours_meets_the_hole():
             i, j = divmod(k, 8)
             assert m.visible[0, k] == (max(abs(i - 2), abs(j - 4)) > dilate)
     assert hole_mask(torch.zeros(32, 32, dtype=torch.bool), 4, 1) is None
+
+
+def test_holes_are_white_pictures_one_for_all_or_one_for_each_or_a_square_in_the_middle():
+    middle = holes_of(None, 3, 8)
+    assert middle.shape == (3, 1, 8, 8) and middle[2, 0].sum() == 16 and middle[0, 0, 2:6, 2:6].all()
+    pixels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    pixels[0, :, 0] = pixels[1, :, 1] = pixels[2, :, 2] = 255
+    given = Images(8, 1, torch.zeros(3, dtype=torch.int64), pixels=pixels)
+    assert torch.equal(holes_of(given, 2, 8), pixels[:2] > 0) and torch.equal(holes_of(given.subset([1]), 2, 8), pixels[[1, 1]] > 0)
+    with pytest.raises(UserError, match="--holes"):
+        holes_of(given, 4, 8)
+    loaded = model("pixel")
+    done = inpaint_hole(loaded, images(loaded), holes_of(None, N, 16))
+    assert list(done) == ["masked", "inpainted", "original"] and "inpainted" in report(done) and picture(done).width > 300
 
 
 def test_no_hole_changes_nothing_and_a_hole_over_everything_is_refused():
