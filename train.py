@@ -431,8 +431,10 @@ def train(o, ckpt=None, first=None, stage="train"):
 
         durations.append(time.monotonic() - tick)
         if plan is None and len(durations) == TIMED:
-            # A ramp changes the cost of a step: count it as proportional to the visible tokens, plus a little.
-            cost = lambda p: visible_count(h * w, ratio_of(p)) + h * w / 16
+            # A ramp changes the cost of a step: count it as proportional to the visible tokens, plus all tokens of the light decoder, plus a little.
+            size = MODELS[o.model]
+            light = o.decoder * size["decoder_width"] ** 2 / (size["depth"] * size["width"] ** 2)
+            cost = lambda p: visible_count(h * w, ratio_of(p)) + h * w * (light + 1 / 16)
             each = sorted(durations)[TIMED // 2] * sum(cost(i / 100) for i in range(101)) / 101 / cost(0)
             left = (60 * minutes - seconds - looked) / (each + looked / o.sample_every)
             plan = step + max(1, int(machine.from_first(left)))
