@@ -116,5 +116,5 @@ def draw_loss(log, path, width=640, height=360):
         if len(curves[name]) > 1:
             ink.line([place(*p) for p in curves[name]], fill=colour, width=2 if name == "val_loss" else 1)
     ink.text((left, 6), "training loss", fill=(120, 120, 120))
-    ink.text((left + 110, 6), "validation loss (all tokens visible)", fill=(200, 30, 30))
+    ink.text((left + 110, 6), "validation loss", fill=(200, 30, 30))
     picture.save(path)

@@ -60,8 +60,8 @@ def reason(error):
 # --- numbers and pictures ----------------------------------------------------------------------------------------------------
 
 def to_float(x):
-    """uint8 (...) 0..255 -> float32 (...) in [-1, 1]."""
-    return x.float() / 127.5 - 1
+    """uint8 (...) 0..255 -> float32 (...) in [-1, 1]. What is float already is no picture but cached latents, and stays as it is."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
 
 def to_uint8(x):

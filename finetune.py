@@ -11,22 +11,24 @@ better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
     python finetune.py --mask-from 0.5 --mask 0 --ramp cosine4 --recon 0.1        # a falling ratio, on 8 token counts [MaskDiT]
     python finetune.py --recipe maskdit                                           # the paper's unmasking: zero ratio, half the learning rate
     python finetune.py --task superres                                            # to a task: the condition's embedding starts at zero
+    python finetune.py --probe --data cifar10-train.zip                           # a linear probe of the features (probe.py) [MAE, LMD]
 
-Network, schedule, prediction, space, data and batch are the first stage's unless a flag says otherwise.
+Network, objective, schedule, prediction, space, data and batch are the first stage's unless a flag says otherwise.
 """
 from dataclasses import dataclass, fields
 
+import probe
 import train
 from checkpoint import newest, read_checkpoint
 from data import UserError
 from recipes import settings
 from sample import run
-from train import Options, make_parser, merge, option
+from train import Options, check, flag, make_parser, merge, option
 
-FIXED = ("predict", "space", "vae", "model", "patch", "skips", "decoder", "economy")   # cannot change: the weights would mean something else
+FIXED = ("objective", "predict", "space", "vae", "model", "patch", "skips", "decoder", "economy")  # cannot change: the weights would mean something else
 # What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.
 INHERITED = FIXED + ("data", "task", "targets", "val", "seed", "size", "gray", "flip", "policy", "block", "schedule", "weighting", "time_sampling",
-                     "labels", "label_dropout", "batch", "micro_batch", "cache_gb", "workers", "amp")
+                     "labels", "label_dropout", "latents", "cache_latents", "batch", "micro_batch", "cache_gb", "workers", "amp")
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,37 @@ class TuneOptions(Options):
     """train.py's options with this stage's defaults, and where it starts from."""
     from_: str = option(None, "checkpoint or folder of the first stage; the newest run when left out", kind=str, name="from")
     weights: str = option("model", "start from the raw weights or from their average", choices=("model", "ema"))
+    probe: bool = option(False, "train nothing but a linear classifier on the frozen encoder's features; --data has a folder for each class")
+    probe_noise: float = option(None, "noise on the images of --probe, as a share of their contrast; left out: 0.1, for a reconstruction 0", kind=float)
     minutes: float = option(None, "length of this stage; 2 when neither this nor --steps is given", kind=float)
 
 
 def main(argv=None):
     given = vars(make_parser(TuneOptions, __doc__.split("\n")[0]).parse_args(argv))
-    o, ckpt = merge(TuneOptions, given, "finetune")
-    if ckpt:
-        return train.resume(o, ckpt, "finetune")
-    source = o.from_ or str(newest())
+    asked = TuneOptions(**given)
+    unread = [flag(f) for f in fields(TuneOptions) if f.name in given and f.name not in probe.READS]
+    if asked.probe and unread:
+        raise UserError(f"{unread[0]} has no part in --probe: leave it out")
+    if asked.probe_noise is not None and not asked.probe:
+        raise UserError("--probe-noise needs --probe")
+    if not asked.probe:
+        o, ckpt = merge(TuneOptions, given, "finetune")
+        if ckpt:
+            return train.resume(o, ckpt, "finetune")
+    source = asked.from_ or str(newest())
     first = read_checkpoint(source)
-    config = {f.name: f.default for f in fields(Options)} | first["config"]     # an option that is younger than the checkpoint had its default
+    was = lambda name: first["config"].get(name, getattr(Options, name))        # a run from before an option existed has its default
+    if asked.probe:
+        o = TuneOptions(**({name: was(name) for name in probe.INHERITED} | given))
+        check(o)
+        probe.command(o, source)
+        return
     for name in FIXED:
-        if name in given and given[name] != config[name]:
-            raise UserError(f"--{name} {given[name]}: {source} was trained with {config[name]}, and its weights fit nothing else")
-    inherited = {name: config[name] for name in INHERITED}
+        if name in given and given[name] != was(name):
+            raise UserError(f"--{name} {given[name]}: {source} was trained with {was(name)}, and its weights fit nothing else")
+    inherited = {name: was(name) for name in INHERITED}
+    if inherited["objective"] == "reconstruct":                                 # goes on with other data or other masks, as what it is
+        inherited["recon_target"] = was("recon_target")
     if given.get("labels") is False:
         del inherited["label_dropout"]
     if {"task", "data"} & given.keys():                                         # maps belong to the task and the data that they were made for

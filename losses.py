@@ -8,6 +8,8 @@ their neighbours is a second task:
     L = mean over visible tokens of  sum_f w_f(t) |out_f - target_f|^2   +   lambda mean over hidden tokens of |out - patch|^2
 
 A token economy that lets hidden tokens take part (routing, vit.py) has an answer for them: then all tokens are scored, the ordinary loss.
+LMD (2312.07971) drops the noise and the time, and with them the first term: reconstruction alone, of the hidden patches of a clean image.
+
 The targets belong to the prediction (schedules.py); the weights w_f are per image and are applied before any mean, in float32.
 The reconstruction reads the network's *raw* output: through EDM's c_skip the noisy patch, which is the target, would leak in.
 
@@ -41,12 +43,30 @@ def noisy_target(schedule, z, n, t):
     return schedule.corrupt(z, n, t)
 
 
-RECON_TARGETS = {"clean": clean_target, "noisy": noisy_target}
+def whitened_target(schedule, z, n, t):
+    """[LMD, MAE] the image, to be normalised patch by patch: features get better, but no pixel can be made of them again."""
+    return z
+
+
+RECON_TARGETS = {"clean": clean_target, "noisy": noisy_target, "whitened": whitened_target}
 
 
 def normalise(u, eps=1e-6):
     """Every patch to mean 0 and (unbiased) variance 1, as MAE and the released MaskDiT do. (B, N, P) -> (B, N, P)."""
     return (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + eps).sqrt()
+
+
+def miss(out, z, n, t, schedule, patch, recon_target):
+    """Squared error (B, N) of the raw output's first C channels against a target's patches; all but the clean ones are normalised."""
+    wanted = patchify(RECON_TARGETS[recon_target](schedule, z, n, t), patch)
+    wanted = wanted if recon_target == "clean" else normalise(wanted)
+    return ((patchify(out[:, :z.shape[1]].float(), patch) - wanted) ** 2).mean(-1)
+
+
+def hidden_mean(error, m):
+    """The mean of error (B, N) over hidden tokens."""
+    hidden = ~m.visible
+    return (error * hidden).sum() / hidden.sum()
 
 
 def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, recon_target="clean", all_scored=False):
@@ -69,11 +89,17 @@ def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, reco
             return error.mean()
         loss = error.gather(1, m.keep).mean()                                   # [MaskDM] visible tokens only, divided by K
         if recon:
-            hidden = ~m.visible                                                                                      # (B, N)
-            wanted = patchify(RECON_TARGETS[recon_target](schedule, z, n, t), patch)
-            wanted = normalise(wanted) if recon_target == "noisy" else wanted
-            miss = ((patchify(out[:, :C].float(), patch) - wanted) ** 2).mean(-1)                                    # (B, N)
-            loss = loss + recon * (miss * hidden).sum() / hidden.sum()          # [MaskDiT] lambda = 0.1
+            loss = loss + recon * hidden_mean(miss(out, z, n, t, schedule, patch, recon_target), m)    # [MaskDiT] lambda = 0.1
         return loss
 
     return objective
+
+
+def build_reconstruction(schedule, predict, patch, weighting="plain", recon=0.0, recon_target="clean", all_scored=False):
+    """-> objective(out, z, n, t, m), the mean over hidden tokens of |out - patch|^2: all that is left without noise. [LMD]
+
+    The first arguments are build_objective's; there is nothing to predict or to weigh but the patches. m hides something, always."""
+    return lambda out, z, n, t, m: hidden_mean(miss(out, z, n, t, schedule, patch, recon_target), m)
+
+
+OBJECTIVES = {"denoise": build_objective, "reconstruct": build_reconstruction}

@@ -161,14 +161,17 @@ def cosine4(u, lo, hi):
 
 
 RATIOS = {"constant": constant, "linear": linear, "piecewise": piecewise, "cosine": cosine, "cosine4": cosine4}
+ARRIVES = {"linear": RAMP, "piecewise": RAMP, "cosine": RAMP, "cosine4": 1.0}  # the progress at which each is at hi, to stay there
 
 
-def ratio_at(ramp, u, lo, hi, levels=8):
+def ratio_at(ramp, u, lo, hi, levels=8, share=None):
     """The ratio that training uses at progress u: RATIOS[ramp] on a staircase of at most `levels` values from lo to hi.
 
     Each distinct ratio is a distinct token count, so a distinct compilation and a distinct speed: eight are enough to follow
-    a curve and few enough to compile. The first value is lo and the last is hi, exactly."""
-    r = RATIOS[ramp](min(max(u, 0.0), 1.0), lo, hi)
+    a curve and few enough to compile. The first value is lo and the last is hi, exactly. share: the progress in (0, 1] at which the
+    ramp arrives; ARRIVES[ramp] when left out."""
+    end = ARRIVES.get(ramp, 1.0)
+    r = RATIOS[ramp](min(max(u, 0.0), 1.0) if share is None else min(max(u, 0.0) / share, 1.0) * end, lo, hi)
     if lo == hi or ramp == "constant":
         return r
     return mix(lo, hi, round((r - lo) / (hi - lo) * (levels - 1)) / (levels - 1))

@@ -220,7 +220,7 @@ def tasks(args):
         exact = TASKS[task].exact if data == "faces" else None
         _, images = holdout(load_images(data, args.size, gray, seed=args.seed, targets=exact), "0.02", seed=args.seed)
         x, _ = images.take(torch.arange(min(scale["n"], len(images))))
-        return pose(task, to_float(x), images.channels, g=seeded(args.seed, 101))
+        return pose(task, to_float(x), images.maps, g=seeded(args.seed, 101))
 
     rows, pictures = [], {}
     for name, task in arms.items():

@@ -33,9 +33,10 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from checkpoint import newest, read_checkpoint
-from data import Paired, UserError, command_line, flatten, open_images, to_float, to_uint8
+from data import Paired, UserError, command_line, flatten, load_images, open_images, to_float, to_uint8
 from machine import amp_type, pick_device
 from pictures import Trace, Writer
+from reconstruct import holes_of, inpaint_hole, picture, reconstruct, report
 from schedules import SCHEDULES
 from tasks import TASKS, draw_holes, fold, strip
 from vae import SPACES
@@ -260,7 +261,7 @@ def load(path=None, weights="ema", device="auto"):
     model, schedule, space = build(ckpt["meta"])
     model.load_state_dict(ckpt[weights])
     device = pick_device(device)
-    meta = dict(task="generate") | ckpt["meta"] | dict(step=ckpt["step"])
+    meta = dict(task="generate", objective="denoise") | ckpt["meta"] | dict(step=ckpt["step"])
     return Loaded(model.to(device).eval(), schedule, space, meta["predict"], meta, device)
 
 
@@ -277,7 +278,8 @@ def parser():
     p.add_argument("--solver", choices=SOLVERS, default="analytic", help="analytic is first order; heun and dpm++ are second")
     p.add_argument("--label", default=None, help="class name or number; all classes in turn when left out")
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale: 1 plain conditional, 0 unconditional")
-    p.add_argument("--task", choices=TASKS, default=None, help="what the model must have been trained for; its own task when left out")
+    p.add_argument("--task", choices=[*TASKS, "reconstruct"], default=None, help="what the model must have been trained for; its own task when left out")
+    p.add_argument("--ratio", type=float, default=None, help="share of the tokens to hide from a model of --objective reconstruct; its training's when left out")
     p.add_argument("--input", default=None, help="for a task: a folder or .zip of your own pictures, of any size")
     p.add_argument("--holes", default=None, help="for inpaint: a folder or .zip of masks of the same file stems, white where the hole is, or random; "
                    "transparent pixels of --input when left out")
@@ -332,13 +334,18 @@ def main(argv=None):
     check(args)
     loaded = load(args.ckpt, args.weights, args.device)
     classes, task = loaded.meta["classes"], loaded.meta["task"]
+    if loaded.meta["objective"] == "reconstruct":
+        return fill_in(args, loaded)
     if args.task not in (None, task):
-        raise UserError(f"--task {args.task}: this model was trained for {task}; give --ckpt of one that was trained with train.py --task {args.task}")
+        raise UserError(f"--task {args.task}: this model was trained for {task}; give --ckpt of one that was trained with "
+                        + ("--objective reconstruct" if args.task == "reconstruct" else f"train.py --task {args.task}"))
     if (task == "generate") != (args.input is None):
         raise UserError("--input: this model was trained to generate, from nothing; train one for it (train.py --task superres, inpaint, ...)"
                         if task == "generate" else f"this model was trained for {task}: give the pictures to work on, --input FOLDER")
     if args.holes and task != "inpaint":
         raise UserError(f"--holes: this model was trained for {task}, not to inpaint")
+    if args.ratio is not None:
+        raise UserError(f"--ratio: this model was trained for {task}, not to reconstruct what is hidden")
     if args.label is None and args.cfg != 1 and not classes:
         raise UserError(f"--cfg {args.cfg}: this model was trained without labels, there is nothing to guide")
     seed = args.seed if args.seed >= 0 else int(torch.seed() % 2**31)
@@ -354,6 +361,29 @@ def main(argv=None):
     calls = watch.calls // batches
     passes = f", {sum(seen) / n:g} passes (a guided call takes two, each tile of a large picture its own)" if sum(seen) > n * calls else ""
     print(f"wrote {n} images to {args.out}: {calls} network calls each{passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
+
+
+def fill_in(args, loaded):
+    """--task reconstruct (or inpaint) with a model of --objective reconstruct: hide tokens (or what lies in a hole) of pictures, guess them in one pass."""
+    if args.task not in (None, "reconstruct", "inpaint") or args.input is None:
+        raise UserError("this model was trained to reconstruct hidden patches and makes nothing of noise: give --task reconstruct (or inpaint) and --input "
+                        "FOLDER, or train one without --objective reconstruct")
+    if not args.out.lower().endswith(".png") or args.targets or args.trace:
+        raise UserError("--out, --targets, --trace: a reconstruction is one sheet of pictures beside their originals, a .png")
+    if args.ratio is not None and (args.holes or args.task == "inpaint"):
+        raise UserError("--ratio is the share of the tokens that --task reconstruct hides; to inpaint, holes decide")
+    size, gray = loaded.meta["size"], loaded.meta["channels"] == 1
+    images = load_images(args.input, size, gray)
+    n = min(args.n or len(images), len(images))
+    x = to_float(images.take(torch.arange(n))[0])
+    if args.holes or args.task == "inpaint":
+        where = torch.cat([draw_holes(1, size, seeded(args.seed, i, 1)) for i in range(n)]) if args.holes == "random" else \
+            holes_of(load_images(args.holes, size, True) if args.holes else None, n, size)
+        done = inpaint_hole(loaded, x, where)
+    else:
+        done = reconstruct(loaded, x, loaded.meta["ratio"] if args.ratio is None else args.ratio, args.seed)
+    picture(done).save(args.out)
+    print(f"{report(done)}; wrote {args.out}")
 
 
 def generate(args, loaded, label, watch, how):

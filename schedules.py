@@ -200,8 +200,11 @@ T_MIN = 1e-4                                                                    
 
 def times(kind, schedule, B, generator=None):
     """Training times (B,) in [T_MIN, 1], float64. The B uniforms are stratified, u_i = (u + i/B) mod 1 (2107.00630): each is
-    uniform by itself, together they cover the unit interval evenly, which takes noise out of the loss for nothing."""
+    uniform by itself, together they cover the unit interval evenly, which takes noise out of the loss for nothing.
+    kind: a name in TIMES, or "zero": no time at all, for reconstruction. There a = 1 and b = 0, so x_t is the image, bit for bit [LMD]."""
     device = generator.device if generator is not None else "cpu"
+    if kind == "zero":
+        return _float64(torch.zeros(B, device=device))
     u = torch.rand(1, generator=generator, device=device)
     u = _float64((u + torch.arange(B, device=device) / B) % 1)
     return TIMES[kind](schedule, u).clamp(T_MIN, 1)

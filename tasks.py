@@ -185,11 +185,13 @@ TASKS = {
 }
 
 
-def pose(task, x, channels, factor=1, g=None):
+def pose(task, x, maps=0, factor=1, g=None):
     """Pictures x (B, C + maps, S, S) in [-1, 1] -> (target (B, C, S, S), cond (B, C' f f, S / f, S / f) or None).
 
-    task: a name in TASKS. channels: C. factor: f, pixels per place of z along a side. g: the generator of what is drawn (holes)."""
-    target, cond = TASKS[task].make(x[:, :channels], x[:, channels:] if x.shape[1] > channels else None, g)
+    task: a name in TASKS. maps: 1 if the last channel is a map. factor: f, pixels per place of z along a side. g: the generator of
+    what is drawn (holes)."""
+    C = x.shape[1] - maps
+    target, cond = TASKS[task].make(x[:, :C], x[:, C:] if maps else None, g)
     return target, fold(cond, factor)
 
 
@@ -222,7 +224,7 @@ def picture(side=96, n=6, seed=0):
     ink = ImageDraw.Draw(canvas)
     for i, name in enumerate(names):
         x = to_float(load_images("faces", side, count=n, seed=seed, targets=TASKS[name].exact).take(range(n))[0])
-        target, cond = pose(name, x, 3, g=g)
+        target, cond = pose(name, x, int(bool(TASKS[name].exact)), g=g)
         for row, (what, images) in enumerate((("condition", cond), ("target", target))):
             top = i * (2 * side + 16) + row * (side + 4) + 4
             ink.text((6, top + side // 2 - 12), f"{name}\n{what}", fill="black")

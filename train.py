@@ -37,10 +37,12 @@ from tqdm import tqdm
 from checkpoint import LATEST, VERSION, draw_loss, keep_copy, name_newest, newest, open_log, read_checkpoint, save_atomic
 from cost import report
 from data import UserError, command_line, grid, holdout, load_images, to_float, to_uint8
-from losses import RECON_TARGETS, WEIGHTS, build_objective
+from latents import encode_once
+from losses import OBJECTIVES, RECON_TARGETS, WEIGHTS
 from machine import amp_type, start_machine
 from mask import POLICIES, RATIOS, draw, ratio_at, visible_count
 from recipes import RECIPES, settings
+from reconstruct import masked_errors, picture, reconstruct
 from sample import Loaded, build, restore, run, sample, seeded
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
 from tasks import TASKS, pose, strip
@@ -76,8 +78,10 @@ class Options:
     mask: float = option(0.0, "share of the tokens that is hidden, in [0, 1)")
     mask_from: float = option(None, "share at the start of a ramp", kind=float)
     ramp: str = option("constant", "how the share goes from --mask-from to --mask", choices=RATIOS)
+    ramp_share: float = option(None, "share of the run after which a ramp has arrived; left out: 2/3, for cosine4 1", kind=float)
     policy: str = option("patch", "which tokens are hidden", choices=POLICIES)
     block: int = option(4, "side of the squares of --policy block, in tokens")
+    objective: str = option("denoise", "what is learned: to denoise, or, without noise and time, to reconstruct hidden patches (LMD)", choices=OBJECTIVES)
     schedule: str = option("ddm", "how the image fades and the noise grows", choices=SCHEDULES)
     predict: str = option("both", "what the network predicts", choices=PREDICTIONS)
     weighting: str = option("plain", "weights of the two heads of --predict both", choices=WEIGHTS)
@@ -86,6 +90,8 @@ class Options:
     recon_target: str = option("clean", "what is reconstructed", choices=RECON_TARGETS)
     space: str = option("pixel", "where diffusion happens", choices=SPACES)
     vae: str = option(None, "weights of the autoencoder for --space latent: from python vae.py, or Stable Diffusion's", kind=str)
+    cache_latents: bool = option(True, "with --space latent: encode every image once and keep the latents on disk")
+    latents: str = option("runs/latents", "folder of the kept latents")
     task: str = option("generate", "what is predicted, and from what: a task other than generate has a condition", choices=TASKS)
     targets: str = option(None, "maps for --task edges or saliency: a folder or .zip with the file stems of --data; the built-in faces have their own", kind=str)
     labels: bool = option(False, "condition on a class per first-level folder")
@@ -140,6 +146,8 @@ REFUSALS = [                                                                    
     (lambda o: o.mask_from is not None and not 0 <= o.mask_from < 1, "--mask-from must be in [0, 1)"),
     (lambda o: o.ramp != "constant" and o.mask_from is None, "--ramp needs --mask-from, the share it starts at"),
     (lambda o: o.ramp == "constant" and o.mask_from is not None, "--mask-from needs a --ramp that is not constant"),
+    (lambda o: o.ramp_share is not None and not 0 < o.ramp_share <= 1, "--ramp-share must be in (0, 1]"),
+    (lambda o: o.ramp_share is not None and o.ramp == "constant", "--ramp-share is the length of a ramp: it needs --ramp"),
     (lambda o: o.block < 1, "--block must be at least 1"),
     (lambda o: o.block != Options.block and o.policy != "block", "--block is the side of --policy block's squares: use it with that policy"),
     (lambda o: o.patch < 1 or o.size < 1 or o.size % o.patch, "--size must be a positive multiple of --patch"),
@@ -151,7 +159,16 @@ REFUSALS = [                                                                    
     (lambda o: o.recon and not (o.mask or o.mask_from), "--recon needs --mask: there is nothing hidden to reconstruct"),
     (lambda o: o.recon and o.economy != "drop", "--recon guesses what was never seen: --economy route and defer let hidden tokens take part, use drop"),
     (lambda o: o.skips and o.economy == "route", "--economy route does not know --skips: a long skip would join blocks that see different tokens"),
-    (lambda o: o.recon_target != Options.recon_target and not o.recon, "--recon-target needs --recon, the weight of the reconstruction"),
+    (lambda o: o.recon_target != Options.recon_target and not o.recon and o.objective == "denoise", "--recon-target needs --recon, the weight of the reconstruction"),
+    (lambda o: o.objective == "reconstruct" and not o.decoder, "--objective reconstruct needs --decoder: without one, hidden patches have no output"),
+    (lambda o: o.objective == "reconstruct" and not (o.mask and o.mask_from != 0), "--objective reconstruct needs --mask (and --mask-from) above 0: something must be hidden"),
+    (lambda o: o.objective == "reconstruct" and o.recon, "--recon weighs reconstruction beside denoising: --objective reconstruct is nothing else, leave it out"),
+    (lambda o: o.objective == "reconstruct" and o.recon_target == "noisy", "--recon-target noisy: --objective reconstruct has no noise; take clean or whitened"),
+    (lambda o: o.objective == "reconstruct" and o.predict not in (Options.predict, "x0"), "--predict: --objective reconstruct guesses the patches themselves; leave it out"),
+    (lambda o: o.objective == "reconstruct" and (o.schedule, o.time_sampling, o.weighting) != (Options.schedule, Options.time_sampling, Options.weighting),
+     "--schedule, --time-sampling and --weighting are about noise: --objective reconstruct has none, leave them out"),
+    (lambda o: o.objective == "reconstruct" and (o.economy, o.task) != ("drop", "generate"),
+     "--economy, --task: --objective reconstruct guesses what was never seen, and from nothing else; leave them out"),
     (lambda o: o.weighting != "plain" and o.predict != "both", "--weighting is about two heads: use --predict both"),
     (lambda o: o.targets is not None and not TASKS[o.task].exact, "--targets are maps to predict: use them with --task edges or saliency"),
     (lambda o: o.targets is not None and o.data == "faces", "--targets: the built-in faces have maps of their own; leave it out, or give --data"),
@@ -179,7 +196,7 @@ def check(o):
             raise UserError(why)
 
 
-FREE = {"steps", "out", "resume", "save_every", "sample_every", "device", "threads", "workers", "cache_gb", "compile", "checkpoint_blocks"}
+FREE = {"steps", "out", "resume", "save_every", "sample_every", "device", "threads", "workers", "cache_gb", "cache_latents", "latents", "compile", "checkpoint_blocks"}
 
 
 def merge(options, given, stage):
@@ -222,7 +239,7 @@ def validate(model, images, schedule, space, predict, device, amp, n=256, levels
     errors = []
     for lo in range(0, min(n, len(images)), 64):
         x, y = images.take(torch.arange(lo, min(lo + 64, n, len(images))))
-        x, cond = pose(task, to_float(x).to(device), images.channels, space.factor, seeded(2, lo))
+        x, cond = pose(task, to_float(x).to(device), images.maps, space.factor, seeded(2, lo))
         z = space.encode(x)
         noise = schedule.noise(z.cpu(), seeded(1, lo)).to(device)
         t = ts[(lo + torch.arange(len(z))) % levels]
@@ -266,6 +283,8 @@ def network(o, channels, space, classes):
 def train(o, ckpt=None, first=None, stage="train"):
     """Train with options `o`. ckpt: a checkpoint to continue exactly. first: (state dict, meta) of a first stage to start from."""
     check(o)
+    if o.objective == "reconstruct":
+        o = dataclasses.replace(o, predict="x0")
     if o.dry_run:
         return print(report(o, network, f"{stage}.py", sys.argv[1:]))
     machine = start_machine(o.device, o.threads)
@@ -278,34 +297,44 @@ def train(o, ckpt=None, first=None, stage="train"):
     amp = lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()
 
     # Data: every process knows the same images in the same order; held-out ones never enter training.
-    settings = dict(seed=o.seed, cache_gb=o.cache_gb / machine.local_world, progress=rank == 0)
-    settings["targets"] = o.targets or (TASKS[o.task].exact if o.data == "faces" else None)
-    images, held_out = holdout(load_images(o.data, o.size, o.gray, o.labels, **settings), o.val, **settings)
+    loading = dict(seed=o.seed, cache_gb=o.cache_gb / machine.local_world, progress=rank == 0)
+    loading["targets"] = o.targets or (TASKS[o.task].exact if o.data == "faces" else None)
+    images, held_out = holdout(load_images(o.data, o.size, o.gray, o.labels, **loading), o.val, **loading)
     if o.fraction < 1:
         images = images.subset(torch.randperm(len(images), generator=seeded(o.seed, 7))[:max(1, round(o.fraction * len(images)))])
     classes = list(images.classes) if o.labels else []
 
     # Model: all that a reader of the checkpoint needs to rebuild it is in meta.
     torch.manual_seed(o.seed)
+    space = build(ckpt["meta"])[2] if ckpt else SPACES[o.space](images.channels, o.vae)
+    if o.size % (space.factor * o.patch):
+        raise UserError(f"--size {o.size}: must be a multiple of {space.factor * o.patch}, the autoencoder's factor {space.factor} times --patch {o.patch}")
+    if first and space.sha != first[1]["vae_sha"]:
+        raise UserError(f"--vae {o.vae}: is not the autoencoder of the first stage; its SHA-256 begins with {space.sha}, not {first[1]['vae_sha']}")
+    h = w = o.size // space.factor // o.patch
+    ratio_of = lambda progress: ratio_at(o.ramp, progress, o.mask if o.mask_from is None else o.mask_from, o.mask, share=o.ramp_share)
+    if o.objective == "reconstruct" and visible_count(h * w, min(ratio_of(0), ratio_of(1))) == h * w:
+        raise UserError(f"--mask, --mask-from: {min(ratio_of(0), ratio_of(1))} hides none of {h * w} tokens, and --objective reconstruct needs one")
+    shown, _ = held_out.take(torch.arange(min(len(held_out), 8)))               # as pictures, for the grid of a reconstruction
+    if o.space == "latent" and o.cache_latents and o.task == "generate":   # (a condition is made of pixels)
+        (images, held_out), space = encode_once([images, held_out], space, o.latents, o.flip, device, o.workers)
     if ckpt:
         meta = ckpt["meta"]
     else:
-        space = SPACES[o.space](images.channels, o.vae)
-        if o.size % (space.factor * o.patch):
-            raise UserError(f"--size {o.size}: must be a multiple of {space.factor * o.patch}, the autoencoder's factor {space.factor} times --patch {o.patch}")
         some, _ = images.take(torch.arange(min(len(images), 1024)))
-        some, _ = pose(o.task, to_float(some), images.channels, g=seeded(o.seed, 8))                # what diffusion runs on: its size is measured
+        some, _ = pose(o.task, to_float(some), images.maps, g=seeded(o.seed, 8))                # what diffusion runs on: its size is measured
         same_kind = first and TASKS[first[1].get("task", "generate")].exact == TASKS[o.task].exact     # pictures then and now, or one kind of map
-        meta = dict(stage=stage, schedule=o.schedule, predict=o.predict, space=o.space, task=o.task, channels=images.channels, size=o.size, classes=classes, vae=o.vae, vae_sha=space.sha,
+        meta = dict(stage=stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
+                    schedule=o.schedule, predict=o.predict, space=o.space, task=o.task, channels=images.channels, size=o.size, classes=classes, vae=o.vae, vae_sha=space.sha,
                     data_std=first[1]["data_std"] if same_kind else space.encode(some).double().square().mean().sqrt().item(),
                     model=network(o, images.channels, space, len(classes)), plan=None, skipped=0, shards=world * accumulate)
-    net, schedule, space = build(meta)
+    net, schedule, whole_space = build(meta)                                    # with an encoder, whatever `space` has instead
     if first:
         fit(net, first[0], first[1]["classes"], classes)
     net.checkpoint_blocks = o.checkpoint_blocks
     net.to(device)
     averaged = copy.deepcopy(net).eval().requires_grad_(False)                  # the EMA is a model of its own: it is what gets sampled
-    objective = build_objective(schedule, o.predict, o.patch, o.weighting, o.recon, o.recon_target, ECONOMIES[o.economy].all_scored)
+    objective = OBJECTIVES[o.objective](schedule, o.predict, o.patch, o.weighting, o.recon, o.recon_target, ECONOMIES[o.economy].all_scored)
     optimizer = torch.optim.AdamW(net.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.wd, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, seconds, skipped = 0, 0.0, meta["skipped"]
@@ -324,8 +353,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     # The plan: how many steps the run has. --minutes becomes one after a few timed steps.
     plan = o.steps or meta["plan"]
     minutes = o.minutes or (None if o.steps else 4.0)
-    h = w = o.size // space.factor // o.patch
-    ratio_of = lambda progress: ratio_at(o.ramp, progress, o.mask if o.mask_from is None else o.mask_from, o.mask)
+    when = o.time_sampling if o.objective == "denoise" else "zero"              # a reconstruction has no time: t = 0, where x_t is the image
     out = Path(o.out)
 
     def save(numbered):
@@ -337,16 +365,21 @@ def train(o, ckpt=None, first=None, stage="train"):
         name_newest(out)
 
     def evaluate():
-        """Validation loss, and a grid of samples on fixed noise, both from the averaged weights."""
+        """Validation loss, and a grid of samples on fixed noise (of reconstructions), both from the averaged weights."""
         loaded = Loaded(averaged, schedule, space, o.predict, meta, device)
+        if o.objective == "reconstruct":
+            if o.recon_target == "clean":                                       # of whitened patches there is no picture
+                picture(reconstruct(dataclasses.replace(loaded, space=whole_space), to_float(shown), o.mask)).save(out / "samples" / f"{step:06d}.png")
+            errors = masked_errors(loaded, held_out)
+            return sum(errors.values()) / len(errors)
         path = out / "samples" / f"{step:06d}.png"
         if o.task == "generate":
-            grid(to_uint8(sample(loaded, 16, 10, labels=torch.arange(16) % len(classes) if classes else None))).save(path)
+            grid(to_uint8(sample(loaded, 16, 10, labels=torch.arange(16) % len(classes) if classes else None, amp=dtype))).save(path)
         else:                                                                   # condition | result | target of held-out images, and how good
             task, few = TASKS[o.task], min(64, len(held_out))
             x, y = held_out.take(torch.arange(few))
-            truth, cond = pose(o.task, to_float(x), images.channels, g=seeded(3))
-            result = restore(loaded, cond, steps=10, labels=y if classes else None)
+            truth, cond = pose(o.task, to_float(x), images.maps, g=seeded(3))
+            result = restore(loaded, cond, steps=10, labels=y if classes else None, amp=dtype)
             grid(strip(cond[:12], result[:12], truth[:12]), 9).save(path)
             tqdm.write("  ".join(f"{name} {score(result, truth, cond):.3f} (without a network {score(task.plain(cond), truth, cond):.3f})"
                                  for name, score in task.scores.items()) + f", {few} held-out images, 10 calls")
@@ -404,14 +437,14 @@ def train(o, ckpt=None, first=None, stage="train"):
             x = to_float(x.to(device, non_blocking=True))
             x = torch.where(coin(0.5)[:, None, None, None], x.flip(3), x) if o.flip else x
             y = torch.where(coin(o.label_dropout), -1, y.to(device)) if classes else None
-            x, cond = pose(o.task, x, images.channels, space.factor, g)         # tasks.py      what is predicted, and from what
+            x, cond = pose(o.task, x, images.maps, space.factor, g)         # tasks.py      what is predicted, and from what
             # Gradients are averaged over processes once per step: the last shard's forward and backward do it, the others must not.
             with model.no_sync() if world > 1 and j < accumulate - 1 else nullcontext():
                 with amp():
                     z = space.encode(x)                                         # vae.py        pixels or latents
                     m = draw(o.policy, len(z), h, w, ratio, g, o.block)         # mask.py       which tokens are seen
                     n = schedule.noise(z, g)                                    # schedules.py  eps, and DDM's random slopes
-                    t = times(o.time_sampling, schedule, len(z), g)             #               when, in [0, 1]
+                    t = times(when, schedule, len(z), g)                        #               when, in [0, 1]
                     zt = schedule.corrupt(z, n, t)                              # schedules.py  a(t) z + b(t) eps
                     guess = model(zt, t, y, m, cond)                            # vit.py        tokens in, image-shaped out
                 loss = objective(guess, z, n, t, m)                             # losses.py     score matching on the visible
@@ -439,8 +472,10 @@ def train(o, ckpt=None, first=None, stage="train"):
 
         durations.append(time.monotonic() - tick)
         if plan is None and len(durations) == TIMED:
-            # A ramp changes the cost of a step: count it as proportional to the visible tokens, plus a little.
-            cost = lambda p: visible_count(h * w, ratio_of(p)) + h * w / 16
+            # A ramp changes the cost of a step: count it as proportional to the visible tokens, plus all tokens of the light decoder, plus a little.
+            size = MODELS[o.model]
+            light = o.decoder * size["decoder_width"] ** 2 / (size["depth"] * size["width"] ** 2)
+            cost = lambda p: visible_count(h * w, ratio_of(p)) + h * w * (light + 1 / 16)
             each = sorted(durations)[TIMED // 2] * sum(cost(i / 100) for i in range(101)) / 101 / cost(0)
             left = (60 * minutes - seconds - looked) / (each + looked / o.sample_every)
             plan = step + max(1, int(machine.from_first(left)))
@@ -468,8 +503,8 @@ def train(o, ckpt=None, first=None, stage="train"):
     bar.close()
     if rank == 0:
         log.close()
-        print(f"{'finished' if step == plan else 'stopped'} at step {step} of {plan or 'a plan not made yet'} after {seconds / 60:.1f} minutes: {out / 'last.pt'}, "
-              f"{out / 'loss.png'}, {out / 'samples' / f'{step:06d}.png'}")
+        made = [str(p) for p in (out / "last.pt", out / "loss.png", out / "samples" / f"{step:06d}.png") if p.exists()]
+        print(f"{'finished' if step == plan else 'stopped'} at step {step} of {plan or 'a plan not made yet'} after {seconds / 60:.1f} minutes: {', '.join(made)}")
     if world > 1:
         dist.destroy_process_group()
     if stop:

@@ -6,9 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from losses import RECON_TARGETS, WEIGHTS, build_objective, normalise
-from mask import Mask, draw, patchify
-from schedules import PREDICTIONS, SCHEDULES
+from data import to_float
+from faces import draw_faces
+from losses import RECON_TARGETS, WEIGHTS, build_objective, build_reconstruction, normalise
+from mask import Mask, draw, patchify, unpatchify
+from schedules import PREDICTIONS, SCHEDULES, times
+from vit import ViT
 
 every_schedule, every_prediction = pytest.mark.parametrize("name", SCHEDULES), pytest.mark.parametrize("predict", PREDICTIONS)
 
@@ -206,3 +209,35 @@ def test_two_heads_learn_different_things():
 
     early, late = errors(0.02), errors(0.9)
     assert early[1] < 0.7 * early[0] and late[0] < 0.7 * late[1]
+
+
+# --- reconstruction alone ------------------------------------------------------------------------------------------------------------
+
+@every_schedule
+def test_at_time_zero_what_the_network_sees_is_the_image_bit_for_bit(name):
+    """So an objective without noise and time needs no other loop: any schedule at t = 0 is none."""
+    schedule = replace(SCHEDULES[name], s=0.5)
+    z = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = times("zero", schedule, 4, torch.Generator().manual_seed(1))
+    assert torch.equal(schedule.corrupt(z, schedule.noise(z), t), z)
+    assert (schedule.angle(t) == 0).all() and torch.equal(schedule.scale(t), torch.full((4,), 2.0, dtype=torch.float64))
+
+
+def test_the_objective_of_reconstruction_is_the_mean_over_hidden_tokens_and_nothing_else():
+    schedule = replace(SCHEDULES["ddm"], s=0.5)
+    out, z, n, t, m = scene(schedule, "x0")
+    hidden, patches = ~m.visible, patchify(z, 2)
+    whitened = (patches - patches.mean(-1, keepdim=True)) / patches.std(-1, keepdim=True)
+    for target, wanted in (("clean", patches / 0.5), ("whitened", whitened)):
+        loss = build_reconstruction(schedule, "x0", 2, recon_target=target)(out, z, n, t, m)
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(((patchify(out, 2) - wanted) ** 2)[hidden].mean().item(), rel=1e-4)
+        gradient = patchify(torch.autograd.grad(loss, out)[0], 2).abs().sum(-1)
+        assert (gradient[~hidden] == 0).all() and (gradient[hidden] > 0).all()
+
+
+def test_the_objective_of_reconstruction_does_not_look_at_visible_targets():
+    schedule = SCHEDULES["ddm"]
+    out, z, n, t, m = scene(schedule, "x0")
+    other = unpatchify(torch.where(m.visible[:, :, None], 99.0, patchify(z, 2)), 2, 4, 4)
+    objective = build_reconstruction(schedule, "x0", 2)
+    assert torch.equal(objective(out, z, n, t, m), objective(out, other, n, t, m))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mask import POLICIES, RATIOS, Mask, draw, patchify, ratio_at, unpatchify, visible_count
+from mask import ARRIVES, POLICIES, RATIOS, Mask, draw, patchify, ratio_at, unpatchify, visible_count
 
 ratios = st.floats(0, 0.999)
 grids = st.integers(1, 9)
@@ -146,6 +146,29 @@ def test_a_ramp_visits_at_most_eight_counts_and_reaches_both_ends(ramp, lo, hi, 
     assert used[0] == pytest.approx(lo, abs=1e-12) and used[-1] == pytest.approx(hi, abs=1e-12)
     sign = 1 if hi >= lo else -1
     assert min(sign * (b - a) for a, b in zip(used, used[1:])) >= -1e-12
+
+
+LMD = [ramp for ramp in RATIOS if ramp not in ("constant", "cosine4")]           # the three schedules that the paper names
+
+
+@pytest.mark.parametrize("ramp", LMD)
+def test_lmds_ramps_are_at_the_top_after_two_thirds_of_training_and_stay_there(ramp):
+    used = [ratio_at(ramp, i / 900, 0.15, 0.75) for i in range(901)]
+    assert all(r == 0.75 for r in used[600:]) and used[450] < 0.75 and RATIOS[ramp](0.66, 0.15, 0.75) < 0.75
+
+
+@pytest.mark.parametrize("ramp", ARRIVES)
+@given(st.floats(0.05, 1))
+def test_a_share_stretches_a_ramp_and_changes_nothing_else(ramp, share):
+    for i in range(101):
+        u = i / 100
+        assert ratio_at(ramp, u * share, 0.15, 0.75, 1000, share) == pytest.approx(ratio_at(ramp, u * ARRIVES[ramp], 0.15, 0.75, 1000), abs=2e-3)
+    assert ratio_at(ramp, share, 0.15, 0.75, share=share) == ratio_at(ramp, 1, 0.15, 0.75, share=share) == 0.75
+    assert ratio_at(ramp, 0.4 * share, 0.15, 0.75, share=share) < 0.75
+
+
+def test_every_ramp_says_when_it_arrives():
+    assert ARRIVES.keys() == RATIOS.keys() - {"constant"}
 
 
 def test_a_mask_is_a_value():

@@ -18,7 +18,8 @@ import train
 import vae
 from conftest import ROOT
 
-LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "machine", "pictures", "recipes", "vae", "fid", "tasks", "vit", "losses"], ["cost", "sample"], ["train"], ["finetune"], ["reproduce"]]
+LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "machine", "pictures", "recipes", "vae", "fid", "tasks", "vit", "losses", "latents"], ["reconstruct"],
+          ["cost", "sample"], ["train", "probe"], ["finetune"], ["reproduce"]]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 OURS = [p for p in sorted(ROOT.glob("*.py"))]
 PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL", "scipy", "safetensors"}       # the last one is optional, imported where it is needed

@@ -29,8 +29,9 @@ def pictures(n=3, side=16, channels=3, maps=0, seed=0):
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_task_makes_a_target_like_the_picture_and_the_condition_it_declares(name, channels):
-    x = pictures(channels=channels, maps=int(bool(TASKS[name].exact)))
-    target, cond = pose(name, x, channels, g=torch.Generator().manual_seed(0))
+    maps = int(bool(TASKS[name].exact))
+    x = pictures(channels=channels, maps=maps)
+    target, cond = pose(name, x, maps, g=torch.Generator().manual_seed(0))
     assert target.shape == (3, channels, 16, 16) and target.abs().max() <= 1
     if name == "generate":
         assert cond is None and torch.equal(target, x)
@@ -49,13 +50,13 @@ def test_the_condition_of_inpainting_knows_nothing_of_the_hole():
 
 def test_the_condition_of_super_resolution_is_a_function_of_the_small_picture():
     x = pictures()
-    target, cond = pose("superres", x, 3)
+    target, cond = pose("superres", x)
     assert torch.equal(target, x) and torch.equal(cond, enlarge(shrink(x)))
 
 
 def test_a_restored_picture_shrinks_to_the_small_one_and_the_truth_is_left_alone():
     x = to_float(draw_faces(4, 32, 7).pixels)
-    cond = pose("superres", x, 3)[1]
+    cond = pose("superres", x)[1]
     assert (small_of(cond) - shrink(x)).abs().mean() < 0.01
     rough = (x + 0.3 * pictures(4, 32, 3)).clamp(-1, 1)
     before, after = ((shrink(u) - shrink(x)).abs().mean() for u in (rough, agree(rough, cond)))

@@ -130,6 +130,7 @@ def test_training_learns():
 @pytest.mark.parametrize("options", [
     ["--mask", "0.5"],
     ["--mask", "0.75", "--mask-from", "0.25", "--ramp", "cosine", "--policy", "block", "--block", "2", "--labels", "--micro-batch", "4"],
+    ["--objective", "reconstruct", "--decoder", "1", "--mask", "0.75", "--mask-from", "0.25", "--ramp", "cosine", "--ramp-share", "0.6", "--recon-target", "whitened"],
     ["--predict", "both", "--schedule", "ddm-linear", "--decoder", "1", "--recon", "0.1", "--mask", "0.5", "--amp", "off", "--skips"]])
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(photos, options):
     common = ["--steps", 14, "--save-every", 7, "--sample-every", 6, *options]
@@ -367,13 +368,13 @@ def test_learning_rate_warms_up_and_decays_with_progress(photos):
 
 
 def break_some_losses(monkeypatch, broken):
-    real, count = train.build_objective, iter(range(10**9))
+    real, count = train.OBJECTIVES["denoise"], iter(range(10**9))
 
     def build(*args):
         objective = real(*args)
         return lambda *inputs: objective(*inputs) * (float("nan") if broken(next(count)) else 1.0)
 
-    monkeypatch.setattr(train, "build_objective", build)
+    monkeypatch.setitem(train.OBJECTIVES, "denoise", build)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(photos, monkeypatch, capsys):
@@ -392,6 +393,7 @@ def test_twenty_bad_steps_in_a_row_end_the_run_with_one_line(photos, monkeypatch
 
 # --- refusals --------------------------------------------------------------------------------------------------------------------------
 
+RECONSTRUCT = ["--objective", "reconstruct", "--decoder", "1", "--mask", "0.5"]
 REFUSED = [["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "linear"], ["--ramp", "linear"], ["--mask-from", "0.1"],
            ["--patch", "5"], ["--recon", "0.1"], ["--recon", "0.1", "--decoder", "1"], ["--weighting", "ddm", "--predict", "unit"], ["--fraction", "0"],
            ["--block", "0"], ["--batch", "0"], ["--steps", "0"], ["--minutes", "0"], ["--save-every", "0"], ["--lr", "0"], ["--ema", "1"],
@@ -401,6 +403,11 @@ REFUSED = [["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "
            ["--label-dropout", "0.3"], ["--label-dropout", "2", "--labels"], ["--recon-target", "noisy"], ["--block", "2"], ["--data", ""],
            ["--val", ""], ["--val", "nowhere"], ["--wd", "-1"], ["--out", "FILE/x"],
            ["--economy", "route", "--skips"], ["--economy", "defer", "--decoder", "1", "--mask", "0.5", "--recon", "0.1"], ["--recipe", "maskdit"],
+           ["--ramp-share", "0.5"], ["--ramp", "linear", "--mask-from", "0.1", "--ramp-share", "0"], [*RECONSTRUCT[:2], "--mask", "0.5"],
+           [*RECONSTRUCT[:4]], [*RECONSTRUCT, "--mask-from", "0", "--ramp", "linear"], [*RECONSTRUCT, "--recon", "0.1"], [*RECONSTRUCT, "--recon-target", "noisy"],
+           [*RECONSTRUCT, "--predict", "v"], [*RECONSTRUCT, "--schedule", "edm"], [*RECONSTRUCT, "--time-sampling", "lognormal"], [*RECONSTRUCT, "--weighting", "ddm"],
+           [*RECONSTRUCT[:4], "--mask", "0.1"], [*RECONSTRUCT, "--economy", "defer"], [*RECONSTRUCT, "--task", "superres"],
+           ["--targets", "FLAT"], ["--task", "saliency", "--data", "FLAT"], ["--task", "edges", "--data", "faces", "--targets", "FLAT"],
            ["--space", "latent"], ["--vae", "vae.pt"], ["--space", "latent", "--vae", "nowhere.pt"]]
 
 
@@ -458,8 +465,8 @@ def test_maskdits_second_stage_is_at_half_the_rate_and_ddms_does_not_exist(photo
 
 @pytest.mark.parametrize("economy", ECONOMIES)
 def test_every_economy_trains_tunes_and_samples_and_cannot_become_another(photos, economy, monkeypatch):
-    all_scored, build = [], train.build_objective
-    monkeypatch.setattr(train, "build_objective", lambda *args: all_scored.append(args[-1]) or build(*args))
+    all_scored, build = [], train.OBJECTIVES["denoise"]
+    monkeypatch.setitem(train.OBJECTIVES, "denoise", lambda *args: all_scored.append(args[-1]) or build(*args))
     go(photos, "--economy", economy, "--mask", 0.5, "--steps", 2, "--labels", "--out", "runs/a")
     finetune.main(["--steps", "2", "--mask-from", "0.5", "--mask", "0", "--ramp", "cosine4", "--out", "runs/b"])
     assert (rows("runs/b")[0]["ratio"], rows("runs/b")[0]["visible"]) == ("0.5", "2")        # the fall begins where the first stage was
@@ -506,6 +513,56 @@ def test_a_latent_generator_trains_tunes_and_samples_through_its_autoencoder(pho
     assert vae.main(["--data", photos, "--size", "16", "--steps", "1", "--batch", "4", "--out", "vae.pt", "--threads", "1"]) == 0
     with pytest.raises(UserError, match="not the autoencoder"):
         S.main(["--n", "2"])
+    with pytest.raises(UserError, match="not the autoencoder of the first stage"):
+        finetune.main(["--steps", "2", "--from", "runs/a"])
+
+
+def test_training_on_kept_latents_is_training_on_the_images_without_the_encoder(photos, monkeypatch):
+    """Same steps, same validation, up to the rounding of another batch; and the encoder sees each image and its mirror once."""
+    assert vae.main(["--data", photos, "--size", "16", "--steps", "2", "--batch", "4", "--out", "vae.pt", "--threads", "1"]) == 0
+    seen = record(monkeypatch, vae.AutoencoderKL, "encode", len)
+    for name, more in (("kept", []), ("fresh", ["--no-cache-latents"])):
+        go(photos, "--steps", 4, "--mask", "0.5", "--patch", 2, "--space", "latent", "--vae", "vae.pt", "--amp", "off", "--out", f"runs/{name}", *more)
+        assert name == "fresh" or sum(seen) == 2 * 40
+    kept, fresh = (read(f"runs/{name}/last.pt") for name in ("kept", "fresh"))
+    assert all(torch.allclose(kept["model"][k], v, atol=1e-4) for k, v in fresh["model"].items())
+    assert [float(r["val_loss"]) for r in rows("runs/kept")] == pytest.approx([float(r["val_loss"]) for r in rows("runs/fresh")], rel=1e-4)
+    assert vae.main(["--data", photos, "--size", "16", "--steps", "1", "--batch", "4", "--out", "vae.pt", "--threads", "1"]) == 0
+    seen.clear()
+    with pytest.raises(UserError, match="not the autoencoder"):                 # refused before anything is encoded with another one
+        train.main(["--resume", "--out", "runs/kept", "--steps", "9"])
+    assert not seen
+
+
+def test_a_reconstruction_is_logged_drawn_tuned_and_not_sampled(photos):
+    go(photos, "--steps", 3, *RECONSTRUCT, "--sample-every", 3, "--out", "runs/a")
+    ckpt = read("runs/a/last.pt")
+    assert ckpt["config"]["predict"] == "x0" and ckpt["meta"]["objective"] == "reconstruct"
+    loaded = S.load("runs/a", device="cpu")
+    _, held_out = train.holdout(train.load_images(photos, 16), "0.2", seed=0)
+    errors = train.masked_errors(loaded, held_out)
+    assert float(rows("runs/a")[-1]["val_loss"]) == pytest.approx(sum(errors.values()) / 4, rel=1e-4)
+    assert Image.open("runs/a/samples/000003.png").width > 400
+    with pytest.raises(UserError, match="--objective reconstruct"):
+        S.main(["--n", "2", "--out", "none.png"])
+    assert not Path("none.png").exists()
+    with pytest.raises(UserError, match="needs --mask"):
+        finetune.main(["--steps", "1"])
+    with pytest.raises(UserError, match="--objective denoise: .* was trained with reconstruct"):
+        finetune.main(["--steps", "1", "--objective", "denoise"])
+    finetune.main(["--steps", "1", "--mask", "0.25", "--out", "runs/b"])
+    assert read("runs/b/last.pt")["meta"]["objective"] == "reconstruct" and rows("runs/b")[-1]["visible"] == "3"
+
+
+def test_a_run_from_before_there_were_objectives_is_tuned_and_sampled(photos):
+    go(photos, "--steps", 1, "--out", "runs/a")
+    old = read("runs/a/last.pt")
+    for name in ("objective", "latents", "cache_latents", "ramp_share"):
+        del old["config"][name]
+    del old["meta"]["objective"], old["meta"]["recon_target"]
+    save_atomic(old, Path("runs/a/last.pt"))
+    finetune.main(["--steps", "1", "--out", "runs/b"])
+    S.main(["--ckpt", "runs/a", "--n", "1", "--steps", "1"])
 
 
 def test_finetune_refuses_what_does_not_fit(photos):

@@ -1,0 +1,203 @@
+"""Laws of reconstruction: visible tokens stay, the ceiling is the autoencoder's, a hole's content cannot be seen in what fills it."""
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import Images, UserError, to_float
+from mask import patchify
+from reconstruct import RATIOS, complete, hole_mask, holes_of, inpaint_hole, masked_errors, masks, picture, psnr, reconstruct, report
+from sample import Loaded
+from schedules import SCHEDULES
+from vae import AutoencoderKL, LatentSpace, PixelSpace
+from vit import ViT
+
+N = 5
+
+
+def model(kind, recon_target="clean", objective="reconstruct", decoder=2):
+    """A network of random weights, gates and head too, in the space `kind`: 16 places along a side of z or x, tokens of 2."""
+    torch.manual_seed(0)
+    space = PixelSpace(3) if kind == "pixel" else LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=4, channels=3), std=torch.ones(4) * 0.2)
+    schedule = replace(SCHEDULES["ddm"], s=0.5)
+    net = ViT(schedule, channels=space.channels, heads_out=1, patch=2, width=32, depth=2, heads=1, decoder=decoder, decoder_width=32)
+    for p in [*net.parameters(), *getattr(getattr(space, "vae", None), "parameters", lambda: [])()]:
+        p.data += 0.1 * torch.randn_like(p)
+    meta = dict(size=16 * space.factor, objective=objective, recon_target=recon_target, classes=[])
+    return Loaded(net.eval(), schedule, space, "x0", meta, torch.device("cpu"))
+
+
+def images(loaded, n=N, seed=0):
+    small = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return F.interpolate(small, size=loaded.meta["size"], mode="bilinear")
+
+
+def upscaled(visible, loaded):
+    """(n, N) bool of tokens -> (n, 1, H, W) of pixels, by repetition in a loop."""
+    square = 2 * loaded.space.factor
+    out = torch.zeros(len(visible), 1, loaded.meta["size"], loaded.meta["size"], dtype=torch.bool)
+    for b in range(len(visible)):
+        for k in range(64):
+            i, j = divmod(k, 8)
+            out[b, 0, i * square:(i + 1) * square, j * square:(j + 1) * square] = visible[b, k]
+    return out
+
+
+both_spaces = pytest.mark.parametrize("kind", ["pixel", "latent"])
+
+
+@both_spaces
+def test_visible_tokens_pass_through_and_hidden_ones_are_the_networks(kind):
+    loaded = model(kind)
+    x = images(loaded)
+    z, m = loaded.space.encode(x), masks(loaded, N, 0.7)
+    full = complete(loaded, z, m)
+    seen = m.visible
+    assert torch.equal(patchify(full, 2)[seen], patchify(z, 2)[seen])
+    guess = 0.5 * loaded.model(z, torch.zeros(N, dtype=torch.float64), None, m)
+    torch.testing.assert_close(patchify(full, 2)[~seen], patchify(guess, 2)[~seen])
+
+
+@both_spaces
+def test_what_is_hidden_has_no_influence(kind):
+    """Tokens of z that are hidden may be anything: z' is the same, bit for bit."""
+    loaded = model(kind)
+    z, m = loaded.space.encode(images(loaded)), masks(loaded, N, 0.7)
+    hidden = ~upscaled(m.visible, replace(loaded, meta=dict(size=16), space=PixelSpace(3)))
+    assert torch.equal(complete(loaded, z, m), complete(loaded, torch.where(hidden, 99.0, z), m))
+
+
+@both_spaces
+def test_pictures_and_numbers_are_what_they_are_called(kind):
+    loaded = model(kind)
+    x, m = images(loaded), masks(loaded, N, 0.7, 3)
+    done = reconstruct(loaded, x, 0.7, seed=3)
+    z, hidden = loaded.space.encode(x), ~upscaled(m.visible, loaded)
+    assert torch.equal(done["original"], x) and torch.equal(done["masked"], torch.where(hidden, 0.0, x))
+    torch.testing.assert_close(done["ceiling"], loaded.space.decode(z).clamp(-1, 1))
+    full = complete(loaded, z, m)
+    torch.testing.assert_close(done["reconstructed"], loaded.space.decode(full).clamp(-1, 1))
+    for i in range(N):
+        mse = ((done["reconstructed"][i].double() - x[i]) ** 2).mean()
+        assert done["psnr"][i].item() == pytest.approx((10 * torch.log10(4 / mse)).item(), abs=1e-4)
+        error = ((patchify(full, 2) - patchify(z, 2))[i][~m.visible[i]] ** 2).mean() / 0.25
+        assert done["latent_mse"][i].item() == pytest.approx(error.item(), rel=1e-4)
+    assert done["psnr"].shape == done["latent_mse"].shape == (N,) and "PSNR" in report(done) and picture(done).width > 300
+    if kind == "pixel":
+        assert torch.equal(done["reconstructed"][~hidden.expand_as(x)], x[~hidden.expand_as(x)]) and (done["ceiling_psnr"] > 90).all()
+
+
+def test_a_reconstruction_does_not_depend_on_the_batch_and_is_reproducible():
+    loaded = model("latent")
+    x = images(loaded)
+    one, two, other = (reconstruct(loaded, x, 0.5, seed, batch=batch) for seed, batch in ((0, 64), (0, 2), (1, 64)))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(one["masked"], other["masked"])
+
+
+@both_spaces
+@pytest.mark.parametrize("shape", ["square", "rim", "scattered"])
+def test_images_that_differ_only_inside_the_hole_give_the_same_result_bit_for_bit(kind, shape):
+    """Also beside the hole, also where the autoencoder's norms and attention look everywhere."""
+    loaded = model(kind)
+    x, side = images(loaded), loaded.meta["size"]
+    holes = torch.zeros(N, 1, side, side, dtype=torch.bool)
+    if shape == "square":
+        for i in range(N):
+            holes[i, :, 2 + i:side // 2, 3:side // 2 + i] = True
+    elif shape == "rim":                                                        # leaves 3 x 3 tokens, too few to hide their neighbours, too
+        holes[:] = True
+        holes[:, :, side // 4:side // 4 + 3 * side // 8, side // 4:side // 4 + 3 * side // 8] = False
+    else:
+        holes[:, :, 5, 5] = holes[:, :, side - 2, 1] = True
+    other = torch.where(holes, torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), x)
+    done, again = inpaint_hole(loaded, x, holes), inpaint_hole(loaded, other, holes)
+    assert not torch.equal(x, other) and torch.equal(done["inpainted"], again["inpainted"]) and torch.equal(done["masked"], again["masked"])
+    known = ~holes.expand_as(x)
+    assert torch.equal(done["inpainted"][known], x[known])                      # known pixels are pasted back
+    naive = [loaded.space.decode(complete(loaded, loaded.space.encode(v[:1]), hole_mask(holes[0, 0], 2 * loaded.space.factor, 0))) for v in (x, other)]
+    if kind == "latent":
+        assert not torch.equal(*naive)                                          # the leak: encoding the hole's content, as training does
+
+
+def test_a_token_is_hidden_when_its_square_or_a_neighbours_meets_the_hole():
+    hole = torch.zeros(32, 32, dtype=torch.bool)
+    hole[9, 17] = True                                                          # of the token (2, 4) of 8 x 8
+    for dilate in (0, 1, 2):
+        m = hole_mask(hole, 4, dilate)
+        for k in range(64):
+            i, j = divmod(k, 8)
+            assert m.visible[0, k] == (max(abs(i - 2), abs(j - 4)) > dilate)
+    assert hole_mask(torch.zeros(32, 32, dtype=torch.bool), 4, 1) is None
+
+
+def test_holes_are_white_pictures_one_for_all_or_one_for_each_or_a_square_in_the_middle():
+    middle = holes_of(None, 3, 8)
+    assert middle.shape == (3, 1, 8, 8) and middle[2, 0].sum() == 16 and middle[0, 0, 2:6, 2:6].all()
+    pixels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    pixels[0, :, 0] = pixels[1, :, 1] = pixels[2, :, 2] = 255
+    given = Images(8, 1, torch.zeros(3, dtype=torch.int64), pixels=pixels)
+    assert torch.equal(holes_of(given, 2, 8), pixels[:2] > 0) and torch.equal(holes_of(given.subset([1]), 2, 8), pixels[[1, 1]] > 0)
+    with pytest.raises(UserError, match="--holes"):
+        holes_of(given, 4, 8)
+    loaded = model("pixel")
+    done = inpaint_hole(loaded, images(loaded), holes_of(None, N, 16))
+    assert list(done) == ["masked", "inpainted", "original"] and "inpainted" in report(done) and picture(done).width > 300
+
+
+def test_no_hole_changes_nothing_and_a_hole_over_everything_is_refused():
+    loaded = model("latent")
+    x = images(loaded)
+    holes = torch.zeros(N, 1, 32, 32, dtype=torch.bool)
+    assert torch.equal(inpaint_hole(loaded, x, holes)["inpainted"], x)
+    with pytest.raises(UserError, match="hole"):
+        inpaint_hole(loaded, x, ~holes)
+
+
+@pytest.mark.parametrize("use", [lambda l, x: reconstruct(l, x), lambda l, x: inpaint_hole(l, x, x[:, :1] > 0)], ids=["reconstruct", "inpaint_hole"])
+def test_models_that_cannot_fill_in_pixels_are_refused(use):
+    for wrong, word in ((model("pixel", objective="denoise"), "--objective reconstruct"), (model("pixel", "whitened"), "--recon-target clean")):
+        with pytest.raises(UserError, match=word) as error:
+            use(wrong, images(wrong))
+        assert "\n" not in str(error.value)
+    old = model("pixel")
+    del old.meta["objective"], old.meta["recon_target"]                         # a checkpoint from before there was a choice
+    with pytest.raises(UserError):
+        use(old, images(old))
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, 0.001, float("nan")])
+def test_a_ratio_that_hides_nothing_or_everything_is_refused(ratio):
+    with pytest.raises(UserError, match="--ratio"):
+        reconstruct(model("pixel"), images(model("pixel")), ratio)
+
+
+@both_spaces
+@pytest.mark.parametrize("target", ["clean", "whitened"])
+def test_held_out_errors_are_the_masked_mse_at_fixed_ratios_and_masks(kind, target):
+    loaded = model(kind, target)
+    pixels = (images(loaded) * 127.5 + 127.5).round().byte()
+    data = Images(loaded.meta["size"], 3, torch.zeros(N, dtype=torch.int64), pixels=pixels)
+    errors = masked_errors(loaded, data, batch=2)
+    assert tuple(errors) == RATIOS == (0.15, 0.4, 0.55, 0.75)
+    z = loaded.space.encode(to_float(pixels))
+    for ratio, error in errors.items():
+        m = masks(loaded, N, ratio, 1)
+        out = patchify(loaded.model(z, torch.zeros(N, dtype=torch.float64), None, m), 2)
+        u = patchify(z, 2)
+        wanted = u / 0.5 if target == "clean" else (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + 1e-6).sqrt()
+        assert error == pytest.approx(((out - wanted)[~m.visible] ** 2).mean().item(), rel=1e-4)
+        assert len(m.keep[0]) == round(64 * (1 - ratio))
+    assert masked_errors(loaded, data) == masked_errors(loaded, data)
+
+
+@pytest.mark.parametrize("decoder", [1, 3])
+def test_any_split_of_encoder_and_decoder_reconstructs(decoder):
+    loaded = model("latent", decoder=decoder)
+    assert torch.isfinite(reconstruct(loaded, images(loaded))["psnr"]).all()
+
+
+def test_psnr_of_an_error_of_a_tenth_of_the_range_is_20_db():
+    assert psnr(torch.full((1, 1, 2, 2), 0.2), torch.zeros(1, 1, 2, 2)).item() == pytest.approx(20, abs=1e-5)
