@@ -110,11 +110,12 @@ def sheet(rows, columns, zoom=1, left=150):
 SAMPLERS = {                                                                    # of the DDM arm
     "posterior, uniform": dict(churn=1.0, time_grid="uniform"),
     "posterior, quadratic": dict(churn=1.0, time_grid="quadratic"),
-    "deterministic, uniform": dict(time_grid="uniform"),
     "deterministic, quadratic": dict(time_grid="quadratic"),
     "Heun, quadratic": dict(time_grid="quadratic", solver="heun"),
     "DPM++, quadratic": dict(time_grid="quadratic", solver="dpm++"),
 }
+GRID_TRIALS = {f"{kind}, {grid}": how | dict(time_grid=grid) for kind, how in (("deterministic", {}), ("Heun", dict(solver="heun")), ("DPM++", dict(solver="dpm++")))
+               for grid in ("uniform", "angle", "split", "edm")}                # at ten calls only: which is the best default?
 DDM_SCALES = {
     "smoke": dict(steps=20, half=10, model="tiny", train=["--batch", 8, "--sample-every", 20], n=24, few=16, calls=[1, 2, 5], long=[], ddpm=[5, 10], batch=64),
     # 5,400 steps are 30 minutes, 2,700 are 15, on the two quiet cores (0.33 s a step) on which they were chosen
@@ -134,14 +135,11 @@ def ddm(args):
     common = ["--data", args.data, "--size", args.size, "--model", scale["model"], *scale["train"], "--lr", 1e-3, "--lr-end", 1,
               "--save-every", scale["half"] // 3 or 1, "--workers", 0]
     ours, ddpm = "ddm-both", "vp-linear-eps"
-    for name, schedule, predict, steps in ((ours, "ddm", "both", scale["steps"]), (ddpm, "vp-linear", "eps", scale["steps"]),
-                                           ("vp-linear-unit", "vp-linear", "unit", scale["half"]), ("ddm-unit", "ddm", "unit", scale["half"])):
-        bench.arm(name, train.main, *common, "--schedule", schedule, "--predict", predict, "--steps", steps)
-    if not bench.all_trained():
-        return
+    arm = lambda name, schedule, predict, steps: bench.arm(name, train.main, *common, "--schedule", schedule, "--predict", predict, "--steps", steps)
+    arm(ours, "ddm", "both", scale["steps"])
+    arm(ddpm, "vp-linear", "eps", scale["steps"])
     images, _ = holdout(load_images(args.data, args.size, seed=args.seed), "0.02", seed=args.seed)
-    pick = torch.randperm(len(images), generator=seeded(args.seed, 100))[:2 * scale["n"]]
-    reference = images.take(pick)[0]
+    reference = images.take(torch.randperm(len(images), generator=seeded(args.seed, 100))[:2 * scale["n"]])[0]
 
     def distances(path, n, **how):
         """{proxy: [value, floor]} of n samples."""
@@ -152,9 +150,15 @@ def ddm(args):
     half = lambda name: f"{name}/{scale['half']:06d}.pt"
     n, few, best = scale["n"], scale["few"], scale["calls"][min(3, len(scale["calls"]) - 1)]
 
-    baseline = {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"]}
-    table = {label: {c: distances(ours, n, steps=c, **how) for c in scale["calls"]} for label, how in SAMPLERS.items()}
-    ten = {label: distances(ours, few, steps=best, **SAMPLERS[label]) for label in SAMPLERS}
+    if args.arm is None:                                                        # the claim, and the whole curve
+        ten = {label: distances(ours, few, steps=best, **how) for label, how in (SAMPLERS | GRID_TRIALS).items()}
+        baseline = {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"]}
+        table = {label: {c: distances(ours, n, steps=c, **how) for c in scale["calls"]} for label, how in SAMPLERS.items()}
+        long = {label: {c: distances(ours, few, steps=c, **SAMPLERS[label]) for c in scale["long"]} for label in ("posterior, uniform", "deterministic, quadratic")}
+    arm("vp-linear-unit", "vp-linear", "unit", scale["half"])                   # and where it comes from
+    arm("ddm-unit", "ddm", "unit", scale["half"])
+    if not bench.all_trained():
+        return
     ladder = [("DDPM: vp-linear, eps, ancestral, uniform", distances(half(ddpm), few, steps=best, churn=1.0)),
               ("solver: deterministic", distances(half(ddpm), few, steps=best)),
               ("grid: quadratic", distances(half(ddpm), few, steps=best, time_grid="quadratic")),
@@ -162,24 +166,22 @@ def ddm(args):
               ("schedule: ddm", distances(half("ddm-unit"), few, steps=best, time_grid="quadratic")),
               ("prediction: both heads", distances(half(ours), few, steps=best, time_grid="quadratic")),
               ("grid: uniform", distances(half(ours), few, steps=best))]
-    for label in ("deterministic, uniform", "deterministic, quadratic"):
-        for c in scale["long"]:
-            table[label][c] = distances(ours, n, steps=c, **SAMPLERS[label])
 
     floor = next(iter(table["posterior, uniform"].values()))
-    calls = scale["calls"] + scale["long"]
+    calls = scale["calls"]
     text = [f"Distances to {args.data}: pixel / random-conv / swd (fid.py --proxy; not FID). {n} samples, seed {args.seed}, floor "
             + " / ".join(f"{floor[k][1]:.3g}" for k in ("pixel", "random-conv", "swd")) + ".", "",
             markdown(["`ddm`, two heads", *(f"{c} calls" for c in calls)],
                      [[label, *(show(row[c]) if c in row else "" for c in calls)] for label, row in table.items()]),
-            "", f"The same number of samples on both sides, {few}:", "",
+            "", f"{few} samples, on both sides:", "",
             markdown(["", *(f"{c} calls" for c in scale["ddpm"])], [["DDPM, ancestral", *(show(baseline[c]) for c in scale["ddpm"])]]), "",
-            markdown(["", f"{best} calls"], [[f"ddm, {label}", show(cell)] for label, cell in ten.items()]),
+            markdown(["", f"{best} calls", *(f"{c} calls" for c in scale["long"])],
+                     [[f"`ddm`, {label}", show(cell), *(show(long[label][c]) if label in long else "" for c in scale["long"])] for label, cell in ten.items()]),
             "", f"One change at a time, at {best} calls, {scale['half']} steps of training, {few} samples:", "",
             markdown(["change", "distances"], [[label, show(cell)] for label, cell in ladder])]
     bench.write("table.md", "\n".join(text) + "\n")
     rows = [(f"{arm}, {c} calls", bench.draw(path, 12, steps=c, **how)) for arm, path, how, counts in
-            (("ddm", ours, SAMPLERS["deterministic, uniform"], scale["calls"]), ("DDPM ancestral", ddpm, dict(churn=1.0), scale["ddpm"])) for c in counts]
+            (("ddm", ours, dict(), scale["calls"]), ("DDPM ancestral", ddpm, dict(churn=1.0), scale["ddpm"])) for c in counts]
     sheet(rows, [], 2).save(bench.folder / "samples.png")
     print(f"wrote {bench.folder / 'samples.png'}: the same twelve noises in every row")
 
@@ -188,7 +190,7 @@ def ddm(args):
 
 TASK_SCALES = {
     "smoke": dict(pre=20, tune=10, model="tiny", train=["--batch", 8], n=16, calls=[1, 2, 5], batch=64, patch=8),
-    "cpu": dict(pre=2000, tune=800, model="tiny", train=["--batch", 64], n=256, calls=[1, 2, 5, 10], batch=64, patch=8),
+    "cpu": dict(pre=1500, tune=500, model="tiny", train=["--batch", 64], n=256, calls=[1, 2, 5, 10], batch=64, patch=8),
     "gpu": dict(pre=50_000, tune=20_000, model="small", train=["--batch", 256], n=1024, calls=[1, 2, 5, 10, 20], batch=256, patch=4),
 }
 
@@ -261,7 +263,7 @@ def parser():
     p.add_argument("--gray", action="store_true", help="one channel (tasks)")
     p.add_argument("--arm", default=None, help="train this arm and nothing else; all, and the measurements, when left out")
     p.add_argument("--seed", type=int, default=0, help="of training, noise and held-out images")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads of the training; 0: torch's own choice")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--out", default="runs/reproduce", help="the claim's files go to a folder of its name in here")
     return p
@@ -271,6 +273,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.scale == "smoke" and args.out == "runs/reproduce":
         args.out = "runs/reproduce-smoke"                                       # never mixed with the real thing
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.gray and args.claim == "ddm":
         raise UserError("--gray is for tasks: the claim ddm is measured in colour")
     CLAIMS[args.claim](args)
