@@ -21,9 +21,9 @@ import probe
 import train
 from checkpoint import newest, read_checkpoint
 from data import UserError
+from options import Options, check, flag, make_parser, merge, option
 from recipes import settings
 from sample import run
-from train import Options, check, flag, make_parser, merge, option
 
 FIXED = ("objective", "predict", "space", "vae", "model", "patch", "skips", "decoder", "economy")  # cannot change: the weights would mean something else
 # What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.

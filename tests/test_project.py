@@ -19,7 +19,7 @@ import vae
 from conftest import ROOT
 
 LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "machine", "pictures", "recipes", "vae", "fid", "tasks", "vit", "losses", "latents"], ["reconstruct"],
-          ["cost", "sample"], ["train", "probe"], ["finetune"], ["reproduce"]]
+          ["cost", "options", "sample"], ["evaluate"], ["train", "probe"], ["finetune"], ["reproduce"]]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 OURS = [p for p in sorted(ROOT.glob("*.py"))]
 PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL", "scipy", "safetensors"}       # the last one is optional, imported where it is needed
@@ -78,7 +78,7 @@ def attributes(path):
 
 
 def test_every_option_of_train_and_finetune_is_read():
-    read = {node.attr for node in ast.walk(tree(ROOT / "train.py")) if isinstance(node, ast.Attribute)
+    read = {node.attr for name in ("train", "options", "evaluate") for node in ast.walk(tree(ROOT / f"{name}.py")) if isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name) and node.value.id == "o"}
     names = {f.name for f in dataclasses.fields(train.Options)}
     assert names <= read, names - read

@@ -23,6 +23,7 @@ from checkpoint import save_atomic
 from conftest import ROOT
 from data import UserError
 from machine import amp_type
+from options import REFUSALS
 from recipes import RECIPES, settings
 from vae import PixelSpace
 from vit import ECONOMIES, ViT
@@ -428,7 +429,7 @@ def test_every_refusal_of_the_table_can_happen():
     """Each line of the table is reached by one of the cases above."""
     given = [vars(train.make_parser(train.Options, "").parse_args(arguments)) for arguments in [*REFUSED, ["--recipe", "ddm"]]]
     cases = [train.Options(**settings(g.get("recipe"), "train", g)) for g in given]
-    for refused, why in train.REFUSALS:
+    for refused, why in REFUSALS:
         assert any(refused(o) for o in cases), why
         assert not refused(train.Options()), why
 
@@ -437,9 +438,9 @@ def test_every_refusal_of_the_table_can_happen():
 
 @pytest.mark.parametrize("recipe, stage", [(name, stage) for name, stages in RECIPES.items() for stage in stages])
 def test_a_recipe_sets_known_options_that_fit_together_and_flags_beside_it_win(recipe, stage):
-    options = {"train": train.Options, "finetune": finetune.TuneOptions}[stage]
-    o = options(**settings(recipe, stage, {"lr": 0.5}))
-    assert o.lr == 0.5 and o.steps and options(**settings(recipe, stage, {"minutes": 1.0})).steps is None
+    kind = {"train": train.Options, "finetune": finetune.TuneOptions}[stage]
+    o = kind(**settings(recipe, stage, {"lr": 0.5}))
+    assert o.lr == 0.5 and o.steps and kind(**settings(recipe, stage, {"minutes": 1.0})).steps is None
     train.check(replace(o, data="faces", vae="x" if o.space == "latent" else None))
     if stage == "train":
         with pytest.raises(UserError, match="--data"):
