@@ -6,6 +6,8 @@ them with the same noise, measures, and writes a table and pictures. It reports 
 
     python reproduce.py ddm   --data cifar10-train.zip         # ten analytic steps against the ancestral sampler of DDPM      [DDM]
     python reproduce.py tasks --data faces64.zip               # super-resolution, inpainting, edges, saliency in ten calls    [DDM]
+    python reproduce.py maskdit --data cifar10-train.zip       # half of the tokens and a light decoder against all of them    [MaskDiT]
+    python reproduce.py lmd --data faces64.zip --gray --size 64        # a rising mask against a fixed one, in latents         [LMD]
 
     --scale smoke    does it run? a minute        cpu    the README's numbers, hours on two cores        gpu    the papers' sizes, for one GPU
     --arm NAME       only train this arm          anything that is there already is not done again: kill it, start it again
@@ -14,7 +16,10 @@ Below runs/reproduce/CLAIM/ every arm is an ordinary run (log.csv, checkpoints: 
 every number measured so far, table.md and the pictures are made from it. Distances are fid.py's proxies: not FID, and only
 comparable at equal n.
 """
+import csv
 import json
+import shutil
+import statistics
 import time
 from pathlib import Path
 
@@ -23,9 +28,12 @@ from PIL import Image, ImageDraw
 
 import finetune
 import train
+import vae
+from checkpoint import read_checkpoint
 from data import UserError, command_line, grid, holdout, load_images, to_float, to_uint8
 from fid import proxy
 from machine import amp_type
+from reconstruct import masked_errors, picture, reconstruct
 from sample import load, restore, run, sample, seeded
 from tasks import TASKS, pose, strip
 
@@ -42,14 +50,35 @@ class Bench:
         self.cells = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.loaded, self.arms = {}, []
 
-    def arm(self, name, command, *flags):
-        """Train the arm `name` with train.main or finetune.main, unless that was done; one that was interrupted goes on. -> its folder."""
+    def arm(self, name, command, *flags, before=()):
+        """Train the arm `name` with train.main or finetune.main, unless that was done; one that was interrupted goes on. before: the arms
+        that cannot do without it. -> its folder."""
         self.arms.append(name)
-        if self.args.arm in (None, name):
+        if self.args.arm in (None, name, *before):
             print(f"\n=== {self.folder / name}: {command.__module__}.py {' '.join(map(str, flags))}", flush=True)
             common = ["--seed", self.args.seed, "--threads", self.args.threads, "--device", self.args.device, "--out", self.folder / name, "--resume"]
             command([str(f) for f in (*flags, *common)])
         return self.folder / name
+
+    def steps_in(self, minutes, name, command, *flags):
+        """How many steps of an arm are worth so many minutes on this machine: forty are timed, once, by themselves. Run nothing else meanwhile."""
+        if "steps" in self.scale:                                               # the smoke scale knows no clock
+            return self.scale["steps"]
+
+        def timed():
+            folder = self.folder / "timing" / name
+            shutil.rmtree(folder, ignore_errors=True)
+            command([str(f) for f in (*flags, "--steps", 40, "--sample-every", 10**9, "--threads", self.args.threads, "--device", self.args.device, "--out", folder)])
+            with open(folder / "log.csv", newline="") as log:
+                rates = [float(row["images_per_second"]) for row in csv.DictReader(log)]
+            return round(json.loads((folder / "config.json").read_text())["batch"] / statistics.median(rates[-3:]), 5)
+
+        return max(8, int(60 * minutes / self.cell(f"{name}: seconds a step", timed)))
+
+    def log(self, name, column):
+        """The last value of a column of an arm's log."""
+        with open(self.folder / name / "log.csv", newline="") as log:
+            return [float(row[column]) for row in csv.DictReader(log) if row[column]][-1]
 
     def all_trained(self):
         """Whether to go on and measure. False after --arm; UserError for an arm that there is not."""
@@ -249,18 +278,134 @@ def tasks(args):
     print(f"wrote {', '.join(f'{name}.png' for name in pictures)} in {bench.folder}")
 
 
+# --- [MaskDiT] half of the tokens ------------------------------------------------------------------------------------------------------
+
+MASKDIT_SCALES = {
+    "smoke": dict(steps=8, minutes=1, model="tiny", train=["--batch", 4], rates=[1e-3], n=12, calls=3, batch=12, side_arms=1),
+    "cpu": dict(minutes=20, model="tiny", train=["--batch", 64], rates=[5e-4, 1e-3, 2e-3], n=500, calls=39, batch=125, side_arms=5),
+    "gpu": dict(minutes=240, model="small", train=["--batch", 256, "--patch", 2], rates=[2e-4, 5e-4, 1e-3], n=10_000, calls=79, batch=500, side_arms=60),
+}
+HALF = ["--mask", 0.5, "--decoder", 2]
+SIDE_ARMS = {                                                                   # each enough to see that it learns; name -> flags of its own
+    "without-reconstruction": HALF,
+    "clean-target": [*HALF, "--recon", 0.1, "--recon-target", "clean"],
+    "route": ["--mask", 0.5, "--economy", "route"],
+    "defer": ["--mask", 0.75, "--economy", "defer"],
+}
+
+
+def maskdit(args):
+    """[MaskDiT] All tokens against half of them behind a light decoder with reconstruction and a short unmasking stage, class-conditional,
+    at four points of equal training time. Both choose their learning rate from the same three by a short run's val_loss."""
+    bench = Bench("maskdit", args, scale := MASKDIT_SCALES[args.scale])
+    common = ["--data", args.data, "--size", args.size, "--model", scale["model"], *scale["train"], "--labels", "--schedule", "edm", "--predict", "unit",
+              "--time-sampling", "lognormal", "--lr-end", 1, "--workers", 0]
+    minutes, arms = scale["minutes"], {"all-tokens": [], "half": [*HALF, "--recon", 0.1, "--recon-target", "noisy"]}
+    points = {}                                                                 # arm -> checkpoints at a quarter, a half, three quarters and all of the time
+    for name, flags in arms.items():
+        each = lambda share: bench.steps_in(share * minutes, name, train.main, *common, *flags)
+        tries = {}
+        for lr in scale["rates"]:
+            trial = f"{name}-lr-{lr:g}"
+            folder = bench.arm(trial, train.main, *common, *flags, "--lr", lr, "--steps", each(1 / 8), "--sample-every", 10**9, before=(name, f"{name}-unmasked"))
+            tries[lr] = bench.log(trial, "val_loss") if (folder / "log.csv").exists() else 0.0       # (with --arm of another one)
+        lr, quarter = min(tries, key=tries.get), max(1, each(1) // 4)
+        tuned = name == "half"
+        bench.arm(name, train.main, *common, *flags, "--lr", lr, "--steps", quarter * (3 if tuned else 4), "--save-every", quarter, "--sample-every", quarter,
+                  before=(f"{name}-unmasked",))
+        points[name] = [f"{name}/{quarter * k:06d}.pt" for k in range(1, 4 if tuned else 5)]
+        if tuned:                                                               # the last quarter of the time: all tokens, half the rate
+            bench.arm("half-unmasked", finetune.main, "--from", bench.folder / name, "--lr", lr / 2, "--lr-end", 0.05, "--sample-every", 10**9,
+                      "--steps", bench.steps_in(minutes / 4, "half-unmasked", finetune.main, "--from", bench.folder / name))
+            points[name].append("half-unmasked/last.pt")
+    for name, flags in SIDE_ARMS.items():
+        bench.arm(name, train.main, *common, *flags, "--lr", 1e-3, "--steps", bench.steps_in(scale["side_arms"], name, train.main, *common, *flags), "--sample-every", 10**9)
+    if not bench.all_trained():
+        return
+    images, _ = holdout(load_images(args.data, args.size, labels=True, seed=args.seed), "0.02", seed=args.seed)
+    reference = images.take(torch.randperm(len(images), generator=seeded(args.seed, 100))[:2 * scale["n"]])[0]
+    labels = torch.arange(scale["n"]) % len(images.classes)
+    how = dict(steps=scale["calls"], solver="heun", time_grid="edm")
+
+    def distances(path):
+        return bench.cell(path, lambda: {k: [round(float(v), 5) for v in pair] for k, pair in proxy(bench.draw(path, scale["n"], labels=labels, **how), reference).items()})
+
+    show = lambda cell: " / ".join(f"{cell[k][0]:.3g}" for k in ("pixel", "random-conv", "swd"))
+    table = [[name, *(show(distances(path)) for path in paths)] for name, paths in points.items()]
+    side = [[name, f"{bench.log(name, 'val_loss'):.4f}", f"{bench.log(name, 'step'):.0f}"] for name in SIDE_ARMS]
+    bench.write("table.md", "\n".join([
+        f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} class-conditional samples of {scale['calls']} calls, seed {args.seed}, "
+        f"{minutes} minutes of training an arm; the last point of `half` is after a quarter of the time with all tokens.", "",
+        markdown(["arm", "1/4 of the time", "1/2", "3/4", "all"], table), "",
+        f"Short runs of {scale['side_arms']} minutes:", "", markdown(["arm", "val_loss", "steps"], side)]) + "\n")
+    few = torch.arange(10) % len(images.classes)
+    sheet([(f"{name}, {when}", bench.draw(path, 10, labels=few, **how)) for name, paths in points.items() for when, path in zip(("1/4", "1/2", "3/4", "all"), paths)],
+          [], 2).save(bench.folder / "samples.png")
+    guided = [(f"{images.classes[c]}, cfg {scale_}", bench.draw(points["half"][-1], 10, labels=torch.full((10,), c), cfg=scale_, **how))
+              for c in range(min(10, len(images.classes))) for scale_ in (1.5, 4.0)]
+    sheet(guided, [], 2).save(bench.folder / "guidance.png")
+    print(f"wrote samples.png and guidance.png in {bench.folder}")
+
+
+# --- [LMD] a rising mask, in latents -----------------------------------------------------------------------------------------------------
+
+LMD_SCALES = {
+    "smoke": dict(steps=8, minutes=1, vae=["--steps", 4], model="tiny", train=["--batch", 4], batch=8),
+    "cpu": dict(minutes=10, vae=["--minutes", 10], model="tiny", train=["--batch", 64], batch=64),
+    "gpu": dict(minutes=60, vae=["--minutes", 60], model="base", train=["--batch", 256], batch=256),
+}
+
+
+def lmd(args):
+    """[LMD] Reconstruction of hidden latents: a fixed ratio of 0.75 against a cosine ramp from 0.15, at equal training time, by the held-out
+    error at fixed ratios; then a generator in the same latents, trained on a quarter of the tokens and fine-tuned on all."""
+    bench = Bench("lmd", args, scale := LMD_SCALES[args.scale])
+    photos = ["--data", args.data, "--size", args.size, *(["--gray"] if args.gray else [])]
+    weights = bench.folder / "vae.pt"
+    if not weights.exists():
+        vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--out", weights)])
+    common = [*photos, "--space", "latent", "--vae", weights, "--latents", bench.folder / "latents", "--patch", 2, "--model", scale["model"], *scale["train"]]
+    arms = {"fixed": [], "cosine": ["--mask-from", 0.15, "--ramp", "cosine"]}
+    for name, flags in arms.items():
+        flags = [*common, "--objective", "reconstruct", "--decoder", 4, "--mask", 0.75, *flags]
+        # a ramp's steps cost more while more is visible, so both arms are given the time, not the number of steps
+        steps = bench.steps_in(scale["minutes"], "fixed", train.main, *[*common, "--objective", "reconstruct", "--decoder", 4, "--mask", 0.75])
+        length = ["--steps", steps] if "steps" in scale else ["--minutes", scale["minutes"]]
+        bench.arm(name, train.main, *flags, *length, "--save-every", max(1, steps // 5), "--sample-every", max(1, steps // 5))
+    bench.arm("generator", train.main, *common, "--mask", 0.75, *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"]]))
+    bench.arm("generator-whole", finetune.main, "--from", bench.folder / "generator",
+              *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"] / 2]))
+    if not bench.all_trained():
+        return
+    _, held_out = holdout(load_images(args.data, args.size, args.gray, seed=args.seed), "0.02", seed=args.seed)
+    rows = []
+    for name in arms:
+        for path in sorted((bench.folder / name).glob("0*.pt")) + [bench.folder / name / "last.pt"]:
+            key = f"{name}/{path.name}"
+            errors = bench.cell(key, lambda: {f"{ratio:g}": round(error, 5) for ratio, error in masked_errors(bench.model(key), held_out).items()}
+                                | dict(minutes=round(read_checkpoint(path)["seconds"] / 60, 2), step=read_checkpoint(path)["step"]))
+            rows.append([name, f"{errors['minutes']:.1f}", errors["step"], *(f"{errors[k]:.4f}" for k in ("0.15", "0.4", "0.55", "0.75"))])
+    bench.write("table.md", f"Held-out error of hidden latents (1: the mean image), {args.data}, seed {args.seed}.\n\n"
+                + markdown(["arm", "minutes", "step", "ratio 0.15", "0.4", "0.55", "0.75"], rows) + "\n")
+    x = to_float(held_out.take(torch.arange(min(4, len(held_out))))[0])
+    for name in arms:
+        picture(reconstruct(bench.model(name), x, 0.75)).save(bench.folder / f"{name}.png")
+    grid(bench.draw("generator-whole", 16, steps=10)).save(bench.folder / "faces.png")
+    print(f"wrote {', '.join(f'{name}.png' for name in (*arms, 'faces'))} in {bench.folder}")
+
+
 # --- the command -------------------------------------------------------------------------------------------------------------------------
 
-CLAIMS = {"ddm": ddm, "tasks": tasks}
+CLAIMS = {"ddm": ddm, "tasks": tasks, "maskdit": maskdit, "lmd": lmd}
 
 
 def parser():
     p = command_line("Reproduce a claim as a small, fair experiment: a table and pictures below --out.")
-    p.add_argument("claim", choices=CLAIMS, help="which: ddm (ten analytic steps), tasks (image-conditioned, ten calls)")
+    p.add_argument("claim", choices=CLAIMS, help="which: ddm (ten analytic steps), tasks (image-conditioned, ten calls), maskdit (half of the tokens), lmd (a rising mask)")
     p.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu", help="smoke: a minute; cpu: hours on two cores; gpu: for one GPU")
     p.add_argument("--data", default="faces", help="a folder, a .zip, cifar-10-python.tar.gz, or faces for the built-in ones")
     p.add_argument("--size", type=int, default=32, help="pixels along a side")
-    p.add_argument("--gray", action="store_true", help="one channel (tasks)")
+    p.add_argument("--gray", action="store_true", help="one channel (tasks, lmd)")
     p.add_argument("--arm", default=None, help="train this arm and nothing else; all, and the measurements, when left out")
     p.add_argument("--seed", type=int, default=0, help="of training, noise and held-out images")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
@@ -275,8 +420,8 @@ def main(argv=None):
         args.out = "runs/reproduce-smoke"                                       # never mixed with the real thing
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.gray and args.claim == "ddm":
-        raise UserError("--gray is for tasks: the claim ddm is measured in colour")
+    if args.gray and args.claim in ("ddm", "maskdit"):
+        raise UserError(f"--gray is for tasks and lmd: the claim {args.claim} is measured in colour")
     CLAIMS[args.claim](args)
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 import data
 import reproduce
 import train
+import vae
 from data import UserError
 
 
@@ -16,11 +17,14 @@ def tiny_world(tmp_path, monkeypatch):
     few = lambda source, *args, **how: data.load_images(source, *args, **how | (dict(count=40) if source == "faces" else {}))
     monkeypatch.setattr(train, "load_images", few)
     monkeypatch.setattr(reproduce, "load_images", few)
+    monkeypatch.setattr(vae, "load_images", few)
     monkeypatch.setattr(reproduce, "proxy", lambda a, b: {name: (abs(float(a.float().mean() - b.float().mean())), 0.0) for name in ("pixel", "random-conv", "swd")})
     monkeypatch.chdir(tmp_path)
     train_flags = ["--batch", 2, "--sample-every", 4]
     monkeypatch.setitem(reproduce.DDM_SCALES, "smoke", dict(steps=4, half=3, model="tiny", train=train_flags, n=8, few=8, calls=[1, 2], long=[3], ddpm=[2], batch=8))
     monkeypatch.setitem(reproduce.TASK_SCALES, "smoke", dict(pre=2, tune=2, model="tiny", train=["--batch", 2], n=4, calls=[1, 2], batch=4, patch=4))
+    monkeypatch.setitem(reproduce.LMD_SCALES, "smoke", dict(steps=2, minutes=1, vae=["--steps", 1, "--batch", 2], model="tiny", train=["--batch", 2], batch=4))
+    monkeypatch.setitem(reproduce.MASKDIT_SCALES, "smoke", dict(steps=4, minutes=1, model="tiny", train=["--batch", 2], rates=[1e-3], n=6, calls=3, batch=6, side_arms=1))
     return tmp_path / "runs" / "reproduce-smoke"
 
 
