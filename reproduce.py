@@ -372,7 +372,7 @@ def lmd(args):
         steps = bench.steps_in(scale["minutes"], "fixed", train.main, *[*common, "--objective", "reconstruct", "--decoder", 4, "--mask", 0.75])
         length = ["--steps", steps] if "steps" in scale else ["--minutes", scale["minutes"]]
         bench.arm(name, train.main, *flags, *length, "--save-every", max(1, steps // 5), "--sample-every", max(1, steps // 5))
-    bench.arm("generator", train.main, *common, "--mask", 0.75, *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"]]))
+    bench.arm("generator", train.main, *common, "--mask", 0.75, *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"]]), before=("generator-whole",))
     bench.arm("generator-whole", finetune.main, "--from", bench.folder / "generator",
               *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"] / 2]))
     if not bench.all_trained():
