@@ -57,6 +57,11 @@ def reason(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def seeded(*key):
+    """A CPU generator that is a function of some whole numbers: independent streams for neighbouring keys."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([k % 2**63 for k in key]).generate_state(1, np.uint64)[0] >> 1))
+
+
 # --- numbers and pictures ----------------------------------------------------------------------------------------------------
 
 def to_float(x):
@@ -69,8 +74,9 @@ def to_uint8(x):
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def grid(images, columns=None, pad=2):
-    """uint8 (n, C, H, W), C 1 or 3 -> one PIL picture, `columns` images wide (default: near-square), `pad` pixels apart."""
+def grid(images, columns=None, pad=2, zoom=None):
+    """uint8 (n, C, H, W), C 1 or 3 -> one PIL picture, `columns` images wide (default: near-square), `pad` pixels apart. zoom: a whole
+    number; left out, small sheets are enlarged to 512 pixels."""
     n, c, h, w = images.shape
     if n == 0 or c not in (1, 3):
         raise UserError(f"grid: needs at least one image of 1 or 3 channels, got the shape {tuple(images.shape)}")
@@ -79,7 +85,7 @@ def grid(images, columns=None, pad=2):
     for i, image in enumerate(images.cpu().numpy()):
         top, left = i // columns * (h + pad) + pad, i % columns * (w + pad) + pad
         sheet[top:top + h, left:left + w] = image.transpose(1, 2, 0)  # one channel is repeated to three
-    zoom = -(-512 // sheet.shape[1])                                   # a whole number: small images stay crisp
+    zoom = zoom or -(-512 // sheet.shape[1])                           # a whole number: small images stay crisp
     return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.Resampling.NEAREST)
 
 
@@ -193,13 +199,19 @@ class Cifar:
 
 class Paired:
     """A source of pictures, and for each a map in another source: the one of the same path without its ending, else of the same file stem
-    (the layout of DUTS and BSDS: images/a.jpg, masks/a.png). UserError when two maps lay claim to one stem and a picture needs it."""
+    (the layout of DUTS and BSDS: images/a.jpg, masks/a.png). Maps that lie below the pictures are no pictures. what, flag: words for errors."""
 
-    def __init__(self, source, maps):
-        self.source, self.maps, self.path, self.names = source, maps, source.path, source.names
+    def __init__(self, source, maps, what="target", flag="--targets"):
+        self.source, self.maps, self.path, self.what, self.flag = source, maps, source.path, what, flag
+        inside = ""
+        if Path(source.path).is_dir() and Path(maps.path).resolve().is_relative_to(Path(source.path).resolve()):
+            inside = Path(maps.path).resolve().relative_to(Path(source.path).resolve()).as_posix() + "/"
+        if inside == "./" or Path(source.path).resolve() == Path(maps.path).resolve():
+            raise UserError(f"{flag} {maps.path}: is the place of the pictures themselves; give another folder or .zip")
+        self.names = [name for name in source.names if not inside or not name.startswith(inside)]
         self.by_path, self.by_stem = {}, {}
         for name in maps.names:
-            self.by_path[name.rpartition(".")[0]] = name
+            self.by_path.setdefault(name.rpartition(".")[0], []).append(name)
             self.by_stem.setdefault(Path(name).stem, []).append(name)
 
     def picture(self, name):
@@ -208,18 +220,21 @@ class Paired:
     def map(self, name):
         """The map of picture `name`, opened. LookupError, in words for the user, where there is none or no single one."""
         stem = name.rpartition(".")[0].rpartition("/")[2]
-        same = [self.by_path[name.rpartition(".")[0]]] if name.rpartition(".")[0] in self.by_path else self.by_stem.get(stem, [])
+        same = self.by_path.get(name.rpartition(".")[0]) or self.by_stem.get(stem, [])
         if len(same) != 1:
-            raise LookupError(f"{len(same) or 'no'} target{'s' * (len(same) > 1)} {stem}.* in {self.maps.path}")
+            raise LookupError(f"{len(same) or 'no'} {self.what}{'s' * (len(same) > 1)} {stem}.* in {self.flag} {self.maps.path}")
         return self.maps.picture(same[0])
 
 
 def read(source, name, size, gray=False):
     """Picture `name` of a source -> uint8 (C, size, size); of a Paired one (C + 1, size, size), the map last."""
     with source.picture(name) as picture:
-        x = square(picture, size, gray)
+        x, (width, height) = square(picture, size, gray), ImageOps.exif_transpose(picture).size
     if isinstance(source, Paired):
         with source.map(name) as picture:
+            w, h = ImageOps.exif_transpose(picture).size
+            if abs(w * height - h * width) > 0.02 * w * height:                 # cut to its square it would not fit
+                raise ValueError(f"{width} x {height} pixels, but its {source.what} {w} x {h}")
             x = np.concatenate([x, square(picture, size, gray=True)])
     return x
 
@@ -295,11 +310,11 @@ def leave_signals_to_parent(worker):
 EXACT = ("edges", "saliency")                                          # what is known of the built-in faces, by their names in faces.Faces
 
 
-def open_images(path):
-    """A folder, .zip or cifar-10-python.tar.gz -> a source. UserError for anything else."""
+def open_images(path, also=""):
+    """A folder, .zip or cifar-10-python.tar.gz -> a source. UserError for anything else. also: what else could have been given."""
     given, path = path, Path(path).expanduser()
     if not str(given) or not path.exists():
-        raise UserError(f"{given or 'an empty name'}: there is no such file or folder; give a folder, a .zip or 'faces'")
+        raise UserError(f"{given or 'an empty name'}: there is no such file or folder; give a folder or a .zip{also}")
     kind = Folder if path.is_dir() else Zip if path.suffix.lower() == ".zip" else Cifar if path.name.endswith(".tar.gz") else None
     if kind is None:
         raise UserError(f"{path}: is no folder, .zip or cifar-10-python.tar.gz; put the images into a folder")
@@ -330,7 +345,7 @@ def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=No
             raise UserError(f"--targets {targets}: the built-in faces have maps of their own ({', '.join(EXACT)}); leave it out, or give --data")
         pixels = torch.cat([pixels, getattr(faces, targets)], 1) if targets else pixels
         return Images(size, channels, faces.labels * labels, EXPRESSIONS if labels else [], pixels, maps=int(targets is not None))
-    source = open_images(source)
+    source = open_images(source, " (or 'faces')")
     if targets is not None:
         source = Paired(source, open_images(targets))
     names, n, maps = source.names, len(source.names), int(targets is not None)
@@ -371,7 +386,7 @@ def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=No
     if images.skipped:
         broken = len(images.skipped)
         examples = ", ".join([f"{name} ({why})" for name, why in zip(names, failures) if why is not None][:5])
-        line = f"{broken} of {n} images that could not be read: {examples}{', ...' if broken > 5 else ''}"
+        line = f"{broken} of {n} images that could not be used: {examples}{', ...' if broken > 5 else ''}"
         if broken == n or broken > max(10, n / 100):
             raise UserError(f"{path}: too much is broken, {line}; mend or remove them")
         print(f"skipped {line}", file=sys.stderr)

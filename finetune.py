@@ -69,7 +69,7 @@ def main(argv=None):
         inherited["recon_target"] = was("recon_target")
     if given.get("labels") is False:
         del inherited["label_dropout"]
-    if {"task", "data"} & given.keys():                                         # maps belong to the task and the data that they were made for
+    if any(given.get(name, was(name)) != was(name) for name in ("task", "data")):      # maps belong to the task and the data that they were made for
         del inherited["targets"]
     chosen = settings(o.recipe, "finetune", given)
     length = {} if "steps" in chosen or "minutes" in chosen else dict(minutes=2.0)

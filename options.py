@@ -21,7 +21,7 @@ from losses import OBJECTIVES, RECON_TARGETS, WEIGHTS
 from mask import POLICIES, RATIOS
 from recipes import RECIPES, settings
 from schedules import PREDICTIONS, SCHEDULES, TIMES
-from tasks import TASKS
+from tasks import TASKS, ZOOM
 from vae import SPACES
 from vit import ECONOMIES, MODELS
 
@@ -134,6 +134,8 @@ REFUSALS = [                                                                    
     (lambda o: o.recon and o.economy != "drop", "--recon guesses what was never seen: --economy route and defer let hidden tokens take part, use drop"),
     (lambda o: o.skips and o.economy == "route", "--economy route does not know --skips: a long skip would join blocks that see different tokens"),
     (lambda o: o.recon_target != Options.recon_target and not o.recon and o.objective == "denoise", "--recon-target needs --recon, the weight of the reconstruction"),
+    (lambda o: o.objective == "reconstruct" and (o.economy, o.task) != ("drop", "generate"),
+     "--economy, --task: --objective reconstruct guesses what was never seen, and from nothing else; leave them out"),
     (lambda o: o.objective == "reconstruct" and not o.decoder, "--objective reconstruct needs --decoder: without one, hidden patches have no output"),
     (lambda o: o.objective == "reconstruct" and not (o.mask and o.mask_from != 0), "--objective reconstruct needs --mask (and --mask-from) above 0: something must be hidden"),
     (lambda o: o.objective == "reconstruct" and o.recon, "--recon weighs reconstruction beside denoising: --objective reconstruct is nothing else, leave it out"),
@@ -141,9 +143,10 @@ REFUSALS = [                                                                    
     (lambda o: o.objective == "reconstruct" and o.predict not in (Options.predict, "x0"), "--predict: --objective reconstruct guesses the patches themselves; leave it out"),
     (lambda o: o.objective == "reconstruct" and (o.schedule, o.time_sampling, o.weighting) != (Options.schedule, Options.time_sampling, Options.weighting),
      "--schedule, --time-sampling and --weighting are about noise: --objective reconstruct has none, leave them out"),
-    (lambda o: o.objective == "reconstruct" and (o.economy, o.task) != ("drop", "generate"),
-     "--economy, --task: --objective reconstruct guesses what was never seen, and from nothing else; leave them out"),
     (lambda o: o.weighting != "plain" and o.predict != "both", "--weighting is about two heads: use --predict both"),
+    (lambda o: o.task == "superres" and o.size % ZOOM, f"--task superres enlarges by {ZOOM}: --size must be a multiple of {ZOOM}"),
+    (lambda o: o.space != "latent" and (not o.cache_latents or o.latents != Options.latents), "--latents and --no-cache-latents are about --space latent"),
+    (lambda o: o.task != "generate" and o.latents != Options.latents, "--latents: with a --task nothing is kept, its conditions are made of pixels"),
     (lambda o: o.targets is not None and not TASKS[o.task].exact, "--targets are maps to predict: use them with --task edges or saliency"),
     (lambda o: o.targets is not None and o.data == "faces", "--targets: the built-in faces have maps of their own; leave it out, or give --data"),
     (lambda o: TASKS[o.task].needs_map and o.targets is None and o.data != "faces", "--task saliency needs --targets: a folder or .zip of maps with the file stems of --data"),

@@ -8,13 +8,13 @@ the work and not after it. A *trace* shows the sampler at work: at every network
 
 Shapes: B images, C channels (1 or 3), H x W pixels; uint8.
 """
+import os
 import zipfile
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from data import UserError, grid, to_uint8
@@ -29,24 +29,33 @@ def png(pixels):
 
 
 class Writer:
-    """Where samples go, by the name of --out: a .png grid, a .npz, a .zip of PNGs, or a folder of PNGs, written as they come."""
+    """Where samples go, by the name of --out: a .png sheet, a .npz, a .zip of PNGs, or a folder of PNGs, written as they come. A file is made
+    beside its place and takes it at the end, so that what stood there survives a failure:
+
+        with Writer("samples.zip") as writer:
+            writer.add(images)
+    """
 
     def __init__(self, out, columns=None):
-        self.out, self.columns, self.kept, self.n = Path(out), columns, [], 0
+        self.out, self.columns, self.kept, self.n, self.sheet = Path(out), columns, [], 0, None
         self.kind = self.out.suffix.lower() or "folder"
-        if self.kind not in (".png", ".npz", ".zip", "folder"):
+        if self.kind not in (".png", ".npz", ".zip", "folder") or self.out.name.lower() in (".png", ".npz", ".zip"):
             raise UserError(f"--out {out}: give a name that ends with .png, .npz or .zip, or that has no ending for a folder")
         if self.kind == "folder":
             if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
                 raise UserError(f"--out {self.out} exists and is not an empty folder: old images would be mixed with new ones; give another name")
             self.out.mkdir(parents=True, exist_ok=True)
+        elif self.out.is_dir():
+            raise UserError(f"--out {self.out} is a folder; give a name in it")
         else:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            open(self.out, "ab").close()                                        # what cannot be written is told now, not after the work
-        self.zip = zipfile.ZipFile(self.out, "w") if self.kind == ".zip" else None
+            self.part = self.out.with_name(self.out.name + ".part")
+            open(self.part, "wb").close()                                       # what cannot be written is told now, not after the work
+        self.zip = zipfile.ZipFile(self.part, "w") if self.kind == ".zip" else None
 
     def add(self, images, names=()):
-        """uint8 (B, C, H, W), or a list of (C, H, W) of any size; names: of the files, numbers when left out."""
+        """uint8 (B, C, H, W), or a list of (C, H, W) of any size; names: of the files, numbers when left out. On a sheet of several sizes, every
+        call is `columns` images of one size."""
         for i, image in enumerate(images):
             name = f"{names[i] if names else f'{self.n:06d}'}.png"
             if self.kind == "folder":
@@ -57,22 +66,45 @@ class Writer:
                 self.kept.append(image)
             self.n += 1
 
-    def close(self):
-        if self.kind == ".zip":
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.zip:
             self.zip.close()
-        elif self.kind == ".png":
-            height, width = (max(image.shape[i] for image in self.kept) for i in (1, 2))
-            self.kept = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]), value=255) for image in self.kept]
-            grid(torch.stack(self.kept), self.columns).save(self.out)
+        if self.kind == "folder":
+            return
+        if kind is not None:
+            self.part.unlink(missing_ok=True)
+            return
+        if self.kind == ".png":
+            (self.sheet or rows_of(self.kept, self.columns)).save(self.part, "PNG")
         elif self.kind == ".npz":
-            np.savez_compressed(self.out, images=torch.stack(self.kept).permute(0, 2, 3, 1).numpy())
+            with open(self.part, "wb") as file:
+                np.savez_compressed(file, images=torch.stack(self.kept).permute(0, 2, 3, 1).numpy())
+        os.replace(self.part, self.out)
+
+
+def rows_of(images, columns):
+    """uint8 images (C, H, W) -> one PIL picture: a grid, or where sizes differ a row for every `columns` of them."""
+    if len({image.shape for image in images}) == 1:
+        return grid(torch.stack(images), columns)
+    rows = [grid(torch.stack(images[lo:lo + columns]), columns, zoom=1) for lo in range(0, len(images), columns)]
+    canvas = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    for i, row in enumerate(rows):
+        canvas.paste(row, (0, sum(other.height for other in rows[:i])))
+    return canvas
 
 
 class Trace:
-    """Counts network calls and, for a picture of the way (--trace), keeps x_t as the network sees it and its guess of x0, of a few images."""
+    """Counts network calls and, for a picture of the way (--trace), keeps x_t as the network sees it and its guess of x0, of the first `keep`
+    images. path: the picture, or None."""
 
-    def __init__(self, loaded, keep=0):
-        self.loaded, self.keep, self.calls, self.frames, self.result = loaded, keep, 0, [], None
+    def __init__(self, loaded, path=None, keep=2):
+        self.loaded, self.keep, self.calls, self.frames, self.result = loaded, keep if path else 0, 0, [], None
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            open(path, "ab").close()
 
     def __call__(self, t, zt, x0):
         self.calls += 1
@@ -84,13 +116,15 @@ class Trace:
         """Tell that the images (B, C, H, W) in [-1, 1] of the calls so far are finished: the trace is of the first ones."""
         self.result = images[:self.keep] if self.result is None else self.result
 
-    def draw(self):
-        """A PIL picture: two rows an image, x_t and below it the guess, a column per call, then the result."""
-        self.frames.append([0.0] + [to_uint8(self.result).expand_as(self.frames[0][1])] * 2)
-        rows = torch.stack([torch.stack([frame[1 + k] for frame in self.frames]) for k in (0, 1)], 2)           # (frames, keep, 2, C, H, W)
-        sheet = grid(rows.permute(1, 2, 0, 3, 4, 5).flatten(0, 2), len(self.frames))
+    def save(self, path):
+        """A picture: two rows an image, x_t and below it the guess, a column per call, then the result."""
+        H, W = self.result.shape[2:]                                            # a small picture was padded on its way
+        frames = [[t, *(u[:, :, :H, :W] for u in pair)] for t, *pair in self.frames]
+        frames.append([0.0] + [to_uint8(self.result).expand_as(frames[0][1])] * 2)
+        rows = torch.stack([torch.stack([frame[1 + k] for frame in frames]) for k in (0, 1)], 2)                # (frames, keep, 2, C, H, W)
+        sheet = grid(rows.permute(1, 2, 0, 3, 4, 5).flatten(0, 2), len(frames))
         canvas = Image.new("RGB", (sheet.width, sheet.height + 14), "white")
         canvas.paste(sheet, (0, 14))
-        for i, (t, *_) in enumerate(self.frames):
-            ImageDraw.Draw(canvas).text((4 + i * sheet.width / len(self.frames), 1), f"{t:.2g}", fill="black")
-        return canvas
+        for i, (t, *_) in enumerate(frames):
+            ImageDraw.Draw(canvas).text((4 + i * sheet.width / len(frames), 1), f"{t:.2g}", fill="black")
+        canvas.save(path)

@@ -44,7 +44,7 @@ RECIPES = {
             data=None, size=224, space="latent", patch=4,                       # 28 x 28 x 4 latents, 49 tokens
             model="base", decoder=8,                                            # 12 x 768, then 8 x 512
             mask=0.75, mask_from=0.15, ramp="cosine", policy="patch",           # the schedule left active in the release
-            recon=1.0, recon_target="clean",                                    # its only loss; beside ours (it has no noise and denoises nothing)
+            objective="reconstruct", recon_target="clean",                      # its only loss: no noise, no time
             batch=64, lr=7.5e-5, warmup=20_000, lr_end=0.0, steps=8_000_000,    # 3e-4 x 64 / 256; one epoch; 400 epochs, its parser's default
             beta1=0.9, beta2=0.95, wd=0.05, clip=10.0)},                        # ours, as in MAE: Adan there
     "ddm": {

@@ -179,12 +179,11 @@ def ddm(args):
     half = lambda name: f"{name}/{scale['half']:06d}.pt"
     n, few, best = scale["n"], scale["few"], scale["calls"][min(3, len(scale["calls"]) - 1)]
 
-    if args.arm is None:                                                        # the claim, and the whole curve
+    if args.arm is None:                                                        # the claim first
         ten = {label: distances(ours, few, steps=best, **how) for label, how in (SAMPLERS | GRID_TRIALS).items()}
-        baseline = {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"]}
+        baseline = {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"][:-1]}
         table = {label: {c: distances(ours, n, steps=c, **how) for c in scale["calls"]} for label, how in SAMPLERS.items()}
-        long = {label: {c: distances(ours, few, steps=c, **SAMPLERS[label]) for c in scale["long"]} for label in ("posterior, uniform", "deterministic, quadratic")}
-    arm("vp-linear-unit", "vp-linear", "unit", scale["half"])                   # and where it comes from
+    arm("vp-linear-unit", "vp-linear", "unit", scale["half"])                   # then where it comes from
     arm("ddm-unit", "ddm", "unit", scale["half"])
     if not bench.all_trained():
         return
@@ -195,6 +194,8 @@ def ddm(args):
               ("schedule: ddm", distances(half("ddm-unit"), few, steps=best, time_grid="quadratic")),
               ("prediction: both heads", distances(half(ours), few, steps=best, time_grid="quadratic")),
               ("grid: uniform", distances(half(ours), few, steps=best))]
+    long = {label: {c: distances(ours, few, steps=c, **SAMPLERS[label]) for c in scale["long"]} for label in ("posterior, uniform", "deterministic, quadratic")}
+    baseline |= {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"][-1:]}       # the slowest last
 
     floor = next(iter(table["posterior, uniform"].values()))
     calls = scale["calls"]
@@ -217,31 +218,37 @@ def ddm(args):
 
 # --- [DDM] image-conditioned tasks in ten calls ------------------------------------------------------------------------------------------
 
-TASK_SCALES = {
-    "smoke": dict(pre=20, tune=10, model="tiny", train=["--batch", 8], n=16, calls=[1, 2, 5], batch=64, patch=8),
-    "cpu": dict(pre=1500, tune=500, model="tiny", train=["--batch", 64], n=256, calls=[1, 2, 5, 10], batch=64, patch=8),
-    "gpu": dict(pre=50_000, tune=20_000, model="small", train=["--batch", 256], n=1024, calls=[1, 2, 5, 10, 20], batch=256, patch=4),
+TASK_SCALES = {                                                                 # steps of: the masked first stage, a task from scratch; tuned ones take half
+    "smoke": dict(pre=20, tune=10, model="tiny", train=["--batch", 8], n=16, calls=[1, 2, 5], batch=64),
+    "cpu": dict(pre=1500, tune=1500, model="tiny", train=["--batch", 64], n=256, calls=[1, 2, 5, 10], batch=64),
+    "gpu": dict(pre=50_000, tune=20_000, model="small", train=["--batch", 256], n=1024, calls=[1, 2, 5, 10, 20], batch=256),
 }
 
 
 def tasks(args):
-    """[DDM] Every task at up to 10 calls on held-out images, and whether a masked, unconditional first stage halves its training."""
+    """[DDM] Every task at up to 10 calls on held-out images, and whether a masked, unconditional first stage halves its training.
+
+    Photographs are trained on a quarter of the tokens throughout (the first stage on a tenth), faces at half the size on all of them:
+    edges and silhouettes are learned so fast that a third of the steps will do."""
     bench = Bench("tasks", args, scale := TASK_SCALES[args.scale])
     common = [*scale["train"], "--lr", 2e-3, "--save-every", 10**9, "--workers", 0]
-    size = ["--size", args.size]
-    photos = ["--data", args.data, *size, *(["--gray"] if args.gray else [])]
-    network = ["--model", scale["model"], "--patch", scale["patch"], "--predict", "unit"]
-    tune = scale["tune"]
-    bench.arm("masked", train.main, *photos, *network, *common, "--mask", 0.75, "--steps", scale["pre"], "--sample-every", scale["pre"])
-    arms = {}                                                                   # name -> task
-    for task in ("superres", "inpaint", "edges"):
-        look = ["--task", task, "--sample-every", max(1, tune // 8)]
-        arms[f"{task}-scratch"] = bench.arm(f"{task}-scratch", train.main, *photos, *network, *common, *look, "--steps", tune) and task
-        if task != "edges":
-            arms[f"{task}-tuned"] = bench.arm(f"{task}-tuned", finetune.main, "--from", bench.folder / "masked", *common, *look, "--steps", tune // 2) and task
+    photos = ["--data", args.data, "--size", args.size, *(["--gray"] if args.gray else [])]
+    network = ["--model", scale["model"], "--predict", "unit"]
+    tune, arms = scale["tune"], {}                                              # arms: name -> task
+
+    def arm(name, task, command, steps, *flags):
+        arms[name] = task
+        bench.arm(name, command, *flags, *common, "--task", task, "--steps", max(1, steps), "--sample-every", max(1, steps // 5))
+
+    bench.arm("masked", train.main, *photos, *network, *common, "--mask", 0.9, "--steps", scale["pre"], "--sample-every", scale["pre"],
+              before=("superres-tuned", "inpaint-tuned"))
+    first, quarter = ["--from", bench.folder / "masked"], ["--mask", 0.75]
+    arm("superres-tuned", "superres", finetune.main, tune // 2, *first, *quarter)
+    arm("superres-scratch", "superres", train.main, tune, *photos, *network, *quarter)
+    arm("inpaint-tuned", "inpaint", finetune.main, tune // 2, *first, *quarter)
+    arm("edges-scratch", "edges", train.main, tune // 3, *photos, *network, *quarter)
     for task in ("edges", "saliency"):
-        look = ["--task", task, "--sample-every", max(1, tune // 8)]
-        arms[f"faces-{task}"] = bench.arm(f"faces-{task}", train.main, "--data", "faces", *size, *network, *common, *look, "--steps", tune) and task
+        arm(f"faces-{task}", task, train.main, tune // 3, "--data", "faces", "--size", args.size // 2, *network)
     if not bench.all_trained():
         return
 
@@ -249,7 +256,8 @@ def tasks(args):
         """Truth and condition of held-out images of the arm's own data."""
         data, gray = ("faces", False) if name.startswith("faces-") else (args.data, args.gray)
         exact = TASKS[task].exact if data == "faces" else None
-        _, images = holdout(load_images(data, args.size, gray, seed=args.seed, targets=exact), "0.02", seed=args.seed)
+        size = args.size // 2 if name.startswith("faces-") else args.size
+        _, images = holdout(load_images(data, size, gray, seed=args.seed, targets=exact), "0.02", seed=args.seed)
         x, _ = images.take(torch.arange(min(scale["n"], len(images))))
         return pose(task, to_float(x), images.maps, g=seeded(args.seed, 101))
 
@@ -268,8 +276,8 @@ def tasks(args):
         rows += [[name if i == 0 else "", key, f"{plain[key]:.3f}", *(f"{cells[c][key]:.3f}" for c in scale["calls"])] for i, key in enumerate(plain)]
         few = {c: restore(loaded, cond[:4], steps=c, **how) for c in scale["calls"]}
         pictures[name] = [(f"{name}" if i == 0 else "", strip(cond[i:i + 1], *(few[c][i:i + 1] for c in scale["calls"]), truth[i:i + 1])) for i in range(min(4, len(truth)))]
-    text = [f"{args.data} and the built-in faces at {args.size} px, {scale['n']} held-out images at most, seed {args.seed}; {tune} steps from scratch, "
-            f"{tune // 2} when tuned from {scale['pre']} masked steps.", "",
+    text = [f"{args.data} and the built-in faces (at half the size), {args.size} px, {scale['n']} held-out images at most, seed {args.seed}; {tune} steps from scratch "
+            f"(edges, saliency: {tune // 3}), {tune // 2} when tuned from {scale['pre']} masked steps.", "",
             markdown(["arm", "score", "without a network", *(f"{c} call{'s' * (c > 1)}" for c in scale["calls"])], rows)]
     bench.write("table.md", "\n".join(text) + "\n")
     titles = ["condition", *(f"{c} calls" for c in scale["calls"]), "truth"]
@@ -362,8 +370,8 @@ def lmd(args):
     bench = Bench("lmd", args, scale := LMD_SCALES[args.scale])
     photos = ["--data", args.data, "--size", args.size, *(["--gray"] if args.gray else [])]
     weights = bench.folder / "vae.pt"
-    if not weights.exists():
-        vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--out", weights)])
+    if not weights.exists() and vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--out", weights)]):
+        raise SystemExit(2)                                                     # it has said why
     common = [*photos, "--space", "latent", "--vae", weights, "--latents", bench.folder / "latents", "--patch", 2, "--model", scale["model"], *scale["train"]]
     arms = {"fixed": [], "cosine": ["--mask-from", 0.15, "--ramp", "cosine"]}
     for name, flags in arms.items():
@@ -418,6 +426,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.scale == "smoke" and args.out == "runs/reproduce":
         args.out = "runs/reproduce-smoke"                                       # never mixed with the real thing
+    if args.threads < 0 or args.size < 8 or args.size % 8:
+        raise UserError(f"--threads {args.threads}, --size {args.size}: threads must be at least 0, the size a multiple of 8")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.gray and args.claim in ("ddm", "maskdit"):

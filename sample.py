@@ -25,20 +25,21 @@ import math
 import os
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
 from tqdm import tqdm
 
 from checkpoint import newest, read_checkpoint
-from data import Paired, UserError, command_line, flatten, load_images, open_images, to_float, to_uint8
+from data import UserError, command_line, seeded, to_uint8
+from inputs import Inputs
 from machine import amp_type, pick_device
 from pictures import Trace, Writer
-from reconstruct import holes_of, inpaint_hole, picture, reconstruct, report
+from reconstruct import inpaint_hole, picture, reconstruct, report
 from schedules import SCHEDULES
-from tasks import TASKS, draw_holes, fold, strip
+from tasks import TASKS, fold, strip
 from vae import SPACES
 from vit import ViT
 
@@ -127,11 +128,6 @@ class Loaded:
     predict: str
     meta: dict
     device: torch.device
-
-
-def seeded(*key):
-    """A CPU generator that is a function of some whole numbers: independent streams for neighbouring keys."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([k % 2**63 for k in key]).generate_state(1, np.uint64)[0] >> 1))
 
 
 @torch.no_grad()
@@ -284,7 +280,7 @@ def parser():
     p.add_argument("--holes", default=None, help="for inpaint: a folder or .zip of masks of the same file stems, white where the hole is, or random; "
                    "transparent pixels of --input when left out")
     p.add_argument("--targets", default=None, help="for a task: what should come out, a folder or .zip of the same file stems, to be compared with")
-    p.add_argument("--trace", default=None, help="a .png of x_t and of the guess of x0 at every call, for the first two images")
+    p.add_argument("--trace", default=None, help="a .png of x_t and of the guess of x0 at every call, of the first two images, or of the first picture of --input")
     p.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, math.inf), metavar=("LOW", "HIGH"),
                    help="guide at noise levels b / a in (LOW, HIGH] alone, whatever the schedule: .3 to 3 keeps variety and saves passes")
     p.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i); -1 picks a seed and prints it")
@@ -325,6 +321,11 @@ def check(args):
         raise UserError(f"--trace {args.trace}: give a name that ends with .png")
     if args.input is None and (args.holes or args.targets):
         raise UserError(f"--{'holes' if args.holes else 'targets'} goes with --input, the pictures to work on")
+    places = [("out", args.out)] + [(name, getattr(args, name)) for name in ("trace", "input", "holes", "targets") if getattr(args, name)]
+    for i, (name, path) in enumerate(places):
+        for other, place in places[:i]:
+            if other in ("out", "trace") and Path(path).resolve() == Path(place).resolve():
+                raise UserError(f"--{other} {place} would overwrite --{name}: give it another name")
     if args.input is not None and args.out.lower().endswith(".npz"):
         raise UserError(f"--out {args.out}: pictures of different sizes do not fit into a .npz; give a .png, a .zip or a folder")
 
@@ -334,8 +335,10 @@ def main(argv=None):
     check(args)
     loaded = load(args.ckpt, args.weights, args.device)
     classes, task = loaded.meta["classes"], loaded.meta["task"]
+    label = None if args.label is None else class_number(args.label, classes)
+    seed = args.seed if args.seed >= 0 else int(torch.seed() % 2**31)
     if loaded.meta["objective"] == "reconstruct":
-        return fill_in(args, loaded)
+        return fill_in(args, loaded, label, seed)
     if args.task not in (None, task):
         raise UserError(f"--task {args.task}: this model was trained for {task}; give --ckpt of one that was trained with "
                         + ("--objective reconstruct" if args.task == "reconstruct" else f"train.py --task {args.task}"))
@@ -346,123 +349,83 @@ def main(argv=None):
         raise UserError(f"--holes: this model was trained for {task}, not to inpaint")
     if args.ratio is not None:
         raise UserError(f"--ratio: this model was trained for {task}, not to reconstruct what is hidden")
-    if args.label is None and args.cfg != 1 and not classes:
+    if args.cfg != 1 and not classes:
         raise UserError(f"--cfg {args.cfg}: this model was trained without labels, there is nothing to guide")
-    seed = args.seed if args.seed >= 0 else int(torch.seed() % 2**31)
+    if args.cfg != 1 and args.label is None and task != "generate":
+        raise UserError(f"--cfg {args.cfg} guides towards a class: give --label, one of {', '.join(classes[:10])}")
     how = dict(steps=args.steps, seed=seed, churn=args.churn, time_grid=args.time_grid, solver=args.solver, cfg=args.cfg, batch=args.batch,
                amp=amp_type(args.amp, loaded.device), cfg_interval=args.cfg_interval)
-    label = None if args.label is None else class_number(args.label, classes)
-    watch, seen = Trace(loaded, 2 if args.trace else 0), []                     # seen: images per pass through the network: counted, not computed
+    watch, seen = Trace(loaded, args.trace, 2), []                              # seen: images per pass through the network: counted, not computed
     loaded.model.register_forward_hook(lambda module, given, out: seen.append(len(out)))
     n, batches = generate(args, loaded, label, watch, how) if task == "generate" else work_on(args, loaded, label, watch, how)
     if args.trace:
-        watch.draw().save(args.trace)
+        watch.save(args.trace)
         print(f"wrote {args.trace}: above x_t as the network sees it, below its guess of x0, at every call")
     calls = watch.calls // batches
     passes = f", {sum(seen) / n:g} passes (a guided call takes two, each tile of a large picture its own)" if sum(seen) > n * calls else ""
     print(f"wrote {n} images to {args.out}: {calls} network calls each{passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
 
 
-def fill_in(args, loaded):
+def fill_in(args, loaded, label, seed):
     """--task reconstruct (or inpaint) with a model of --objective reconstruct: hide tokens (or what lies in a hole) of pictures, guess them in one pass."""
     if args.task not in (None, "reconstruct", "inpaint") or args.input is None:
         raise UserError("this model was trained to reconstruct hidden patches and makes nothing of noise: give --task reconstruct (or inpaint) and --input "
                         "FOLDER, or train one without --objective reconstruct")
-    if not args.out.lower().endswith(".png") or args.targets or args.trace:
-        raise UserError("--out, --targets, --trace: a reconstruction is one sheet of pictures beside their originals, a .png")
-    if args.ratio is not None and (args.holes or args.task == "inpaint"):
-        raise UserError("--ratio is the share of the tokens that --task reconstruct hides; to inpaint, holes decide")
-    size, gray = loaded.meta["size"], loaded.meta["channels"] == 1
-    images = load_images(args.input, size, gray)
-    n = min(args.n or len(images), len(images))
-    x = to_float(images.take(torch.arange(n))[0])
-    if args.holes or args.task == "inpaint":
-        where = torch.cat([draw_holes(1, size, seeded(args.seed, i, 1)) for i in range(n)]) if args.holes == "random" else \
-            holes_of(load_images(args.holes, size, True) if args.holes else None, n, size)
-        done = inpaint_hole(loaded, x, where)
+    for name in ("steps", "churn", "time_grid", "solver", "cfg", "cfg_interval", "amp", "targets", "trace"):
+        if getattr(args, name) != parser().get_default(name):
+            raise UserError(f"--{name.replace('_', '-')}: a reconstruction is one pass of the network, without noise and time; leave it out")
+    inpaint = args.task == "inpaint" or (args.task is None and args.holes is not None)
+    if (args.holes and not inpaint) or (args.ratio is not None and inpaint):
+        raise UserError("--ratio is the share of the tokens that --task reconstruct hides; --holes belong to --task inpaint")
+    if not args.out.lower().endswith(".png"):
+        raise UserError(f"--out {args.out}: a reconstruction is one sheet of pictures beside their originals, a .png")
+    inputs = list(Inputs(args.input, args.n, loaded.meta["channels"] == 1, args.holes, None, inpaint, side=loaded.meta["size"], seed=seed))
+    x, labels = torch.cat([one.x for one in inputs]), None if label is None else torch.full((len(inputs),), label)
+    if inpaint:
+        done = inpaint_hole(loaded, x, torch.cat([one.hole for one in inputs]), labels)
     else:
-        done = reconstruct(loaded, x, loaded.meta["ratio"] if args.ratio is None else args.ratio, args.seed)
-    picture(done).save(args.out)
-    print(f"{report(done)}; wrote {args.out}")
+        done = reconstruct(loaded, x, loaded.meta["ratio"] if args.ratio is None else args.ratio, seed, labels=labels, batch=args.batch)
+    with Writer(args.out) as writer:
+        writer.sheet = picture(done)
+    print(f"{report(done)}; wrote {args.out}, seed {seed}")
 
 
 def generate(args, loaded, label, watch, how):
     """From nothing: --n images to --out. -> (how many, in how many batches)."""
     classes, n = loaded.meta["classes"], args.n or 16
     labels = torch.full((n,), label) if label is not None else torch.arange(n) % len(classes) if classes else None
-    writer = Writer(args.out, columns=len(classes) if classes and label is None and len(classes) <= 16 else None)
     begins = range(0, n, args.batch)
-    for lo in tqdm(begins, desc="sampling", unit="batch", disable=len(begins) == 1 or None):
-        hi = min(lo + args.batch, n)
-        images = sample(loaded, hi - lo, labels=None if labels is None else labels[lo:hi], first=lo, watch=watch, **how)
-        watch.done(images)
-        writer.add(to_uint8(images))
-    writer.close()
+    with Writer(args.out, columns=len(classes) if classes and label is None and len(classes) <= 16 else None) as writer:
+        for lo in tqdm(begins, desc="sampling", unit="batch", disable=len(begins) == 1 or None):
+            hi = min(lo + args.batch, n)
+            images = sample(loaded, hi - lo, labels=None if labels is None else labels[lo:hi], first=lo, watch=watch, **how)
+            watch.done(images)
+            writer.add(to_uint8(images))
     return n, len(begins)
 
 
 def work_on(args, loaded, label, watch, how):
     """A task on the user's own pictures, one by one: condition | result (| target), and scores where there are targets.
     -> (how many, the same)."""
-    task, channels = TASKS[loaded.meta["task"]], loaded.meta["channels"]
-    source = open_images(args.input)
-    if args.targets:
-        source = Paired(source, open_images(args.targets))
-    holes = Paired(source, open_images(args.holes)) if args.holes not in (None, "random") else None
-    names = source.names[:args.n]
-    if not names:
-        raise UserError(f"--input {args.input}: holds no images")
-    writer = Writer(args.out, columns=2 + bool(args.targets))
-    scores, baseline = {}, {}
-
-    def opened(picture, what, size=None, mode="L" if channels == 1 else "RGB"):
-        """A PIL picture -> (1, C, H, W) in [-1, 1]; size: (W, H) that it must have."""
-        picture = ImageOps.exif_transpose(picture)
-        if size and picture.size != size:
-            raise UserError(f"{what} has {picture.width} x {picture.height} pixels, it should have {size[0]} x {size[1]}")
-        array = np.array(flatten(picture).convert(mode))
-        return to_float(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None])
-
-    def hole_in(name, picture, i):
-        """Where to paint, (1, 1, H, W) bool: from --holes, at random, or where the picture is transparent."""
-        if holes:
-            return opened(holes.map(name), f"the hole for {name}", picture.size, "L") > 0
-        if args.holes == "random":
-            square = draw_holes(1, max(picture.size), seeded(how["seed"], i, 1))
-            return square[:, :, :picture.height, :picture.width]
-        alpha = np.array(picture.convert("RGBA"))[:, :, 3] if picture.has_transparency_data else np.full(picture.size[::-1], 255)
-        if (alpha >= 128).all():
-            raise UserError(f"{name} has no hole: make a part of it transparent, or give --holes FOLDER (white where to paint) or --holes random")
-        return torch.from_numpy(alpha < 128)[None, None]
-
-    for i, name in enumerate(tqdm(names, desc=loaded.meta["task"], unit="picture", disable=len(names) == 1 or None)):
-        try:
-            with source.picture(name) as picture:
-                picture = ImageOps.exif_transpose(picture)
-                x = opened(picture, name)
-                cond = task.ask(x, hole_in(name, picture, i) if loaded.meta["task"] == "inpaint" else None)
-            truth = opened(source.map(name), f"the target of {name}", cond.shape[:1:-1]) if args.targets else None
-        except UserError:
-            raise
-        except Exception as error:                                              # LookupError: no target or no hole; else damage
-            raise UserError(f"{name}: {' '.join(str(error).split())}") from None
-        labels = None if not loaded.meta["classes"] else torch.tensor([-1 if label is None else label])
-        result = restore(loaded, cond, first=i, labels=labels, watch=watch, **how)
-        watch.done(result)
-        shown = list(strip(cond, result, *([truth] if args.targets else [])))
-        stem = name.rpartition(".")[0].replace("/", "_")
-        if writer.kind == ".png":
-            writer.add(shown)
-        else:
-            sheet = torch.cat(shown, 2)                                         # side by side, and the result by itself
-            writer.add([to_uint8(result[0]), sheet], [stem, f"{stem}-compare"])
-        for key, score in task.scores.items() if args.targets else ():
-            scores.setdefault(key, []).append(score(result, truth, cond))
-            baseline.setdefault(key, []).append(score(task.plain(cond), truth, cond))
-    writer.close()
+    task, scores, baseline = TASKS[loaded.meta["task"]], {}, {}
+    inputs = Inputs(args.input, args.n, loaded.meta["channels"] == 1, args.holes, args.targets, loaded.meta["task"] == "inpaint", task.zoom, seed=how["seed"])
+    labels = None if label is None else torch.tensor([label])
+    with Writer(args.out, columns=2 + bool(args.targets)) as writer:
+        for i, one in enumerate(tqdm(inputs, desc=loaded.meta["task"], unit="picture", disable=len(inputs) == 1 or None)):
+            cond = task.ask(one.x, one.hole)
+            result = restore(loaded, cond, first=i, labels=labels, watch=watch, **how)
+            watch.done(result)
+            row = strip(cond, result, *([one.truth] if args.targets else []))
+            if writer.kind == ".png":
+                writer.add(row)
+            else:                                                               # the result by itself, and side by side
+                writer.add([to_uint8(result[0]), torch.cat(list(row), 2)], [one.name, f"{one.name}-compare"])
+            for key, score in task.scores.items() if args.targets else ():
+                scores.setdefault(key, []).append(score(result, one.truth, cond))
+                baseline.setdefault(key, []).append(score(task.plain(cond), one.truth, cond))
     for key in scores:
-        print(f"{key}: {np.mean(scores[key]):.3f} (without a network {np.mean(baseline[key]):.3f}), the mean over {len(names)} pictures")
-    return len(names), len(names)
+        print(f"{key}: {np.mean(scores[key]):.3f} (without a network {np.mean(baseline[key]):.3f}), the mean over {len(inputs)} pictures")
+    return len(inputs), len(inputs)
 
 
 def run(command):

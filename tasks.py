@@ -50,19 +50,19 @@ def small_of(cond, zoom=ZOOM, rounds=8):
     return small
 
 
-def draw_holes(B, S, g, strokes=4):
+def draw_holes(B, H, W, g, strokes=4):
     """Free-form holes: one rectangle and one brush stroke of a few straight pieces each, all drawn with the generator g.
-    -> (B, 1, S, S) bool, True in the hole; from 7 to 50 per cent of the picture, a quarter on average."""
+    -> (B, 1, H, W) bool, True in the hole: from 7 to 50 per cent of the picture, a quarter on average, and never nothing."""
     rand = lambda *shape: torch.rand(B, *shape, 1, 1, generator=g, device=g.device)                            # (B, ..., 1, 1)
-    axis = (torch.arange(S, device=g.device) + 0.5) / S
-    y, x = axis[:, None], axis[None, :]
-    height, width = 0.1 + 0.35 * rand(), 0.1 + 0.35 * rand()
+    y, x = ((torch.arange(n, device=g.device) + 0.5) / n for n in (H, W))
+    y, x = y[:, None], x[None, :]
+    height, width = (0.1 + 0.35 * rand()).clamp(min=1.001 / H), (0.1 + 0.35 * rand()).clamp(min=1.001 / W)      # at least one pixel
     top, left = (1 - height) * rand(), (1 - width) * rand()
-    box = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)                                         # (B, S, S)
+    box = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)                                         # (B, H, W)
     py, px, radius = rand(strokes + 1), rand(strokes + 1), 0.03 + 0.05 * rand()
     dy, dx = py.diff(dim=1), px.diff(dim=1)                                     # the distance of every pixel from every piece
-    along = (((y - py[:, :-1]) * dy + (x - px[:, :-1]) * dx) / (dy ** 2 + dx ** 2 + 1e-9)).clamp(0, 1)              # (B, pieces, S, S)
-    away = torch.hypot(y - py[:, :-1] - along * dy, x - px[:, :-1] - along * dx).amin(1)                             # (B, S, S)
+    along = (((y - py[:, :-1]) * dy + (x - px[:, :-1]) * dx) / (dy ** 2 + dx ** 2 + 1e-9)).clamp(0, 1)              # (B, pieces, H, W)
+    away = torch.hypot(y - py[:, :-1] - along * dy, x - px[:, :-1] - along * dx).amin(1)                             # (B, H, W)
     return (box | (away < radius))[:, None]
 
 
@@ -115,7 +115,7 @@ def max_f(guess, truth, tolerance=0, beta2=0.3):
 class Task:
     """make(x, map, g) -> (target, cond): what is predicted and what is shown; map None where there is none.
     channels(C): of the condition.  ask(x, hole) -> cond: from a picture that is not a target, the user's own.  finish(result, cond): the last touch, with what is known for certain.  plain(cond): what needs no
-    network, to compare with.  scores: name -> (result, truth, cond) -> a number.  exact: the name of the built-in faces' map, for tasks
+    network, to compare with.  scores: name -> (result, truth, cond) -> a number.  zoom: the result's side over the picture's.  exact: the name of the built-in faces' map, for tasks
     that predict one.  needs_map: whether a picture without a map can be used in training."""
     make: Callable
     channels: Callable
@@ -123,6 +123,7 @@ class Task:
     finish: Callable = lambda result, cond: result
     plain: Callable = None
     scores: dict = field(default_factory=dict)
+    zoom: int = 1
     exact: str = None
     needs_map: bool = False
 
@@ -163,7 +164,7 @@ def _superres(x, map, g):
 
 
 def _inpaint(x, map, g):
-    return x, cut(x, draw_holes(len(x), x.shape[2], g).to(x.device))
+    return x, cut(x, draw_holes(len(x), *x.shape[2:], g).to(x.device))
 
 
 def _edges(x, map, g):
@@ -176,7 +177,7 @@ def _saliency(x, map, g):
 
 TASKS = {
     "generate": Task(lambda x, map, g: (x, None), lambda C: 0),
-    "superres": Task(_superres, lambda C: C, lambda x, hole: enlarge(x), agree, plain=lambda cond: cond, scores={"PSNR": lambda r, x, cond: psnr(r, x)}),
+    "superres": Task(_superres, lambda C: C, lambda x, hole: enlarge(x), agree, plain=lambda cond: cond, scores={"PSNR": lambda r, x, cond: psnr(r, x)}, zoom=ZOOM),
     "inpaint": Task(_inpaint, lambda C: C + 1, cut, paste, fill_with_mean, {"PSNR in the hole": lambda r, x, cond: psnr(r, x, hole_of(cond))}),
     "edges": Task(_edges, lambda C: C, finish=one_channel, plain=gradient, exact="edges", scores={
         "max-F": lambda r, x, cond: max_f(r[:, :1], x[:, :1], 1, 1.0), "MAE": lambda r, x, cond: mae(r[:, :1], x[:, :1])}),

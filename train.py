@@ -94,8 +94,9 @@ def train(o, ckpt=None, first=None, stage="train"):
 
     # Data: every process knows the same images in the same order; held-out ones never enter training.
     loading = dict(seed=o.seed, cache_gb=o.cache_gb / machine.local_world, progress=rank == 0)
-    loading["targets"] = o.targets or (TASKS[o.task].exact if o.data == "faces" else None)
-    images, held_out = holdout(load_images(o.data, o.size, o.gray, o.labels, **loading), o.val, **loading)
+    maps = lambda source: TASKS[o.task].exact if source == "faces" else o.targets
+    images = load_images(o.data, o.size, o.gray, o.labels, targets=maps(o.data), **loading)
+    images, held_out = holdout(images, o.val, targets=maps(o.val), **loading)
     if o.fraction < 1:
         images = images.subset(torch.randperm(len(images), generator=seeded(o.seed, 7))[:max(1, round(o.fraction * len(images)))])
     classes = list(images.classes) if o.labels else []

@@ -246,10 +246,9 @@ def test_every_schedule_and_prediction_samples_finite_images(name, predict):
 def test_the_written_formats_hold_the_same_pixels(tmp_path):
     images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     for out in ("many", "many.zip", "many.npz", "many.png"):
-        writer = S.Writer(tmp_path / out)
-        writer.add(images[:2])
-        writer.add(images[2:])
-        writer.close()
+        with S.Writer(tmp_path / out) as writer:
+            writer.add(images[:2])
+            writer.add(images[2:])
     read = lambda file: np.asarray(Image.open(file)).transpose(2, 0, 1)
     names = sorted(p.name for p in (tmp_path / "many").iterdir())
     assert names == ["000000.png", "000001.png", "000002.png"]

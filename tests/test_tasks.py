@@ -42,7 +42,7 @@ def test_every_task_makes_a_target_like_the_picture_and_the_condition_it_declare
 
 def test_the_condition_of_inpainting_knows_nothing_of_the_hole():
     """Whatever is in the hole, the condition is bitwise the same: nothing can leak."""
-    x, hole = pictures(), draw_holes(3, 16, torch.Generator().manual_seed(1))
+    x, hole = pictures(), draw_holes(3, 16, 16, torch.Generator().manual_seed(1))
     other = torch.where(hole, 99.0, x)
     assert torch.equal(cut(x, hole), cut(other, hole))
     assert torch.equal(hole_of(cut(x, hole)), hole)
@@ -74,20 +74,20 @@ def test_shrinking_is_pillows():
 
 @given(st.integers(0, 2**40), st.integers(1, 4), st.sampled_from([8, 16, 33]))
 def test_holes_are_of_a_sensible_size_and_a_function_of_the_generator(seed, n, side):
-    draw = lambda: draw_holes(n, side, torch.Generator().manual_seed(seed))
+    draw = lambda: draw_holes(n, side, side + 3, torch.Generator().manual_seed(seed))
     hole = draw()
-    assert hole.shape == (n, 1, side, side) and hole.dtype == torch.bool and torch.equal(hole, draw())
+    assert hole.shape == (n, 1, side, side + 3) and hole.dtype == torch.bool and torch.equal(hole, draw())
     share = hole.float().mean((1, 2, 3))
     assert (share > 0.01).all() and (share < 0.75).all()
 
 
 def test_images_of_a_batch_have_holes_of_their_own():
-    hole = draw_holes(20, 32, torch.Generator().manual_seed(0))
+    hole = draw_holes(20, 32, 32, torch.Generator().manual_seed(0))
     assert len({h.numpy().tobytes() for h in hole}) == 20
 
 
 def test_known_pixels_are_kept_bit_for_bit():
-    x, hole = to_float(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)), draw_holes(3, 16, torch.Generator().manual_seed(2))
+    x, hole = to_float(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)), draw_holes(3, 16, 16, torch.Generator().manual_seed(2))
     out = paste(pictures(seed=5), cut(x, hole))
     known = ~hole.expand_as(x)
     assert torch.equal(out[known], x[known]) and not torch.equal(out, x)
@@ -95,7 +95,7 @@ def test_known_pixels_are_kept_bit_for_bit():
 
 
 def test_the_mean_fill_is_the_mean_of_what_is_known():
-    x, hole = pictures(1), draw_holes(1, 16, torch.Generator().manual_seed(2))
+    x, hole = pictures(1), draw_holes(1, 16, 16, torch.Generator().manual_seed(2))
     filled, seen = fill_with_mean(cut(x, hole)), ~hole[0, 0]
     for c in range(3):
         assert torch.allclose(filled[0, c][hole[0, 0]], x[0, c][seen].mean(), atol=1e-6)
@@ -131,7 +131,7 @@ def test_psnr_is_its_definition_in_eight_bits():
 
 
 def test_psnr_in_a_hole_counts_the_hole_alone():
-    x, hole = pictures(), draw_holes(3, 16, torch.Generator().manual_seed(3))
+    x, hole = pictures(), draw_holes(3, 16, 16, torch.Generator().manual_seed(3))
     wrong_outside = torch.where(hole, x, x + 1)
     assert psnr(wrong_outside, x, hole) == pytest.approx(10 * math.log10(4e10))          # the error is floored, not infinite
     assert psnr(x + 0.2, x, hole) == pytest.approx(10 * math.log10(4 / 0.04), abs=1e-4)
@@ -272,7 +272,8 @@ def test_what_cannot_be_restored_is_refused_in_one_line(arguments, why, few_face
 
 @pytest.mark.parametrize("flags, why", [
     (["--task", "saliency", "--data", "photos"], "needs --targets"), (["--targets", "x"], "maps to predict"),
-    (["--task", "edges", "--targets", "x"], "of their own")])
+    (["--task", "edges", "--targets", "x"], "of their own"), (["--task", "superres", "--size", "18", "--patch", "3"], "multiple of 4"),
+    (["--latents", "x"], "--space latent"), (["--no-cache-latents"], "--space latent")])
 def test_tasks_that_cannot_be_trained_are_refused(flags, why):
     o = train.Options(**vars(train.make_parser(train.Options, "").parse_args(flags)))
     with pytest.raises(UserError, match=why):
@@ -339,7 +340,7 @@ def test_a_picture_of_the_training_size_is_not_tiled():
 @pytest.mark.parametrize("size", [(8, 8), (5, 8), (3, 3), (20, 9), (8, 31)])
 def test_any_size_is_restored_and_a_part_far_away_does_not_matter(size):
     loaded = small("inpaint")
-    cond = cut(pictures(1, 40, 1)[:, :, :size[0], :size[1]], draw_holes(1, 40, seeded(1))[:, :, :size[0], :size[1]])
+    cond = cut(pictures(1, 40, 1)[:, :, :size[0], :size[1]], draw_holes(1, 40, 40, seeded(1))[:, :, :size[0], :size[1]])
     out = restore(loaded, cond, steps=2)
     assert out.shape == (1, 1, *size) and torch.isfinite(out).all()
     if size == (8, 31):
@@ -363,3 +364,143 @@ def test_a_strip_lays_condition_result_and_truth_side_by_side():
     a, b = pictures(2, 4, 4), pictures(2, 4, 1, seed=1)
     rows = strip(a, b)
     assert rows.shape == (4, 3, 4, 4) and torch.equal(rows[0], to_uint8(a[0, :3])) and torch.equal(rows[3], to_uint8(b[1]).expand(3, -1, -1))
+
+
+# --- your own pictures -------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def own(tmp_path, monkeypatch, few_faces):
+    """A folder to work in with three pictures in mine/ (20 x 14 pixels), and models of superres and inpaint in sr/ and ip/."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for i, face in enumerate(draw_faces(3, 20, 1).pixels):
+        Image.fromarray(face.permute(1, 2, 0).numpy()).crop((0, 0, 20, 14)).save(f"mine/f{i}.png")
+    train.main([*FLAGS, "--task", "superres", "--out", "sr"])
+    train.main([*FLAGS, "--task", "inpaint", "--out", "ip"])
+    return tmp_path
+
+
+def mask(path, size=(20, 14), box=(3, 3, 9, 8), mode="L", paint=255):
+    picture = Image.new(mode, size, 0)
+    if box:
+        picture.paste(paint, box)
+    path.parent.mkdir(exist_ok=True)
+    picture.save(path)
+
+
+def test_the_users_own_files_are_never_overwritten_and_an_older_result_survives_a_failure(own):
+    for flags in (["--input", "mine", "--out", "mine"], ["--input", "in.zip", "--out", "in.zip"], ["--input", "mine", "--out", "a.png", "--trace", "a.png"]):
+        with pytest.raises(UserError, match="would overwrite"):
+            S.main(["--ckpt", "sr", *flags])
+    S.main(["--ckpt", "sr", "--input", "mine", "--out", "good.zip", "--steps", "1"])
+    before = (own / "good.zip").read_bytes()
+    with pytest.raises(UserError), S.Writer("good.zip") as writer:
+        writer.add(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+        raise UserError("half way")
+    assert (own / "good.zip").read_bytes() == before and not list(own.glob("*.part"))
+
+
+def test_a_broken_picture_is_named_and_skipped_and_names_never_collide(own, capsys):
+    (own / "mine" / "broken.png").write_bytes((own / "mine" / "f0.png").read_bytes()[:100])
+    Image.open("mine/f0.png").save("mine/f0.bmp")
+    (own / "mine" / "deep").mkdir()
+    Image.open("mine/f1.png").save("mine/deep/f1.png")
+    S.main(["--ckpt", "sr", "--input", "mine", "--out", "out", "--steps", "1"])
+    said = capsys.readouterr()
+    assert "skipped 1 of 6 pictures that could not be read: broken.png" in said.err and "wrote 5 images" in said.out
+    assert len(list((own / "out").iterdir())) == 10
+
+
+def test_holes_and_targets_are_checked_before_anything_is_computed(own, monkeypatch):
+    monkeypatch.setattr(S, "restore", None)                                     # a network call would fail
+    for i in range(2):
+        mask(own / "holes" / f"f{i}.png")
+    for why, flags in (("no mask f2", ["--holes", "holes"]), ("--holes nowhere: there is no such", ["--holes", "nowhere"]), ("no target f0", ["--holes", "random", "--targets", "empty"])):
+        (own / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=why):
+            S.main(["--ckpt", "ip", "--input", "mine", "--out", "out", *flags])
+    for box, why in ((None, "nowhere white"), ((0, 0, 20, 14), "white everywhere")):
+        mask(own / "holes" / "f2.png", box=box)
+        with pytest.raises(UserError, match=why):
+            S.main(["--ckpt", "ip", "--input", "mine", "--out", "out", "--holes", "holes"])
+    assert not (own / "out").exists()
+
+
+def test_a_mask_painted_white_on_nothing_is_what_is_white(own):
+    for i in range(3):
+        mask(own / "holes" / f"f{i}.png", mode="RGBA", paint=(255, 255, 255, 255))
+    S.main(["--ckpt", "ip", "--input", "mine", "--holes", "holes", "--out", "out", "--steps", "1"])
+    before, after = (np.array(Image.open(own / folder / "f0.png")).astype(int) for folder in ("mine", "out"))
+    same = (before == after).all(2)
+    same[3:8, 3:9] = True
+    assert same.all() and (before != after).any()
+
+
+@pytest.mark.parametrize("size", [(3, 200), (500, 7), (5, 9)])
+def test_a_picture_of_any_shape_gets_a_hole(size):
+    holes = torch.cat([draw_holes(1, *size, seeded(i)) for i in range(40)])
+    assert holes.flatten(1).any(1).all() and not holes.flatten(1).all(1).any()
+
+
+def test_a_trace_and_a_sheet_of_small_and_long_pictures_fit(own):
+    Image.new("RGB", (4, 3), "red").save("mine/a.png")                          # smaller than a tile, and the first
+    Image.new("RGB", (60, 3), "blue").save("mine/z.png")
+    S.main(["--ckpt", "sr", "--input", "mine", "--out", "new/sheet.png", "--trace", "new/way.png", "--steps", "2"])
+    assert Image.open("new/sheet.png").size[0] >= 2 * 240 and Image.open("new/way.png").size[0] > 100
+
+
+def test_guidance_of_a_task_needs_a_class(own):
+    train.main([*FLAGS, "--task", "superres", "--labels", "--out", "lab"])
+    with pytest.raises(UserError, match="give --label"):
+        S.main(["--ckpt", "lab", "--input", "mine", "--cfg", "3", "--out", "a.png"])
+    images = []
+    for cfg in ("1", "3"):
+        S.main(["--ckpt", "lab", "--input", "mine", "--cfg", cfg, "--label", "happy", "--out", f"cfg{cfg}", "--steps", "1"])
+        images.append(np.array(Image.open(f"cfg{cfg}/f0.png")))
+    assert images[0].shape == images[1].shape
+
+
+def test_a_model_of_reconstruction_takes_holes_by_name_and_refuses_what_it_does_not_read(own, capsys):
+    train.main([*FLAGS, "--objective", "reconstruct", "--decoder", "1", "--mask", "0.5", "--out", "rec"])
+    for i, box in enumerate(((0, 0, 10, 14), (10, 0, 20, 14), (0, 0, 20, 6))):
+        mask(own / "holes" / f"f{i}.png", box=box)
+    S.main(["--task", "inpaint", "--input", "mine", "--holes", "holes", "--out", "a.png"])
+    sheet = np.array(Image.open("a.png")).astype(int)
+    S.main(["--task", "inpaint", "--input", "mine", "--holes", "holes", "--n", "1", "--out", "b.png"])
+    assert sheet.shape[2] == 3 and Image.open("b.png").size[0] > 100
+    S.main(["--task", "reconstruct", "--input", "mine", "--ratio", "0.5", "--out", "c.png", "--seed", "-1"])
+    assert "PSNR" in capsys.readouterr().out
+    for flags, why in ((["--solver", "heun"], "--solver: a reconstruction is one pass"), (["--steps", "3"], "--steps"), (["--cfg", "2"], "--cfg"), (["--out", "x.zip"], "one sheet"),
+                       (["--task", "reconstruct", "--holes", "holes"], "--task inpaint"), (["--task", "inpaint"], "has no hole"), (["--task", "edges"], "was trained to reconstruct")):
+        with pytest.raises(UserError, match=why):
+            S.main(["--ckpt", "rec", "--input", "mine", *flags])
+
+
+def test_maps_belong_to_their_pictures(tmp_path):
+    for i in range(3):
+        for folder, size in (("data", (8, 8)), ("data/masks", (8, 8)), ("long", (16, 8))):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", size).save(tmp_path / folder / f"f{i}.png")
+    assert len(load_images(tmp_path / "data", 8, targets=tmp_path / "data" / "masks")) == 3          # maps below the data are no pictures
+    with pytest.raises(UserError, match="place of the pictures"):
+        load_images(tmp_path / "data", 8, targets=tmp_path / "data")
+    with pytest.raises(UserError, match="8 x 8 pixels, but its target 16 x 8"):
+        load_images(tmp_path / "data" / "masks", 8, targets=tmp_path / "long")
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "masks" / "f1.jpg")
+    with pytest.raises(UserError, match="2 targets f1"):
+        load_images(tmp_path / "long", 8, targets=tmp_path / "data" / "masks")
+
+
+def test_stage_two_keeps_the_maps_of_its_task_and_data(tmp_path, monkeypatch, few_faces):
+    monkeypatch.chdir(tmp_path)
+    for i, face in enumerate(draw_faces(8, 8, 1).pixels):
+        for folder, picture in (("data", Image.fromarray(face.permute(1, 2, 0).numpy())), ("maps", Image.new("L", (8, 8), 40 * (i % 3)))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture.save(tmp_path / folder / f"f{i}.png")
+    import finetune
+    flags = ["--size", "8", "--batch", "2", "--patch", "4", "--val", "0.2"]
+    train.main(["--data", "data", "--targets", "maps", "--task", "saliency", "--steps", "1", *flags, "--out", "a"])
+    finetune.main(["--task", "saliency", "--data", "data", "--steps", "1", "--out", "b"])
+    with pytest.raises(UserError, match="needs --targets"):
+        finetune.main(["--data", "maps", "--steps", "1", "--out", "c"])
+    finetune.main(["--data", "faces", "--steps", "1", "--out", "d"])

@@ -1,0 +1,134 @@
+"""Inputs: your own pictures, with their holes and targets, checked before the first network call.
+
+The idea. A long computation must not fail at its end, so every file is opened once at the beginning: a picture that cannot be read is named
+and skipped, a hole or a target that is missing or of another size stops the program with one line. Pictures keep their own size.
+
+    --input photos/                       every picture below it
+    --holes random | masks/ | nothing     for inpainting: drawn; white in a mask of the same file stem; or the transparent part of the picture
+    --targets truth/                      what should come out, of the same file stem
+
+Shapes: x (1, C, H, W) in [-1, 1]; hole (1, 1, H, W) bool, True where to paint; truth like the result.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from data import Paired, UserError, flatten, open_images, reason, seeded, square, to_float
+from tasks import draw_holes
+
+
+@dataclass
+class Input:
+    """One picture to work on. `name` is its own, without folders and ending; hole and truth may be None."""
+    name: str
+    x: torch.Tensor
+    hole: torch.Tensor
+    truth: torch.Tensor
+
+
+def as_tensor(picture, mode, side=None):
+    """A PIL picture -> (1, C, H, W) in [-1, 1], turned as its EXIF tag says; side: cut to its centred square and resized, as in training."""
+    if side:
+        return to_float(torch.from_numpy(square(picture, side, mode == "L"))[None])
+    array = np.array(flatten(ImageOps.exif_transpose(picture)).convert(mode))
+    return to_float(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None].contiguous())
+
+
+def over_black(picture):
+    """A mask as mode L: what is transparent does not count, so white painted on nothing is white on black."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
+    return flatten(picture).convert("L")
+
+
+class Inputs:
+    """The pictures of --input (at most n of them), an iterable of Input with a length. UserError for whatever would fail later.
+
+    gray: one channel instead of three. holes: "random", a source of masks, or None for transparency; needed if needs_hole. targets: a
+    source, or None; they have `zoom` times the size. side: cut everything to a square of so many pixels. seed: of random holes."""
+
+    def __init__(self, path, n=None, gray=False, holes=None, targets=None, needs_hole=False, zoom=1, side=None, seed=0):
+        self.mode, self.needs_hole, self.zoom, self.side, self.seed = "L" if gray else "RGB", needs_hole, zoom, side, seed
+        self.source = opened("--input", path)
+        self.random = holes == "random"
+        self.holes = Paired(self.source, opened("--holes", holes), "mask", "--holes") if holes and not self.random else None
+        self.targets = Paired(self.source, opened("--targets", targets), "target", "--targets") if targets else None
+        if not self.source.names:
+            raise UserError(f"--input {path}: holds no images")
+        self.names, skipped = [], []
+        for i, name in enumerate(self.source.names[:n]):
+            try:
+                with self.source.picture(name) as picture:
+                    picture.load()
+            except Exception as error:                                          # on damaged files decoders raise nearly everything
+                skipped.append(f"{name} ({reason(error)})")
+                continue
+            self.read(name, i)                                                  # holes and targets: a UserError now, not in an hour
+            self.names.append((i, name))
+        if skipped:
+            print(f"skipped {len(skipped)} of {len(skipped) + len(self.names)} pictures that could not be read: {', '.join(skipped[:5])}", file=sys.stderr)
+        if not self.names:
+            raise UserError(f"--input {path}: none of its pictures can be read")
+        stems = [Path(name).stem for _, name in self.names]
+        whole = [name.replace("/", "_") if stems.count(stem) > 1 else stem for stem, (_, name) in zip(stems, self.names)]
+        self.outs = [name if whole.count(name) == 1 else f"{name}-{k}" for k, name in enumerate(whole)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __iter__(self):
+        for out, (i, name) in zip(self.outs, self.names):
+            yield Input(out, *self.read(name, i))
+
+    def read(self, name, i):
+        """Picture `name`, the i-th -> x, hole, truth."""
+        with self.source.picture(name) as picture:
+            x = as_tensor(picture, self.mode, self.side)
+            hole = self.hole(name, picture, i, x.shape[2:]) if self.needs_hole else None
+        truth = None
+        if self.targets:
+            wanted = tuple(self.zoom * k for k in x.shape[2:])
+            truth = self.partner(self.targets, name, wanted, lambda picture: as_tensor(picture, self.mode, self.side and self.side * self.zoom))
+        return x, hole, truth
+
+    def partner(self, pairs, name, size, convert):
+        """The file that belongs to picture `name`, converted; it must have the size (H, W)."""
+        try:
+            with pairs.map(name) as picture:
+                out = convert(picture)
+        except Exception as error:
+            raise UserError(f"{name}: {reason(error)}") from None
+        if out.shape[2:] != size:
+            raise UserError(f"{name}: its {pairs.what} has {out.shape[3]} x {out.shape[2]} pixels, it should have {size[1]} x {size[0]}")
+        return out
+
+    def hole(self, name, picture, i, size):
+        """Where to paint, (1, 1, H, W) bool."""
+        if self.random:
+            return draw_holes(1, *size, seeded(self.seed, i, 1))
+        if self.holes:
+            hole = self.partner(self.holes, name, size, lambda mask: as_tensor(over_black(mask), "L", self.side)) > 0
+        else:
+            picture = ImageOps.exif_transpose(picture)
+            alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else Image.new("L", picture.size, 255)
+            hole = as_tensor(alpha, "L", self.side) < 0
+        if not hole.any():
+            raise UserError(f"{name} has no hole: " + ("its mask is nowhere white" if self.holes else
+                            "make a part of it transparent, or give --holes FOLDER (white where to paint) or --holes random"))
+        if hole.all():
+            raise UserError(f"{name} is nothing but a hole: " + ("its mask is white everywhere" if self.holes else "it is transparent everywhere"))
+        return hole
+
+
+def opened(flag, path):
+    """A source of pictures, or a UserError that names the flag."""
+    try:
+        return open_images(path)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
