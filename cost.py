@@ -98,7 +98,7 @@ def report(o, network, script, arguments):
         net = ViT(SCHEDULES[o.schedule], **network(o, channels, space, class_count(o)))
     side = o.size // space.factor // o.patch
     lo, gpus, half = o.mask if o.mask_from is None else o.mask_from, 8, o.amp != "off"
-    shares = Counter(visible_count(side * side, ratio_at(o.ramp, i / 1000, lo, o.mask)) for i in range(1001))
+    shares = Counter(visible_count(side * side, ratio_at(o.ramp, i / 1000, lo, o.mask, share=o.ramp_share)) for i in range(1001))
     costs = {k: forward_cost(net, side, side, k) for k in shares}
     mean = {name: sum(costs[k][0][name] * share for k, share in shares.items()) / shares.total() for name in ("mixer", "encoder", "decoder", "attention")}
     times = 4 if o.checkpoint_blocks else 3

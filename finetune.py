@@ -57,7 +57,8 @@ def main(argv=None):
     first = read_checkpoint(source)
     was = lambda name: first["config"].get(name, getattr(Options, name))        # a run from before an option existed has its default
     if asked.probe:
-        o = TuneOptions(**({name: was(name) for name in probe.INHERITED} | given))
+        same_data = given.get("data", was("data")) == was("data")
+        o = TuneOptions(**({name: was(name) for name in probe.INHERITED if name != "val" or same_data} | given))
         check(o)
         probe.command(o, source)
         return
@@ -65,12 +66,14 @@ def main(argv=None):
         if name in given and given[name] != was(name):
             raise UserError(f"--{name} {given[name]}: {source} was trained with {was(name)}, and its weights fit nothing else")
     inherited = {name: was(name) for name in INHERITED}
-    if inherited["objective"] == "reconstruct":                                 # goes on with other data or other masks, as what it is
+    if inherited["objective"] == "reconstruct" or given.get("recon"):           # goes on with the same target
         inherited["recon_target"] = was("recon_target")
     if given.get("labels") is False:
         del inherited["label_dropout"]
     if any(given.get(name, was(name)) != was(name) for name in ("task", "data")):      # maps belong to the task and the data that they were made for
         del inherited["targets"]
+    if given.get("data", was("data")) != was("data"):                           # and held-out images to their data
+        del inherited["val"]
     chosen = settings(o.recipe, "finetune", given)
     length = {} if "steps" in chosen or "minutes" in chosen else dict(minutes=2.0)
     o = TuneOptions(**(inherited | length | chosen | dict(from_=source, out=o.out)))

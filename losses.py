@@ -73,7 +73,7 @@ def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, reco
     """-> objective(out, z, n, t, m), the scalar training loss in float32.
 
     weighting: a name in WEIGHTS, used by the prediction `both`. recon: lambda, 0 for none; it needs a decoder, whose outputs at hidden
-    patches it scores against RECON_TARGETS[recon_target], the noisy one normalised patch by patch. m None: nothing is hidden, and
+    patches it scores against RECON_TARGETS[recon_target], all but the clean one normalised patch by patch. m None: nothing is hidden, and
     the reconstruction term is absent (not 0/0). all_scored: score matching on all tokens, hidden or not (ECONOMIES of vit.py)."""
     if recon and all_scored:
         raise ValueError("reconstruction is about tokens that score matching leaves out: there are none when all are scored")

@@ -132,7 +132,7 @@ def mix(lo, hi, w):
 
 
 def constant(u, lo, hi):
-    """The same ratio throughout: lo is not used, and `check` in train.py refuses one that differs."""
+    """The same ratio throughout: lo is not used, and REFUSALS in options.py refuses one that differs."""
     return hi
 
 

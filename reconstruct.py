@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 from data import UserError, grid, to_float, to_uint8
 from losses import build_reconstruction
 from mask import Mask, draw, patchify, unpatchify
+from tasks import image_psnr
 
 RATIOS = (0.15, 0.40, 0.55, 0.75)                                               # [LMD] where ramps start, rest, are on average, and end
 GREY = 0.0                                                                      # what a hidden square looks like in a picture
@@ -80,11 +81,6 @@ def complete(loaded, z, m, y=None):
     return unpatchify(tokens, p, side, side)
 
 
-def psnr(a, x):
-    """Peak signal-to-noise ratio in dB, of each image: 10 log10(range^2 / error), range 2. (n, C, H, W) twice -> (n,)."""
-    return 10 * (4 / (a - x).cpu().double().square().mean((1, 2, 3)).clamp(min=1e-10)).log10()
-
-
 @torch.no_grad()
 def reconstruct(loaded, x, ratio=0.75, seed=0, policy="patch", block=4, labels=None, batch=64):
     """Hide a share `ratio` of the tokens of x (n, C, H, W) and guess them.
@@ -104,7 +100,7 @@ def reconstruct(loaded, x, ratio=0.75, seed=0, policy="patch", block=4, labels=N
         made, ceiling = (loaded.space.decode(v).clamp(-1, 1).float() for v in (full, z))
         error = torch.stack([score(full[i:i + 1] / loaded.schedule.s, z[i:i + 1], None, None, rows(m, i, i + 1, z.device)) for i in range(len(z))])
         masked = torch.where(hidden_pixels(m, side, square), GREY, part)
-        done.append([v.cpu() for v in (masked, made, ceiling, part, psnr(made, part), psnr(ceiling, part), error)])
+        done.append([v.cpu() for v in (masked, made, ceiling, part, image_psnr(made, part), image_psnr(ceiling, part), error)])
     names = ("masked", "reconstructed", "ceiling", "original", "psnr", "ceiling_psnr", "latent_mse")
     return {name: torch.cat(values) for name, values in zip(names, zip(*done))}
 
@@ -121,18 +117,6 @@ def hole_mask(hole, square, dilate):
             keep = (grown.flatten() == 0).nonzero()[:, 0]
             return Mask(keep[None], grown.numel()) if len(keep) < grown.numel() else None
     raise UserError("a hole leaves no token of its image to be seen: make it smaller")
-
-
-def holes_of(images, n, size):
-    """data.Images of gray pictures, white where pixels are missing -> holes (n, 1, size, size) bool for inpaint_hole, in the order of their names;
-    one picture is everyone's. None: a square in the middle, half as wide as the image."""
-    if images is None:
-        holes = torch.zeros(1, 1, size, size, dtype=torch.bool)
-        holes[:, :, size // 4:size - size // 4, size // 4:size - size // 4] = True
-        return holes.expand(n, -1, -1, -1)
-    if len(images) != 1 and len(images) < n:
-        raise UserError(f"--holes: {len(images)} pictures for {n} images; give one for all, or one for each")
-    return images.take(torch.zeros(n, dtype=torch.int64) if len(images) == 1 else torch.arange(n))[0] > 127
 
 
 @torch.no_grad()

@@ -52,9 +52,10 @@ class Bench:
 
     def arm(self, name, command, *flags, before=()):
         """Train the arm `name` with train.main or finetune.main, unless that was done; one that was interrupted goes on. before: the arms
-        that cannot do without it. -> its folder."""
+        that cannot do without it. A flag that is a function is called only now. -> its folder."""
         self.arms.append(name)
         if self.args.arm in (None, name, *before):
+            flags = [f() if callable(f) else f for f in flags]
             print(f"\n=== {self.folder / name}: {command.__module__}.py {' '.join(map(str, flags))}", flush=True)
             common = ["--seed", self.args.seed, "--threads", self.args.threads, "--device", self.args.device, "--out", self.folder / name, "--resume"]
             command([str(f) for f in (*flags, *common)])
@@ -68,7 +69,7 @@ class Bench:
         def timed():
             folder = self.folder / "timing" / name
             shutil.rmtree(folder, ignore_errors=True)
-            command([str(f) for f in (*flags, "--steps", 40, "--sample-every", 10**9, "--threads", self.args.threads, "--device", self.args.device, "--out", folder)])
+            command([str(f() if callable(f) else f) for f in (*flags, "--steps", 40, "--sample-every", 10**9, "--threads", self.args.threads, "--device", self.args.device, "--out", folder)])
             with open(folder / "log.csv", newline="") as log:
                 rates = [float(row["images_per_second"]) for row in csv.DictReader(log)]
             return round(json.loads((folder / "config.json").read_text())["batch"] / statistics.median(rates[-3:]), 5)
@@ -96,7 +97,8 @@ class Bench:
         """The number (or numbers) called `key`: measured now, or remembered."""
         if key not in self.cells:
             begun = time.monotonic()
-            self.cells[key] = measure()
+            value = measure()
+            self.cells = (json.loads(self.file.read_text()) if self.file.exists() else {}) | {key: value}      # another arm may have written meanwhile
             temporary = self.file.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.cells, indent=1))
             temporary.replace(self.file)
@@ -108,10 +110,22 @@ class Bench:
         loaded = self.model(path)
         return to_uint8(sample(loaded, n, seed=self.args.seed, batch=self.scale["batch"], amp=amp_type("auto", loaded.device), **how))
 
+    def distances(self, images, path, n, labels=None, **how):
+        """{proxy: [value, floor]} of n samples of a model to 2 n of the images, always the same ones."""
+        def measured():
+            reference = images.take(torch.randperm(len(images), generator=seeded(self.args.seed, 100))[:2 * n])[0]
+            return {k: [round(float(v), 5) for v in pair] for k, pair in proxy(self.draw(path, n, labels=labels, **how), reference).items()}
+        return self.cell(f"{path} n={n} {' '.join(f'{k}={v}' for k, v in how.items())}", measured)
+
     def write(self, name, text):
         """A file of the claim's folder, also printed."""
         (self.folder / name).write_text(text)
         print(f"\n{text}\nwrote {self.folder / name}")
+
+
+def show(cell, which=0):
+    """A cell of `Bench.distances` as text; which: 0 the values, 1 their floors."""
+    return " / ".join(f"{cell[k][which]:.3g}" for k in ("pixel", "random-conv", "swd"))
 
 
 def markdown(head, rows):
@@ -145,6 +159,7 @@ SAMPLERS = {                                                                    
 }
 GRID_TRIALS = {f"{kind}, {grid}": how | dict(time_grid=grid) for kind, how in (("deterministic", {}), ("Heun", dict(solver="heun")), ("DPM++", dict(solver="dpm++")))
                for grid in ("uniform", "angle", "split", "edm")}                # at ten calls only: which is the best default?
+DDPM_TRIALS = {f"deterministic, {grid}": dict(time_grid=grid) for grid in ("uniform", "quadratic", "edm")} | {"Heun, edm": dict(solver="heun", time_grid="edm")}
 DDM_SCALES = {
     "smoke": dict(steps=20, half=10, model="tiny", train=["--batch", 8, "--sample-every", 20], n=24, few=16, calls=[1, 2, 5], long=[], ddpm=[5, 10], batch=64),
     # 5,400 steps are 30 minutes, 2,700 are 15, on the two quiet cores (0.33 s a step) on which they were chosen
@@ -162,20 +177,13 @@ def ddm(args):
     annealing), and two more of half the length that stand between them. Distances are to training images, as is usual."""
     bench = Bench("ddm", args, scale := DDM_SCALES[args.scale])
     common = ["--data", args.data, "--size", args.size, "--model", scale["model"], *scale["train"], "--lr", 1e-3, "--lr-end", 1,
-              "--save-every", scale["half"] // 3 or 1, "--workers", 0]
+              "--save-every", scale["half"], "--workers", 0]             # the half-way checkpoint is an arm of half the length
     ours, ddpm = "ddm-both", "vp-linear-eps"
     arm = lambda name, schedule, predict, steps: bench.arm(name, train.main, *common, "--schedule", schedule, "--predict", predict, "--steps", steps)
     arm(ours, "ddm", "both", scale["steps"])
     arm(ddpm, "vp-linear", "eps", scale["steps"])
     images, _ = holdout(load_images(args.data, args.size, seed=args.seed), "0.02", seed=args.seed)
-    reference = images.take(torch.randperm(len(images), generator=seeded(args.seed, 100))[:2 * scale["n"]])[0]
-
-    def distances(path, n, **how):
-        """{proxy: [value, floor]} of n samples."""
-        name = f"{path} n={n} {' '.join(f'{k}={v}' for k, v in how.items())}"
-        return bench.cell(name, lambda: {k: [round(float(v), 5) for v in pair] for k, pair in proxy(bench.draw(path, n, **how), reference[:2 * n]).items()})
-
-    show = lambda cell: " / ".join(f"{cell[k][0]:.3g}" for k in ("pixel", "random-conv", "swd"))
+    distances = lambda path, n, **how: bench.distances(images, path, n, **how)
     half = lambda name: f"{name}/{scale['half']:06d}.pt"
     n, few, best = scale["n"], scale["few"], scale["calls"][min(3, len(scale["calls"]) - 1)]
 
@@ -197,14 +205,14 @@ def ddm(args):
     long = {label: {c: distances(ours, few, steps=c, **SAMPLERS[label]) for c in scale["long"]} for label in ("posterior, uniform", "deterministic, quadratic")}
     baseline |= {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"][-1:]}       # the slowest last
 
-    floor = next(iter(table["posterior, uniform"].values()))
-    calls = scale["calls"]
-    text = [f"Distances to {args.data}: pixel / random-conv / swd (fid.py --proxy; not FID). {n} samples, seed {args.seed}, floor "
-            + " / ".join(f"{floor[k][1]:.3g}" for k in ("pixel", "random-conv", "swd")) + ".", "",
+    rivals = {label: {c: distances(ddpm, few, steps=c, **how) for c in scale["ddpm"][:2]} for label, how in DDPM_TRIALS.items()}
+    calls, floors = scale["calls"], (next(iter(table["posterior, uniform"].values())), ten["posterior, uniform"])
+    text = [f"Distances to {args.data}: pixel / random-conv / swd (fid.py --proxy; not FID). {n} samples, seed {args.seed}, floor {show(floors[0], 1)}.", "",
             markdown(["`ddm`, two heads", *(f"{c} calls" for c in calls)],
                      [[label, *(show(row[c]) if c in row else "" for c in calls)] for label, row in table.items()]),
-            "", f"{few} samples, on both sides:", "",
-            markdown(["", *(f"{c} calls" for c in scale["ddpm"])], [["DDPM, ancestral", *(show(baseline[c]) for c in scale["ddpm"])]]), "",
+            "", f"{few} samples, on both sides, floor {show(floors[1], 1)}:", "",
+            markdown(["", *(f"{c} calls" for c in scale["ddpm"])], [["DDPM, ancestral", *(show(baseline[c]) for c in scale["ddpm"])]]
+                     + [[f"DDPM, {label}", *(show(row[c]) if c in row else "" for c in scale["ddpm"])] for label, row in rivals.items()]), "",
             markdown(["", f"{best} calls", *(f"{c} calls" for c in scale["long"])],
                      [[f"`ddm`, {label}", show(cell), *(show(long[label][c]) if label in long else "" for c in scale["long"])] for label, cell in ten.items()]),
             "", f"One change at a time, at {best} calls, {scale['half']} steps of training, {few} samples:", "",
@@ -226,10 +234,12 @@ TASK_SCALES = {                                                                 
 
 
 def tasks(args):
-    """[DDM] Every task at up to 10 calls on held-out images, and whether a masked, unconditional first stage halves its training.
+    """[DDM] Every task at up to 10 calls on held-out images, and whether super-resolution learns faster from a masked, unconditional first stage
+    (whose steps come on top, but serve every task).
 
     Photographs are trained on a quarter of the tokens throughout (the first stage on a tenth), faces at half the size on all of them:
-    edges and silhouettes are learned so fast that a third of the steps will do."""
+    edges and silhouettes are learned so fast that a third of the steps will do. Of photographs the edge map is the gradient of the condition
+    itself, so there "without a network" is perfect by definition, and the error says how well a network can learn a formula."""
     bench = Bench("tasks", args, scale := TASK_SCALES[args.scale])
     common = [*scale["train"], "--lr", 2e-3, "--save-every", 10**9, "--workers", 0]
     photos = ["--data", args.data, "--size", args.size, *(["--gray"] if args.gray else [])]
@@ -303,47 +313,39 @@ SIDE_ARMS = {                                                                   
 
 
 def maskdit(args):
-    """[MaskDiT] All tokens against half of them behind a light decoder with reconstruction and a short unmasking stage, class-conditional,
-    at four points of equal training time. Both choose their learning rate from the same three by a short run's val_loss."""
+    """[MaskDiT] All tokens against half of them behind a light decoder with reconstruction, class-conditional, at four points of equal
+    training time. Both choose their learning rate from the same three by a short run's val_loss, and both end with a quarter of the time on all
+    tokens at half the rate: for one that is unmasking, for the other the same decay."""
     bench = Bench("maskdit", args, scale := MASKDIT_SCALES[args.scale])
     common = ["--data", args.data, "--size", args.size, "--model", scale["model"], *scale["train"], "--labels", "--schedule", "edm", "--predict", "unit",
               "--time-sampling", "lognormal", "--lr-end", 1, "--workers", 0]
     minutes, arms = scale["minutes"], {"all-tokens": [], "half": [*HALF, "--recon", 0.1, "--recon-target", "noisy"]}
-    points = {}                                                                 # arm -> checkpoints at a quarter, a half, three quarters and all of the time
+    steps_of = {name: (lambda share, name=name, flags=flags: bench.steps_in(share * minutes, name, train.main, *common, *flags)) for name, flags in arms.items()}
     for name, flags in arms.items():
-        each = lambda share: bench.steps_in(share * minutes, name, train.main, *common, *flags)
-        tries = {}
         for lr in scale["rates"]:
-            trial = f"{name}-lr-{lr:g}"
-            folder = bench.arm(trial, train.main, *common, *flags, "--lr", lr, "--steps", each(1 / 8), "--sample-every", 10**9, before=(name, f"{name}-unmasked"))
-            tries[lr] = bench.log(trial, "val_loss") if (folder / "log.csv").exists() else 0.0       # (with --arm of another one)
-        lr, quarter = min(tries, key=tries.get), max(1, each(1) // 4)
-        tuned = name == "half"
-        bench.arm(name, train.main, *common, *flags, "--lr", lr, "--steps", quarter * (3 if tuned else 4), "--save-every", quarter, "--sample-every", quarter,
-                  before=(f"{name}-unmasked",))
-        points[name] = [f"{name}/{quarter * k:06d}.pt" for k in range(1, 4 if tuned else 5)]
-        if tuned:                                                               # the last quarter of the time: all tokens, half the rate
-            bench.arm("half-unmasked", finetune.main, "--from", bench.folder / name, "--lr", lr / 2, "--lr-end", 0.05, "--sample-every", 10**9,
-                      "--steps", bench.steps_in(minutes / 4, "half-unmasked", finetune.main, "--from", bench.folder / name))
-            points[name].append("half-unmasked/last.pt")
+            bench.arm(f"{name}-lr-{lr:g}", train.main, *common, *flags, "--lr", lr, "--steps", lambda: steps_of[name](1 / 8), "--sample-every", 10**9,
+                      before=(name, f"{name}-last"))
+        best = lambda: min(scale["rates"], key=lambda lr: bench.log(f"{name}-lr-{lr:g}", "val_loss"))
+        quarter = lambda: max(1, steps_of[name](1 / 4))
+        bench.arm(name, train.main, *common, *flags, "--lr", best, "--steps", lambda: 3 * quarter(), "--save-every", quarter, "--sample-every", quarter,
+                  before=(f"{name}-last",))
+        # the last quarter of the time, for both: all tokens, half the rate, decaying. [MaskDiT] calls it unmasking tuning
+        last = ["--from", bench.folder / name, "--lr-end", 0.05, "--sample-every", 10**9, "--lr", lambda: best() / 2]
+        bench.arm(f"{name}-last", finetune.main, *last, "--steps", lambda: bench.steps_in(minutes / 4, f"{name}-last", finetune.main, *last))
     for name, flags in SIDE_ARMS.items():
-        bench.arm(name, train.main, *common, *flags, "--lr", 1e-3, "--steps", bench.steps_in(scale["side_arms"], name, train.main, *common, *flags), "--sample-every", 10**9)
+        bench.arm(name, train.main, *common, *flags, "--lr", 1e-3, "--steps", lambda: bench.steps_in(scale["side_arms"], name, train.main, *common, *flags), "--sample-every", 10**9)
     if not bench.all_trained():
         return
+    points = {name: [f"{name}/{max(1, steps_of[name](1 / 4)) * k:06d}.pt" for k in (1, 2, 3)] + [f"{name}-last/last.pt"] for name in arms}
     images, _ = holdout(load_images(args.data, args.size, labels=True, seed=args.seed), "0.02", seed=args.seed)
-    reference = images.take(torch.randperm(len(images), generator=seeded(args.seed, 100))[:2 * scale["n"]])[0]
     labels = torch.arange(scale["n"]) % len(images.classes)
     how = dict(steps=scale["calls"], solver="heun", time_grid="edm")
-
-    def distances(path):
-        return bench.cell(path, lambda: {k: [round(float(v), 5) for v in pair] for k, pair in proxy(bench.draw(path, scale["n"], labels=labels, **how), reference).items()})
-
-    show = lambda cell: " / ".join(f"{cell[k][0]:.3g}" for k in ("pixel", "random-conv", "swd"))
+    distances = lambda path: bench.distances(images, path, scale["n"], labels=labels, **how)
     table = [[name, *(show(distances(path)) for path in paths)] for name, paths in points.items()]
     side = [[name, f"{bench.log(name, 'val_loss'):.4f}", f"{bench.log(name, 'step'):.0f}"] for name in SIDE_ARMS]
     bench.write("table.md", "\n".join([
         f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} class-conditional samples of {scale['calls']} calls, seed {args.seed}, "
-        f"{minutes} minutes of training an arm; the last point of `half` is after a quarter of the time with all tokens.", "",
+        f"{minutes} minutes of training an arm, the last quarter of both with all tokens at a falling rate.", "",
         markdown(["arm", "1/4 of the time", "1/2", "3/4", "all"], table), "",
         f"Short runs of {scale['side_arms']} minutes:", "", markdown(["arm", "val_loss", "steps"], side)]) + "\n")
     few = torch.arange(10) % len(images.classes)
@@ -370,7 +372,7 @@ def lmd(args):
     bench = Bench("lmd", args, scale := LMD_SCALES[args.scale])
     photos = ["--data", args.data, "--size", args.size, *(["--gray"] if args.gray else [])]
     weights = bench.folder / "vae.pt"
-    if not weights.exists() and vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--out", weights)]):
+    if not weights.exists() and vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--device", args.device, "--out", weights)]):
         raise SystemExit(2)                                                     # it has said why
     common = [*photos, "--space", "latent", "--vae", weights, "--latents", bench.folder / "latents", "--patch", 2, "--model", scale["model"], *scale["train"]]
     arms = {"fixed": [], "cosine": ["--mask-from", 0.15, "--ramp", "cosine"]}

@@ -170,7 +170,7 @@ class Tiled:
         for lo in range(0, len(places), self.batch):
             some = places[lo:lo + self.batch]
             tiles = lambda u: torch.stack([u[b, :, i:i + self.side, j:j + self.side] for b, i, j in some])
-            rows = torch.tensor([b for b, _, _ in some], device=zt.device)
+            rows = torch.tensor([b for b, _, _ in some])                        # on the CPU, where it may index tensors of any device
             out = self.model(tiles(zt), t[rows], None if y is None else y[rows], None, None if cond is None else tiles(cond))
             total = total if torch.is_tensor(total) else zt.new_zeros(len(zt), out.shape[1], *zt.shape[2:])
             for tile, (b, i, j) in zip(out, some):

@@ -97,6 +97,8 @@ def train(o, ckpt=None, first=None, stage="train"):
     maps = lambda source: TASKS[o.task].exact if source == "faces" else o.targets
     images = load_images(o.data, o.size, o.gray, o.labels, targets=maps(o.data), **loading)
     images, held_out = holdout(images, o.val, targets=maps(o.val), **loading)
+    if held_out.maps != images.maps:
+        raise UserError(f"--val {o.val}: its pictures and those of --data {o.data} do not both have maps for --task {o.task}; give a fraction of --data")
     if o.fraction < 1:
         images = images.subset(torch.randperm(len(images), generator=seeded(o.seed, 7))[:max(1, round(o.fraction * len(images)))])
     classes = list(images.classes) if o.labels else []
@@ -123,7 +125,7 @@ def train(o, ckpt=None, first=None, stage="train"):
         same_kind = first and TASKS[first[1].get("task", "generate")].exact == TASKS[o.task].exact     # pictures then and now, or one kind of map
         meta = dict(stage=stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
                     schedule=o.schedule, predict=o.predict, space=o.space, task=o.task, channels=images.channels, size=o.size, classes=classes, vae=o.vae, vae_sha=space.sha,
-                    data_std=first[1]["data_std"] if same_kind else space.encode(some).double().square().mean().sqrt().item(),
+                    data_std=first[1]["data_std"] if same_kind else space.encode(some.to(device)).double().square().mean().sqrt().item(),
                     model=network(o, images.channels, space, len(classes)), plan=None, skipped=0, shards=world * accumulate)
     net, schedule, whole_space = build(meta)                                    # with an encoder, whatever `space` has instead
     if first:
@@ -190,8 +192,7 @@ def train(o, ckpt=None, first=None, stage="train"):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)                                   # a second Ctrl-C ends the program at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     in_a_row, durations, ended = 0, [], False
     logged, counted, loss_sum = step, 0, torch.zeros((), device=device)         # since the last line of the log; summed on the device
     begun = time.monotonic() - seconds
@@ -282,6 +283,8 @@ def train(o, ckpt=None, first=None, stage="train"):
             save(numbered=keep)
 
     bar.close()
+    for number, handler in handlers.items():                                    # reproduce.py has more to do
+        signal.signal(number, handler)
     if rank == 0:
         log.close()
         made = [str(p) for p in (out / "last.pt", out / "loss.png", out / "samples" / f"{step:06d}.png") if p.exists()]

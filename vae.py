@@ -178,9 +178,18 @@ class LatentSpace(nn.Module):
         return self.passing(lambda part: self.vae.decode(part * self.std + self.mean), z)
 
 
+def latent_space(channels, weights):
+    """The LatentSpace of a file of weights, for images of so many channels. UserError when it was made for others."""
+    space = load_vae(weights)
+    if space.vae.channels != channels:
+        raise UserError(f"--vae {weights}: takes images of {space.vae.channels} channel(s), these have {channels}: "
+                        f"{'give --gray' if channels == 3 else 'leave --gray out'}, or train another one with python vae.py")
+    return space
+
+
 SPACES = {                                                                      # (channels of the images, file of weights) -> a space
     "pixel": lambda channels, weights: PixelSpace(channels),
-    "latent": lambda channels, weights: load_vae(weights)}
+    "latent": latent_space}
 
 
 # --- files of weights --------------------------------------------------------------------------------------------------------------

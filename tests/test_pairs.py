@@ -24,7 +24,7 @@ AXES = {
 
 
 def allowed(run):
-    """What the commands refuse, and nothing else: two-headed weights need two heads, reconstruction a decoder and tokens that were
+    """What means something: two-headed weights need two heads, reconstruction a decoder and tokens that were
     dropped, the objective of reconstruction also something hidden, a target without noise and no task beside it, churn the analytic step;
     long skips join blocks that see the same tokens."""
     alone = run["objective"] == "reconstruct"

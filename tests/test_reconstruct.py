@@ -7,9 +7,10 @@ import torch.nn.functional as F
 
 from data import Images, UserError, to_float
 from mask import patchify
-from reconstruct import RATIOS, complete, hole_mask, holes_of, inpaint_hole, masked_errors, masks, picture, psnr, reconstruct, report
+from reconstruct import RATIOS, complete, hole_mask, inpaint_hole, masked_errors, masks, picture, reconstruct, report
 from sample import Loaded
 from schedules import SCHEDULES
+from tasks import image_psnr
 from vae import AutoencoderKL, LatentSpace, PixelSpace
 from vit import ViT
 
@@ -133,17 +134,11 @@ def test_a_token_is_hidden_when_its_square_or_a_neighbours_meets_the_hole():
     assert hole_mask(torch.zeros(32, 32, dtype=torch.bool), 4, 1) is None
 
 
-def test_holes_are_white_pictures_one_for_all_or_one_for_each_or_a_square_in_the_middle():
-    middle = holes_of(None, 3, 8)
-    assert middle.shape == (3, 1, 8, 8) and middle[2, 0].sum() == 16 and middle[0, 0, 2:6, 2:6].all()
-    pixels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
-    pixels[0, :, 0] = pixels[1, :, 1] = pixels[2, :, 2] = 255
-    given = Images(8, 1, torch.zeros(3, dtype=torch.int64), pixels=pixels)
-    assert torch.equal(holes_of(given, 2, 8), pixels[:2] > 0) and torch.equal(holes_of(given.subset([1]), 2, 8), pixels[[1, 1]] > 0)
-    with pytest.raises(UserError, match="--holes"):
-        holes_of(given, 4, 8)
+def test_a_square_in_the_middle_is_filled_and_reported():
+    holes = torch.zeros(N, 1, 16, 16, dtype=torch.bool)
+    holes[:, :, 4:12, 4:12] = True
     loaded = model("pixel")
-    done = inpaint_hole(loaded, images(loaded), holes_of(None, N, 16))
+    done = inpaint_hole(loaded, images(loaded), holes)
     assert list(done) == ["masked", "inpainted", "original"] and "inpainted" in report(done) and picture(done).width > 300
 
 
@@ -200,4 +195,4 @@ def test_any_split_of_encoder_and_decoder_reconstructs(decoder):
 
 
 def test_psnr_of_an_error_of_a_tenth_of_the_range_is_20_db():
-    assert psnr(torch.full((1, 1, 2, 2), 0.2), torch.zeros(1, 1, 2, 2)).item() == pytest.approx(20, abs=1e-5)
+    assert image_psnr(torch.full((1, 1, 2, 2), 0.2), torch.zeros(1, 1, 2, 2)).item() == pytest.approx(20, abs=1e-5)

@@ -21,7 +21,7 @@ def tiny_world(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "proxy", lambda a, b: {name: (abs(float(a.float().mean() - b.float().mean())), 0.0) for name in ("pixel", "random-conv", "swd")})
     monkeypatch.chdir(tmp_path)
     train_flags = ["--batch", 2, "--sample-every", 4]
-    monkeypatch.setitem(reproduce.DDM_SCALES, "smoke", dict(steps=4, half=3, model="tiny", train=train_flags, n=8, few=8, calls=[1, 2], long=[3], ddpm=[2], batch=8))
+    monkeypatch.setitem(reproduce.DDM_SCALES, "smoke", dict(steps=4, half=2, model="tiny", train=train_flags, n=8, few=8, calls=[1, 2], long=[3], ddpm=[2], batch=8))
     monkeypatch.setitem(reproduce.TASK_SCALES, "smoke", dict(pre=2, tune=2, model="tiny", train=["--batch", 2], n=4, calls=[1, 2], batch=4))
     monkeypatch.setitem(reproduce.LMD_SCALES, "smoke", dict(steps=2, minutes=1, vae=["--steps", 1, "--batch", 2], model="tiny", train=["--batch", 2], batch=4))
     monkeypatch.setitem(reproduce.MASKDIT_SCALES, "smoke", dict(steps=4, minutes=1, model="tiny", train=["--batch", 2], rates=[1e-3], n=6, calls=3, batch=6, side_arms=1))
@@ -44,6 +44,12 @@ def test_a_claim_makes_a_table_and_pictures_and_a_second_call_trains_and_measure
     monkeypatch.setattr(reproduce, "proxy", None)
     reproduce.main(command)
     assert (folder / "table.md").read_text() == table and json.loads((folder / "cells.json").read_text()) == cells
+
+
+@pytest.mark.parametrize("scale", reproduce.DDM_SCALES)
+def test_the_checkpoint_of_half_the_length_is_one_that_is_kept(scale):
+    settings = reproduce.DDM_SCALES[scale]
+    assert settings["steps"] % settings["half"] == 0
 
 
 def test_one_arm_is_trained_by_itself(tiny_world):

@@ -13,7 +13,7 @@ import train
 from data import UserError, draw_faces, load_images, to_float, to_uint8
 from sample import Loaded, Tiled, restore, sample, seeded
 from schedules import SCHEDULES
-from tasks import TASKS, agree, cut, draw_holes, enlarge, fill_with_mean, fold, gradient, hole_of, mae, max_f, paste, pose, psnr, shrink, small_of, strip, unfold
+from tasks import TASKS, agree, cut, draw_holes, enlarge, fill_with_mean, fold, gradient, hole_of, mae, max_f, paste, pose, psnr, shrink, small_of, strip
 from vae import PixelSpace
 from vit import ViT
 
@@ -114,12 +114,12 @@ def test_the_gradient_of_a_flat_picture_is_nothing_and_of_a_step_an_edge():
 def test_folding_a_condition_loses_nothing_and_keeps_places(factor):
     cond = pictures(channels=4)
     folded = fold(cond, factor)
-    assert folded.shape == (3, 4 * factor ** 2, 16 // factor, 16 // factor) and torch.equal(unfold(folded, factor), cond)
+    assert folded.shape == (3, 4 * factor ** 2, 16 // factor, 16 // factor) and torch.equal(torch.pixel_shuffle(folded, factor), cond)
     touched = cond.clone()
     touched[:, :, 0, 0] += 1
     changed = (fold(touched, factor) != folded).any(1)
     assert changed[:, 0, 0].all() and changed.sum() == 3
-    assert fold(None, factor) is None and unfold(None, factor) is None
+    assert fold(None, factor) is None
 
 
 # --- measures --------------------------------------------------------------------------------------------------------------------------
