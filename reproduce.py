@@ -156,10 +156,11 @@ SAMPLERS = {                                                                    
     "deterministic, quadratic": dict(time_grid="quadratic"),
     "Heun, quadratic": dict(time_grid="quadratic", solver="heun"),
     "DPM++, quadratic": dict(time_grid="quadratic", solver="dpm++"),
+    "DPM++, edm": dict(solver="dpm++", time_grid="edm"),
 }
 GRID_TRIALS = {f"{kind}, {grid}": how | dict(time_grid=grid) for kind, how in (("deterministic", {}), ("Heun", dict(solver="heun")), ("DPM++", dict(solver="dpm++")))
-               for grid in ("uniform", "angle", "split", "edm")}                # at ten calls only: which is the best default?
-DDPM_TRIALS = {f"deterministic, {grid}": dict(time_grid=grid) for grid in ("uniform", "quadratic", "edm")} | {"Heun, edm": dict(solver="heun", time_grid="edm")}
+               for grid in ("uniform", "angle", "split", "edm")} | {"posterior, edm": dict(churn=1.0, time_grid="edm")}     # at ten calls only: the best default?
+DDPM_TRIALS = {"deterministic, uniform": dict(time_grid="uniform"), "deterministic, edm": dict(time_grid="edm"), "DPM++, edm": dict(solver="dpm++", time_grid="edm")}
 DDM_SCALES = {
     "smoke": dict(steps=20, half=10, model="tiny", train=["--batch", 8, "--sample-every", 20], n=24, few=16, calls=[1, 2, 5], long=[], ddpm=[5, 10], batch=64),
     # 5,400 steps are 30 minutes, 2,700 are 15, on the two quiet cores (0.33 s a step) on which they were chosen
@@ -190,6 +191,7 @@ def ddm(args):
     if args.arm is None:                                                        # the claim first
         ten = {label: distances(ours, few, steps=best, **how) for label, how in (SAMPLERS | GRID_TRIALS).items()}
         baseline = {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"][:-1]}
+        rivals = {label: {c: distances(ddpm, few, steps=c, **how) for c in scale["ddpm"][:2]} for label, how in DDPM_TRIALS.items()}
         table = {label: {c: distances(ours, n, steps=c, **how) for c in scale["calls"]} for label, how in SAMPLERS.items()}
     arm("vp-linear-unit", "vp-linear", "unit", scale["half"])                   # then where it comes from
     arm("ddm-unit", "ddm", "unit", scale["half"])
@@ -201,11 +203,11 @@ def ddm(args):
               ("prediction: unit", distances(half("vp-linear-unit"), few, steps=best, time_grid="quadratic")),
               ("schedule: ddm", distances(half("ddm-unit"), few, steps=best, time_grid="quadratic")),
               ("prediction: both heads", distances(half(ours), few, steps=best, time_grid="quadratic")),
-              ("grid: uniform", distances(half(ours), few, steps=best))]
+              ("grid: edm", distances(half(ours), few, steps=best, time_grid="edm")),
+              ("solver: DPM++", distances(half(ours), few, steps=best, time_grid="edm", solver="dpm++"))]
     long = {label: {c: distances(ours, few, steps=c, **SAMPLERS[label]) for c in scale["long"]} for label in ("posterior, uniform", "deterministic, quadratic")}
     baseline |= {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"][-1:]}       # the slowest last
 
-    rivals = {label: {c: distances(ddpm, few, steps=c, **how) for c in scale["ddpm"][:2]} for label, how in DDPM_TRIALS.items()}
     calls, floors = scale["calls"], (next(iter(table["posterior, uniform"].values())), ten["posterior, uniform"])
     text = [f"Distances to {args.data}: pixel / random-conv / swd (fid.py --proxy; not FID). {n} samples, seed {args.seed}, floor {show(floors[0], 1)}.", "",
             markdown(["`ddm`, two heads", *(f"{c} calls" for c in calls)],
@@ -219,7 +221,7 @@ def ddm(args):
             markdown(["change", "distances"], [[label, show(cell)] for label, cell in ladder])]
     bench.write("table.md", "\n".join(text) + "\n")
     rows = [(f"{arm}, {c} calls", bench.draw(path, 12, steps=c, **how)) for arm, path, how, counts in
-            (("ddm", ours, dict(), scale["calls"]), ("DDPM ancestral", ddpm, dict(churn=1.0), scale["ddpm"])) for c in counts]
+            (("ddm", ours, SAMPLERS["DPM++, edm"], scale["calls"]), ("DDPM ancestral", ddpm, dict(churn=1.0), scale["ddpm"])) for c in counts]
     sheet(rows, [], 2).save(bench.folder / "samples.png")
     print(f"wrote {bench.folder / 'samples.png'}: the same twelve noises in every row")
 

@@ -177,7 +177,8 @@ def test_churn_changes_the_path_and_its_absence_draws_no_noise():
 
 def test_the_grid_and_the_solver_matter():
     loaded = tiny()
-    images = [S.sample(loaded, n=2, steps=5, time_grid=g) for g in GRIDS] + [S.sample(loaded, n=2, steps=5, solver=s) for s in ("heun", "dpm++")]
+    images = ([S.sample(loaded, n=2, steps=5, time_grid=g, solver="analytic") for g in GRIDS]
+              + [S.sample(loaded, n=2, steps=5, solver=s, time_grid="uniform") for s in ("heun", "dpm++")])
     for a in range(len(images)):
         for b in range(a):
             assert not torch.allclose(images[a], images[b], atol=1e-4)
@@ -189,6 +190,13 @@ def test_sampling_starts_from_noise_of_the_schedules_own_size(name):
     loaded.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     S.sample(loaded, n=16, steps=1)
     assert seen[0].std().item() == pytest.approx(loaded.schedule.b(torch.tensor(1.0, dtype=f64)).item(), rel=0.1)
+
+
+def test_auto_is_dpm_on_edms_grid_and_with_churn_the_analytic_step_on_a_uniform_one():
+    loaded = tiny()
+    assert torch.equal(S.sample(loaded, 2, 4), S.sample(loaded, 2, 4, solver="dpm++", time_grid="edm"))
+    assert torch.equal(S.sample(loaded, 2, 4, churn=0.5), S.sample(loaded, 2, 4, churn=0.5, solver="analytic", time_grid="uniform"))
+    assert S.way("heun", "auto", 0.0) == ("heun", "edm") and S.way("auto", "split", 1.0) == ("analytic", "split")
 
 
 def test_neighbouring_seeds_are_unrelated():
