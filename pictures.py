@@ -4,7 +4,7 @@ The idea. Samples are written as they are made, so that fifty thousand of them n
 the work and not after it. A *trace* shows the sampler at work: at every network call the noisy image and what the network takes it for.
 
     --out grid.png     one sheet              --out many.zip, --out folder     a PNG for each            --out many.npz     one array
-    --trace way.png    x_t (scaled to unit variance, as the network sees it), and below it the guess of x0
+    --trace way.png    x_t (scaled to the images' contrast), and below it the guess of x0
 
 Shapes: B images, C channels (1 or 3), H x W pixels; uint8.
 """
@@ -97,7 +97,7 @@ def rows_of(images, columns):
 
 
 class Trace:
-    """Counts network calls and, for a picture of the way (--trace), keeps x_t as the network sees it and its guess of x0, of the first `keep`
+    """Counts network calls and, for a picture of the way (--trace), keeps x_t and the network's guess of x0, of the first `keep`
     images. path: the picture, or None."""
 
     def __init__(self, loaded, path=None, keep=2):
@@ -109,7 +109,7 @@ class Trace:
     def __call__(self, t, zt, x0):
         self.calls += 1
         if self.keep and self.result is None:
-            scale = float(self.loaded.schedule.scale(t))
+            scale = float(self.loaded.schedule.scale(t)) * self.loaded.schedule.s      # an image keeps its contrast, and edm's 80 is not all white
             self.frames.append([float(t)] + [to_uint8(self.loaded.space.decode(u[:self.keep]).cpu()) for u in (zt * scale, x0)])
 
     def done(self, images):

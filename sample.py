@@ -365,7 +365,7 @@ def main(argv=None):
     n, batches = generate(args, loaded, label, watch, how) if task == "generate" else work_on(args, loaded, label, watch, how)
     if args.trace:
         watch.save(args.trace)
-        print(f"wrote {args.trace}: above x_t as the network sees it, below its guess of x0, at every call")
+        print(f"wrote {args.trace}: above x_t, scaled to the images' contrast, below the network's guess of x0, at every call")
     calls = watch.calls // batches
     passes = f", {sum(seen) / n:g} passes (a guided call takes two, each tile of a large picture its own)" if sum(seen) > n * calls else ""
     print(f"wrote {n} images to {args.out}: {calls} network calls each ({', '.join(way(args.solver, args.time_grid, args.churn))} grid){passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
