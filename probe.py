@@ -95,8 +95,8 @@ def probe(loaded, images, held_out, noise=0.0, seed=0, batch=256, folder=None):
 
 
 # What `finetune.py --probe` takes over from the run unless a flag says otherwise, and all options that it reads.
-INHERITED = ("data", "val", "seed", "size", "gray", "patch", "cache_gb", "latents", "cache_latents")
-READS = {"probe", "probe_noise", "from_", "weights", "fraction", "device", "threads", *INHERITED} - {"patch"}
+INHERITED = ("space", "vae", "data", "val", "seed", "size", "gray", "patch", "cache_gb", "latents", "cache_latents")
+READS = {"probe", "probe_noise", "from_", "weights", "fraction", "device", "threads", *INHERITED} - {"patch", "space", "vae"}
 
 
 def command(o, source):

@@ -154,7 +154,7 @@ def test_a_messy_folder_loses_only_its_broken_files_and_names_them_in_one_line(t
     images = load_images(tmp_path, 8)
     said = capsys.readouterr().err
     assert images.n == len(images) == len(fine) and images.skipped == ["cut.jpg", "text.png", "zero.png"]
-    assert said.count("\n") == 1 and said.startswith("skipped 3 of 10 images that could not be read: cut.jpg (")
+    assert said.count("\n") == 1 and said.startswith("skipped 3 of 10 images that could not be used: cut.jpg (")
     assert "text.png (not an image)" in said and "0x" not in said
     x, y = images.take(range(images.n))
     assert x.shape == (7, 3, 8, 8) and x.dtype == torch.uint8 and y.tolist() == [0] * 7 and images.classes == []

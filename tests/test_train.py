@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import finetune
 import sample as S
 import train
@@ -408,6 +409,8 @@ REFUSED = [["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "
            [*RECONSTRUCT[:4]], [*RECONSTRUCT, "--mask-from", "0", "--ramp", "linear"], [*RECONSTRUCT, "--recon", "0.1"], [*RECONSTRUCT, "--recon-target", "noisy"],
            [*RECONSTRUCT, "--predict", "v"], [*RECONSTRUCT, "--schedule", "edm"], [*RECONSTRUCT, "--time-sampling", "lognormal"], [*RECONSTRUCT, "--weighting", "ddm"],
            [*RECONSTRUCT[:4], "--mask", "0.1"], [*RECONSTRUCT, "--economy", "defer"], [*RECONSTRUCT, "--task", "superres"],
+           [*RECONSTRUCT, "--gray", "--patch", "1", "--recon-target", "whitened"], ["--task", "superres", "--size", "18", "--patch", "3"], ["--latents", "x"],
+           ["--task", "superres", "--space", "latent", "--vae", "vae.pt", "--latents", "x"],
            ["--targets", "FLAT"], ["--task", "saliency", "--data", "FLAT"], ["--task", "edges", "--data", "faces", "--targets", "FLAT"],
            ["--space", "latent"], ["--vae", "vae.pt"], ["--space", "latent", "--vae", "nowhere.pt"]]
 
@@ -541,7 +544,7 @@ def test_a_reconstruction_is_logged_drawn_tuned_and_not_sampled(photos):
     assert ckpt["config"]["predict"] == "x0" and ckpt["meta"]["objective"] == "reconstruct"
     loaded = S.load("runs/a", device="cpu")
     _, held_out = train.holdout(train.load_images(photos, 16), "0.2", seed=0)
-    errors = train.masked_errors(loaded, held_out)
+    errors = evaluate.masked_errors(loaded, held_out)
     assert float(rows("runs/a")[-1]["val_loss"]) == pytest.approx(sum(errors.values()) / 4, rel=1e-4)
     assert Image.open("runs/a/samples/000003.png").width > 400
     with pytest.raises(UserError, match="--objective reconstruct"):
