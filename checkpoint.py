@@ -39,7 +39,7 @@ def newest():
 def read_checkpoint(path):
     """The checkpoint's dict, on the CPU; plain data only (weights_only), so a file from a stranger cannot run code."""
     path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
+    path = newest() if path == LATEST else path / "last.pt" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; train one first (python train.py) or give another path")
     try:
