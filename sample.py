@@ -108,9 +108,10 @@ def dpm(look, schedule, zt, x0, slopes, t, s, before):
 SOLVERS = {"analytic": (1, analytic), "heun": (2, heun), "dpm++": (1, dpm)}     # calls per step, refine
 
 
-def way(solver, time_grid, churn):
-    """What "auto" stands for: the best of seventeen at ten calls, measured on a model of CIFAR-10 (README). Fresh noise wants the analytic step."""
-    return ("analytic" if churn else "dpm++") if solver == "auto" else solver, ("uniform" if churn else "edm") if time_grid == "auto" else time_grid
+def way(solver, time_grid, churn, steps):
+    """What "auto" stands for: the best of seventeen at ten calls, measured on a model of CIFAR-10 (README). Fresh noise wants the analytic step, and
+    few calls the uniform grid: of two on EDM's the second is at noise .002, and nothing is left for it to do."""
+    return ("analytic" if churn else "dpm++") if solver == "auto" else solver, ("uniform" if churn or steps < 5 else "edm") if time_grid == "auto" else time_grid
 
 
 def intervals(solver, schedule, start, calls):
@@ -196,7 +197,7 @@ def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="auto", solver="
     pads and folds it). watch(t, zt, x0) is told of every network call. amp: the type for autocast of the network, None for float32; the
     steps between its calls are in float32 in any case. The model runs in evaluation mode on the whole, unmasked image."""
     model, schedule, space = loaded.model.eval(), loaded.schedule, loaded.space
-    start, (solver, time_grid) = schedule.start(loaded.predict), way(solver, time_grid, churn)
+    start, (solver, time_grid) = schedule.start(loaded.predict), way(solver, time_grid, churn, steps)
     ts = GRIDS[time_grid](schedule, start, intervals(solver, schedule, start, steps))
     side = loaded.meta["size"] // space.factor
     shape = (space.channels, side, side) if cond is None else (space.channels, *cond.shape[2:])
@@ -275,7 +276,7 @@ def parser():
     p.add_argument("--n", type=int, default=None, help="how many images; 16, or with --input all of them")
     p.add_argument("--steps", type=int, default=10, help="network calls per image")
     p.add_argument("--churn", type=float, default=0.0, help="share of fresh noise per step: 0 deterministic, 1 the posterior")
-    p.add_argument("--time-grid", choices=["auto", *GRIDS], default="auto", help="where the steps lie; auto: edm, with --churn uniform")
+    p.add_argument("--time-grid", choices=["auto", *GRIDS], default="auto", help="where the steps lie; auto: edm, but uniform with --churn or below five steps")
     p.add_argument("--solver", choices=["auto", *SOLVERS], default="auto", help="analytic is first order, heun and dpm++ are second; auto: dpm++, with --churn analytic")
     p.add_argument("--label", default=None, help="class name or number; all classes in turn when left out")
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale: 1 plain conditional, 0 unconditional")
@@ -368,7 +369,7 @@ def main(argv=None):
         print(f"wrote {args.trace}: above x_t, scaled to the images' contrast, below the network's guess of x0, at every call")
     calls = watch.calls // batches
     passes = f", {sum(seen) / n:g} passes (a guided call takes two, each tile of a large picture its own)" if sum(seen) > n * calls else ""
-    print(f"wrote {n} images to {args.out}: {calls} network calls each ({', '.join(way(args.solver, args.time_grid, args.churn))} grid){passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
+    print(f"wrote {n} images to {args.out}: {calls} network calls each ({', '.join(way(args.solver, args.time_grid, args.churn, args.steps))} grid){passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
 
 
 def fill_in(args, loaded, label, seed):

@@ -194,9 +194,10 @@ def test_sampling_starts_from_noise_of_the_schedules_own_size(name):
 
 def test_auto_is_dpm_on_edms_grid_and_with_churn_the_analytic_step_on_a_uniform_one():
     loaded = tiny()
-    assert torch.equal(S.sample(loaded, 2, 4), S.sample(loaded, 2, 4, solver="dpm++", time_grid="edm"))
+    assert torch.equal(S.sample(loaded, 2, 5), S.sample(loaded, 2, 5, solver="dpm++", time_grid="edm"))
+    assert torch.equal(S.sample(loaded, 2, 4), S.sample(loaded, 2, 4, solver="dpm++", time_grid="uniform"))
     assert torch.equal(S.sample(loaded, 2, 4, churn=0.5), S.sample(loaded, 2, 4, churn=0.5, solver="analytic", time_grid="uniform"))
-    assert S.way("heun", "auto", 0.0) == ("heun", "edm") and S.way("auto", "split", 1.0) == ("analytic", "split")
+    assert S.way("heun", "auto", 0.0, 10) == ("heun", "edm") and S.way("auto", "split", 1.0, 10) == ("analytic", "split")
 
 
 def test_neighbouring_seeds_are_unrelated():
