@@ -277,7 +277,6 @@ def tasks(args):
     for name, task in arms.items():
         truth, cond = held_out(name, task)
         loaded = bench.model(name)
-        results = {}
         how = dict(seed=args.seed, batch=scale["batch"], amp=amp_type("auto", loaded.device))
 
         def score(result):

@@ -377,8 +377,9 @@ def fill_in(args, loaded, label, seed):
     if args.task not in (None, "reconstruct", "inpaint") or args.input is None:
         raise UserError("this model was trained to reconstruct hidden patches and makes nothing of noise: give --task reconstruct (or inpaint) and --input "
                         "FOLDER, or train one without --objective reconstruct")
+    defaults = parser()
     for name in ("steps", "churn", "time_grid", "solver", "cfg", "cfg_interval", "amp", "targets", "trace"):
-        if getattr(args, name) != parser().get_default(name):
+        if getattr(args, name) != defaults.get_default(name):
             raise UserError(f"--{name.replace('_', '-')}: a reconstruction is one pass of the network, without noise and time; leave it out")
     inpaint = args.task == "inpaint" or (args.task is None and args.holes is not None)
     if (args.holes and not inpaint) or (args.ratio is not None and inpaint):
