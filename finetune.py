@@ -75,6 +75,8 @@ def main(argv=None):
     if given.get("data", was("data")) != was("data"):                           # and held-out images to their data
         del inherited["val"]
     chosen = settings(o.recipe, "finetune", given)
+    if not (chosen.get("mask") or chosen.get("mask_from")):                     # nothing is hidden: no policy says what
+        del inherited["policy"], inherited["block"]
     length = {} if "steps" in chosen or "minutes" in chosen else dict(minutes=2.0)
     o = TuneOptions(**(inherited | length | chosen | dict(from_=source, out=o.out)))
     print(f"from {source}, step {first['step']}, {'averaged' if o.weights == 'ema' else 'raw'} weights")

@@ -122,6 +122,9 @@ REFUSALS = [                                                                    
     (lambda o: o.ramp == "constant" and o.mask_from is not None, "--mask-from needs a --ramp that is not constant"),
     (lambda o: o.ramp_share is not None and not 0 < o.ramp_share <= 1, "--ramp-share must be in (0, 1]"),
     (lambda o: o.ramp_share is not None and o.ramp == "constant", "--ramp-share is the length of a ramp: it needs --ramp"),
+    (lambda o: o.policy != Options.policy and not (o.mask or o.mask_from), "--policy says which tokens are hidden: it needs --mask; without one, --policy patch"),
+    (lambda o: o.economy == "route" and not (o.mask or o.mask_from) and not hasattr(o, "from_"),   # the second stage has its first one's network
+     "--economy route needs --mask: there is nothing hidden to route around the blocks"),
     (lambda o: o.block < 1, "--block must be at least 1"),
     (lambda o: o.block != Options.block and o.policy != "block", "--block is the side of --policy block's squares: use it with that policy"),
     (lambda o: o.patch < 1 or o.size < 1 or o.size % o.patch, "--size must be a positive multiple of --patch"),

@@ -19,7 +19,6 @@ comparable at equal n.
 import csv
 import json
 import shutil
-import statistics
 import time
 from pathlib import Path
 
@@ -61,20 +60,22 @@ class Bench:
             command([str(f) for f in (*flags, *common)])
         return self.folder / name
 
-    def steps_in(self, minutes, name, command, *flags):
-        """How many steps of an arm are worth so many minutes on this machine: forty are timed, once, by themselves. Run nothing else meanwhile."""
+    def pace(self, networks, visits=1):
+        """{name: seconds a step} of train.py with the flags {name: flags}. Each is timed alone for forty steps, in turn and so many times, and its
+        fastest ten steps count, since all else that a machine does can only slow it down. Run nothing beside it."""
         if "steps" in self.scale:                                               # the smoke scale knows no clock
-            return self.scale["steps"]
+            return dict.fromkeys(networks, 60 / self.scale["steps"])
 
-        def timed():
+        def timed(name, flags):
             folder = self.folder / "timing" / name
             shutil.rmtree(folder, ignore_errors=True)
-            command([str(f() if callable(f) else f) for f in (*flags, "--steps", 40, "--sample-every", 10**9, "--threads", self.args.threads, "--device", self.args.device, "--out", folder)])
+            train.main([str(f) for f in (*flags, "--steps", 40, "--sample-every", 10**9, "--threads", self.args.threads, "--device", self.args.device, "--out", folder)])
             with open(folder / "log.csv", newline="") as log:
-                rates = [float(row["images_per_second"]) for row in csv.DictReader(log)]
-            return round(json.loads((folder / "config.json").read_text())["batch"] / statistics.median(rates[-3:]), 5)
+                rate = max(float(row["images_per_second"]) for row in csv.DictReader(log))
+            return round(json.loads((folder / "config.json").read_text())["batch"] / rate, 5)
 
-        return max(8, int(60 * minutes / self.cell(f"{name}: seconds a step", timed)))
+        times = [{name: self.cell(f"{name}: seconds a step, visit {v + 1}", lambda: timed(name, flags)) for name, flags in networks.items()} for v in range(visits)]
+        return {name: min(visit[name] for visit in times) for name in networks}
 
     def log(self, name, column):
         """The last value of a column of an arm's log."""
@@ -239,8 +240,8 @@ def tasks(args):
     """[DDM] Every task at up to 10 calls on held-out images, and whether super-resolution learns faster from a masked, unconditional first stage
     (whose steps come on top, but serve every task).
 
-    Photographs are trained on a quarter of the tokens throughout (the first stage on a tenth), faces at half the size on all of them:
-    edges and silhouettes are learned so fast that a third of the steps will do. Of photographs the edge map is the gradient of the condition
+    Photographs are trained on a quarter of the tokens (the first stage on a tenth, a short last one on all), faces at half the size on all of
+    them: edges and silhouettes are learned so fast that a third of the steps will do. Of photographs the edge map is the gradient of the condition
     itself, so there "without a network" is perfect by definition, and the error says how well a network can learn a formula."""
     bench = Bench("tasks", args, scale := TASK_SCALES[args.scale])
     common = [*scale["train"], "--lr", 2e-3, "--save-every", 10**9, "--workers", 0]
@@ -248,16 +249,18 @@ def tasks(args):
     network = ["--model", scale["model"], "--predict", "unit"]
     tune, arms = scale["tune"], {}                                              # arms: name -> task
 
-    def arm(name, task, command, steps, *flags):
+    def arm(name, task, command, steps, *flags, before=()):
         arms[name] = task
-        bench.arm(name, command, *flags, *common, "--task", task, "--steps", max(1, steps), "--sample-every", max(1, steps // 5))
+        bench.arm(name, command, *flags, *common, "--task", task, "--steps", max(1, steps), "--sample-every", max(1, steps // 5), before=before)
 
     bench.arm("masked", train.main, *photos, *network, *common, "--mask", 0.9, "--steps", scale["pre"], "--sample-every", scale["pre"],
-              before=("superres-tuned", "inpaint-tuned"))
+              before=("superres-tuned", "inpaint-tuned", "superres-whole", "inpaint-whole"))
     first, quarter = ["--from", bench.folder / "masked"], ["--mask", 0.75]
-    arm("superres-tuned", "superres", finetune.main, tune // 2, *first, *quarter)
+    arm("superres-tuned", "superres", finetune.main, tune // 2, *first, *quarter, before=("superres-whole",))
     arm("superres-scratch", "superres", train.main, tune, *photos, *network, *quarter)
-    arm("inpaint-tuned", "inpaint", finetune.main, tune // 2, *first, *quarter)
+    arm("inpaint-tuned", "inpaint", finetune.main, tune // 2, *first, *quarter, before=("inpaint-whole",))
+    for task in ("superres", "inpaint"):                                        # and a last, short stage on all tokens
+        arm(f"{task}-whole", task, finetune.main, tune // 10, "--from", bench.folder / f"{task}-tuned")
     arm("edges-scratch", "edges", train.main, tune // 3, *photos, *network, *quarter)
     for task in ("edges", "saliency"):
         arm(f"faces-{task}", task, train.main, tune // 3, "--data", "faces", "--size", args.size // 2, *network)
@@ -301,10 +304,11 @@ def tasks(args):
 
 MASKDIT_SCALES = {
     "smoke": dict(steps=8, minutes=1, model="tiny", train=["--batch", 4], rates=[1e-3], n=12, calls=3, batch=12, side_arms=1),
-    "cpu": dict(minutes=20, model="tiny", train=["--batch", 64], rates=[5e-4, 1e-3, 2e-3], n=500, calls=39, batch=125, side_arms=5),
+    "cpu": dict(minutes=20, model="tiny", train=["--batch", 64], rates=[5e-4, 1e-3, 2e-3], n=500, calls=39, batch=125, side_arms=3),
     "gpu": dict(minutes=240, model="small", train=["--batch", 256, "--patch", 2], rates=[2e-4, 5e-4, 1e-3], n=10_000, calls=79, batch=500, side_arms=60),
 }
 HALF = ["--mask", 0.5, "--decoder", 2]
+GUIDANCE = (1.5, 2.0, 3.0, 4.0)                                                 # scales of the picture, the same noise at each
 SIDE_ARMS = {                                                                   # each enough to see that it learns; name -> flags of its own
     "without-reconstruction": HALF,
     "clean-target": [*HALF, "--recon", 0.1, "--recon-target", "clean"],
@@ -316,45 +320,53 @@ SIDE_ARMS = {                                                                   
 def maskdit(args):
     """[MaskDiT] All tokens against half of them behind a light decoder with reconstruction, class-conditional, at four points of equal
     training time. Both choose their learning rate from the same three by a short run's val_loss, and both end with a quarter of the time on all
-    tokens at half the rate: for one that is unmasking, for the other the same decay."""
+    tokens at half the rate: for one that is unmasking, for the other the same decay.
+
+    The clock is only read at the start: every network is timed alone, five minutes in all, and from then on a minute is a number of steps.
+    Leave the machine quiet for these; afterwards the arms may be trained side by side."""
     bench = Bench("maskdit", args, scale := MASKDIT_SCALES[args.scale])
     common = ["--data", args.data, "--size", args.size, "--model", scale["model"], *scale["train"], "--labels", "--schedule", "edm", "--predict", "unit",
               "--time-sampling", "lognormal", "--lr-end", 1, "--workers", 0]
-    minutes, arms = scale["minutes"], {"all-tokens": [], "half": [*HALF, "--recon", 0.1, "--recon-target", "noisy"]}
-    steps_of = {name: (lambda share, name=name, flags=flags: bench.steps_in(share * minutes, name, train.main, *common, *flags)) for name, flags in arms.items()}
-    for name, flags in arms.items():
+    half = [*HALF, "--recon", 0.1, "--recon-target", "noisy"]
+    arms = {"all-tokens": ([], "all-tokens"), "half": (half, "half-whole")}    # flags, and whose pace it has when nothing is hidden
+    networks = {"all-tokens": [], "half": half, "half-whole": HALF[2:]}
+    pace = bench.pace({name: [*common, *flags] for name, flags in networks.items()}, visits=2) | bench.pace({name: [*common, *flags] for name, flags in SIDE_ARMS.items()})
+    steps = lambda minutes, name: max(1, round(60 * minutes / pace[name]))
+    quarter = {name: steps(scale["minutes"] / 4, name) for name in arms}
+    last = {name: steps(scale["minutes"] / 4, whole) for name, (_, whole) in arms.items()}
+    for name, (flags, _) in arms.items():
         for lr in scale["rates"]:
-            bench.arm(f"{name}-lr-{lr:g}", train.main, *common, *flags, "--lr", lr, "--steps", lambda: steps_of[name](1 / 8), "--sample-every", 10**9,
+            bench.arm(f"{name}-lr-{lr:g}", train.main, *common, *flags, "--lr", lr, "--steps", max(1, quarter[name] // 3), "--sample-every", 10**9,
                       before=(name, f"{name}-last"))
         best = lambda: min(scale["rates"], key=lambda lr: bench.log(f"{name}-lr-{lr:g}", "val_loss"))
-        quarter = lambda: max(1, steps_of[name](1 / 4))
-        bench.arm(name, train.main, *common, *flags, "--lr", best, "--steps", lambda: 3 * quarter(), "--save-every", quarter, "--sample-every", quarter,
+        bench.arm(name, train.main, *common, *flags, "--lr", best, "--steps", 3 * quarter[name], "--save-every", quarter[name], "--sample-every", quarter[name],
                   before=(f"{name}-last",))
         # the last quarter of the time, for both: all tokens, half the rate, decaying. [MaskDiT] calls it unmasking tuning
-        last = ["--from", bench.folder / name, "--lr-end", 0.05, "--sample-every", 10**9, "--lr", lambda: best() / 2]
-        bench.arm(f"{name}-last", finetune.main, *last, "--steps", lambda: bench.steps_in(minutes / 4, f"{name}-last", finetune.main, *last))
+        bench.arm(f"{name}-last", finetune.main, "--from", bench.folder / name, "--lr-end", 0.05, "--sample-every", 10**9, "--lr", lambda: best() / 2, "--steps", last[name])
     for name, flags in SIDE_ARMS.items():
-        bench.arm(name, train.main, *common, *flags, "--lr", 1e-3, "--steps", lambda: bench.steps_in(scale["side_arms"], name, train.main, *common, *flags), "--sample-every", 10**9)
+        bench.arm(name, train.main, *common, *flags, "--lr", 1e-3, "--steps", steps(scale["side_arms"], name), "--sample-every", 10**9)
     if not bench.all_trained():
         return
-    points = {name: [f"{name}/{max(1, steps_of[name](1 / 4)) * k:06d}.pt" for k in (1, 2, 3)] + [f"{name}-last/last.pt"] for name in arms}
+    points = {name: [f"{name}/{quarter[name] * k:06d}.pt" for k in (1, 2, 3)] + [f"{name}-last/last.pt"] for name in arms}
     images, _ = holdout(load_images(args.data, args.size, labels=True, seed=args.seed), "0.02", seed=args.seed)
     labels = torch.arange(scale["n"]) % len(images.classes)
     how = dict(steps=scale["calls"], solver="heun", time_grid="edm")
     distances = lambda path: bench.distances(images, path, scale["n"], labels=labels, **how)
     table = [[name, *(show(distances(path)) for path in paths)] for name, paths in points.items()]
+    rates = [[name, f"{pace[name]:.3f}", *(f"{bench.log(f'{name}-lr-{lr:g}', 'val_loss'):.4f}" for lr in scale["rates"])] for name in arms]
     side = [[name, f"{bench.log(name, 'val_loss'):.4f}", f"{bench.log(name, 'step'):.0f}"] for name in SIDE_ARMS]
     bench.write("table.md", "\n".join([
-        f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} class-conditional samples of {scale['calls']} calls, seed {args.seed}, "
-        f"{minutes} minutes of training an arm, the last quarter of both with all tokens at a falling rate.", "",
+        f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} class-conditional samples of {scale['calls']} calls, seed {args.seed}, floor "
+        f"{show(distances(points['half'][-1]), 1)}. {scale['minutes']} minutes of training an arm, the last quarter of both with all tokens at a falling rate.", "",
         markdown(["arm", "1/4 of the time", "1/2", "3/4", "all"], table), "",
+        "The learning rate was chosen by val_loss after a twelfth of the time:", "",
+        markdown(["arm", "seconds a step", *(f"{lr:g}" for lr in scale["rates"])], rates), "",
         f"Short runs of {scale['side_arms']} minutes:", "", markdown(["arm", "val_loss", "steps"], side)]) + "\n")
     few = torch.arange(10) % len(images.classes)
     sheet([(f"{name}, {when}", bench.draw(path, 10, labels=few, **how)) for name, paths in points.items() for when, path in zip(("1/4", "1/2", "3/4", "all"), paths)],
           [], 2).save(bench.folder / "samples.png")
-    guided = [(f"{images.classes[c]}, cfg {scale_}", bench.draw(points["half"][-1], 10, labels=torch.full((10,), c), cfg=scale_, **how))
-              for c in range(min(10, len(images.classes))) for scale_ in (1.5, 4.0)]
-    sheet(guided, [], 2).save(bench.folder / "guidance.png")
+    guided = [(images.classes[c], torch.cat([bench.draw(points["half"][-1], 3, labels=torch.full((3,), c), cfg=s, **how) for s in GUIDANCE])) for c in range(min(10, len(images.classes)))]
+    sheet(guided, [f"cfg {s:g}" if i == 0 else "" for s in GUIDANCE for i in range(3)], 2).save(bench.folder / "guidance.png")
     print(f"wrote samples.png and guidance.png in {bench.folder}")
 
 
@@ -376,13 +388,14 @@ def lmd(args):
     if not weights.exists() and vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--device", args.device, "--out", weights)]):
         raise SystemExit(2)                                                     # it has said why
     common = [*photos, "--space", "latent", "--vae", weights, "--latents", bench.folder / "latents", "--patch", 2, "--model", scale["model"], *scale["train"]]
+    whole = [*common, "--objective", "reconstruct", "--decoder", 4, "--mask", 0.75]
+    pace = bench.pace({"fixed": whole})["fixed"]
     arms = {"fixed": [], "cosine": ["--mask-from", 0.15, "--ramp", "cosine"]}
     for name, flags in arms.items():
-        flags = [*common, "--objective", "reconstruct", "--decoder", 4, "--mask", 0.75, *flags]
         # a ramp's steps cost more while more is visible, so both arms are given the time, not the number of steps
-        steps = bench.steps_in(scale["minutes"], "fixed", train.main, *[*common, "--objective", "reconstruct", "--decoder", 4, "--mask", 0.75])
+        steps = round(60 * scale["minutes"] / pace)
         length = ["--steps", steps] if "steps" in scale else ["--minutes", scale["minutes"]]
-        bench.arm(name, train.main, *flags, *length, "--save-every", max(1, steps // 5), "--sample-every", max(1, steps // 5))
+        bench.arm(name, train.main, *whole, *flags, *length, "--save-every", max(1, steps // 5), "--sample-every", max(1, steps // 5))
     bench.arm("generator", train.main, *common, "--mask", 0.75, *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"]]), before=("generator-whole",))
     bench.arm("generator-whole", finetune.main, "--from", bench.folder / "generator",
               *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"] / 2]))

@@ -402,7 +402,7 @@ REFUSED = [["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "
            ["--lr-end", "2"], ["--amp", "fp16"], ["--batch", "9", "--micro-batch", "4"], ["--data", "nowhere"], ["--val", "2"],
            ["--device", "cuda:99"], ["--device", "foo"], ["--labels", "--data", "FLAT"], ["--patch", "0"], ["--patch", "-8"], ["--lr", "nan"],
            ["--clip", "inf"], ["--minutes", "nan"], ["--decoder", "-1"], ["--recon", "-1"], ["--workers", "-1"], ["--seed", "-1"],
-           ["--label-dropout", "0.3"], ["--label-dropout", "2", "--labels"], ["--recon-target", "noisy"], ["--block", "2"], ["--data", ""],
+           ["--label-dropout", "0.3"], ["--label-dropout", "2", "--labels"], ["--recon-target", "noisy"], ["--block", "2"], ["--policy", "block"], ["--economy", "route"], ["--data", ""],
            ["--val", ""], ["--val", "nowhere"], ["--wd", "-1"], ["--out", "FILE/x"],
            ["--economy", "route", "--skips"], ["--economy", "defer", "--decoder", "1", "--mask", "0.5", "--recon", "0.1"], ["--recipe", "maskdit"],
            ["--ramp-share", "0.5"], ["--ramp", "linear", "--mask-from", "0.1", "--ramp-share", "0"], [*RECONSTRUCT[:2], "--mask", "0.5"],
@@ -480,6 +480,15 @@ def test_every_economy_trains_tunes_and_samples_and_cannot_become_another(photos
     S.main(["--n", "2", "--steps", "2", "--cfg", "2", "--label", "day"])
     with pytest.raises(UserError, match="--economy"):
         finetune.main(["--economy", "route" if economy == "drop" else "drop", "--steps", "1", "--out", "runs/c"])
+
+
+def test_a_stage_without_hidden_tokens_forgets_the_policy_and_refuses_a_new_one(photos):
+    go(photos, "--policy", "block", "--block", 2, "--mask", 0.5, "--steps", 1, "--out", "runs/a")
+    finetune.main(["--steps", "1", "--mask", "0.5", "--out", "runs/b"])
+    finetune.main(["--from", "runs/a", "--steps", "1", "--out", "runs/c"])
+    assert [(read(f"runs/{run}/last.pt")["config"]["policy"], read(f"runs/{run}/last.pt")["config"]["block"]) for run in "bc"] == [("block", 2), ("patch", 4)]
+    with pytest.raises(UserError, match="--policy"):
+        finetune.main(["--from", "runs/a", "--steps", "1", "--policy", "crop", "--out", "runs/d"])
 
 
 def test_a_checkpoint_from_before_an_option_existed_goes_on_with_its_default(photos):
