@@ -311,6 +311,7 @@ HALF = ["--mask", 0.5, "--decoder", 2]
 GUIDANCE = (1.5, 2.0, 3.0, 4.0)                                                 # scales of the picture, the same noise at each
 SIDE_ARMS = {                                                                   # each enough to see that it learns; name -> flags of its own
     "without-reconstruction": HALF,
+    "noisy-target": [*HALF, "--recon", 0.1, "--recon-target", "noisy"],         # as in the arm `half`
     "clean-target": [*HALF, "--recon", 0.1, "--recon-target", "clean"],
     "route": ["--mask", 0.5, "--economy", "route"],
     "defer": ["--mask", 0.75, "--economy", "defer"],
