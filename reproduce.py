@@ -166,7 +166,7 @@ DDM_SCALES = {
     "smoke": dict(steps=20, half=10, model="tiny", train=["--batch", 8, "--sample-every", 20], n=24, few=16, calls=[1, 2, 5], long=[], ddpm=[5, 10], batch=64),
     # 5,400 steps are 30 minutes, 2,700 are 15, on the two quiet cores (0.33 s a step) on which they were chosen
     "cpu": dict(steps=5400, half=2700, model="tiny", train=["--batch", 64, "--sample-every", 900], n=1000, few=500, calls=[1, 2, 5, 10, 20, 50],
-                long=[100, 200], ddpm=[10, 50, 200, 1000], batch=125),
+                long=[100, 200], ddpm=[10, 50, 200, 1000], batch=50),
     "gpu": dict(steps=100_000, half=50_000, model="small", train=["--batch", 256, "--sample-every", 10_000, "--patch", 2], n=10_000, few=10_000,
                 calls=[1, 2, 5, 10, 20, 50], long=[100, 200], ddpm=[10, 50, 200, 1000], batch=500),
 }
@@ -304,7 +304,7 @@ def tasks(args):
 
 MASKDIT_SCALES = {
     "smoke": dict(steps=8, minutes=1, model="tiny", train=["--batch", 4], rates=[1e-3], n=12, calls=3, batch=12, side_arms=1),
-    "cpu": dict(minutes=20, model="tiny", train=["--batch", 64], rates=[5e-4, 1e-3, 2e-3], n=500, calls=39, batch=125, side_arms=3),
+    "cpu": dict(minutes=20, model="tiny", train=["--batch", 64], rates=[5e-4, 1e-3, 2e-3], n=500, calls=39, batch=50, side_arms=2),
     "gpu": dict(minutes=240, model="small", train=["--batch", 256, "--patch", 2], rates=[2e-4, 5e-4, 1e-3], n=10_000, calls=79, batch=500, side_arms=60),
 }
 HALF = ["--mask", 0.5, "--decoder", 2]
