@@ -156,11 +156,12 @@ SAMPLERS = {                                                                    
     "posterior, quadratic": dict(churn=1.0, time_grid="quadratic"),
     "deterministic, quadratic": dict(time_grid="quadratic"),
     "Heun, quadratic": dict(time_grid="quadratic", solver="heun"),
-    "DPM++, quadratic": dict(time_grid="quadratic", solver="dpm++"),
     "DPM++, edm": dict(solver="dpm++", time_grid="edm"),
 }
-GRID_TRIALS = {f"{kind}, {grid}": how | dict(time_grid=grid) for kind, how in (("deterministic", {}), ("Heun", dict(solver="heun")), ("DPM++", dict(solver="dpm++")))
-               for grid in ("uniform", "angle", "split", "edm")} | {"posterior, edm": dict(churn=1.0, time_grid="edm")}     # at ten calls only: the best default?
+GRID_TRIALS = {                                                                 # at ten calls only: which is the best default?
+    f"{kind}, {grid}": how | dict(time_grid=grid) for kind, how in (("deterministic", {}), ("Heun", dict(solver="heun")), ("DPM++", dict(solver="dpm++")))
+    for grid in ("uniform", "angle", "split", "edm")
+} | {"posterior, edm": dict(churn=1.0, time_grid="edm"), "DPM++, quadratic": dict(time_grid="quadratic", solver="dpm++")}
 DDPM_TRIALS = {"deterministic, uniform": dict(time_grid="uniform"), "deterministic, edm": dict(time_grid="edm"), "DPM++, edm": dict(solver="dpm++", time_grid="edm")}
 DDM_SCALES = {
     "smoke": dict(steps=20, half=10, model="tiny", train=["--batch", 8, "--sample-every", 20], n=24, few=16, calls=[1, 2, 5], long=[], ddpm=[5, 10], batch=64),
