@@ -207,6 +207,7 @@ def ddm(args):
               ("prediction: both heads", distances(half(ours), few, steps=best, time_grid="quadratic")),
               ("grid: edm", distances(half(ours), few, steps=best, time_grid="edm")),
               ("solver: DPM++", distances(half(ours), few, steps=best, time_grid="edm", solver="dpm++"))]
+    crossed = [(name, distances(half(name), few, steps=best, time_grid="edm", solver="dpm++")) for name in (ddpm, "vp-linear-unit", "ddm-unit", ours)]
     long = {label: {c: distances(ours, few, steps=c, **SAMPLERS[label]) for c in scale["long"]} for label in ("posterior, uniform", "deterministic, quadratic")}
     baseline |= {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"][-1:]}       # the slowest last
 
@@ -220,7 +221,8 @@ def ddm(args):
             markdown(["", f"{best} calls", *(f"{c} calls" for c in scale["long"])],
                      [[f"`ddm`, {label}", show(cell), *(show(long[label][c]) if label in long else "" for c in scale["long"])] for label, cell in ten.items()]),
             "", f"One change at a time, at {best} calls, {scale['half']} steps of training, {few} samples:", "",
-            markdown(["change", "distances"], [[label, show(cell)] for label, cell in ladder])]
+            markdown(["change", "distances"], [[label, show(cell)] for label, cell in ladder]),
+            "", "Every arm with the last solver and grid:", "", markdown(["arm", "distances"], [[name, show(cell)] for name, cell in crossed])]
     bench.write("table.md", "\n".join(text) + "\n")
     rows = [(f"{arm}, {c} calls", bench.draw(path, 12, steps=c, **how)) for arm, path, how, counts in
             (("ddm", ours, SAMPLERS["DPM++, edm"], scale["calls"]), ("DDPM ancestral", ddpm, dict(churn=1.0), scale["ddpm"])) for c in counts]
@@ -295,7 +297,7 @@ def tasks(args):
             f"(edges, saliency: {tune // 3}), {tune // 2} when tuned from {scale['pre']} masked steps.", "",
             markdown(["arm", "score", "without a network", *(f"{c} call{'s' * (c > 1)}" for c in scale["calls"])], rows)]
     bench.write("table.md", "\n".join(text) + "\n")
-    titles = ["condition", *(f"{c} calls" for c in scale["calls"]), "truth"]
+    titles = ["condition", *(f"{c} call{'s' * (c > 1)}" for c in scale["calls"]), "truth"]
     for name, lines in pictures.items():
         sheet(lines, titles, left=110).save(bench.folder / f"{name}.png")
     print(f"wrote {', '.join(f'{name}.png' for name in pictures)} in {bench.folder}")
