@@ -279,7 +279,7 @@ def tasks(args):
         x, _ = images.take(torch.arange(min(scale["n"], len(images))))
         return pose(task, to_float(x), images.maps, g=seeded(args.seed, 101))
 
-    rows, pictures = [], {}
+    rows, pictures, calls = [], {}, [f"{c} call{'s' * (c > 1)}" for c in scale["calls"]]
     for name, task in arms.items():
         truth, cond = held_out(name, task)
         loaded = bench.model(name)
@@ -295,9 +295,9 @@ def tasks(args):
         pictures[name] = [(f"{name}" if i == 0 else "", strip(cond[i:i + 1], *(few[c][i:i + 1] for c in scale["calls"]), truth[i:i + 1])) for i in range(min(4, len(truth)))]
     text = [f"{args.data} and the built-in faces (at half the size), {args.size} px, {scale['n']} held-out images at most, seed {args.seed}; {tune} steps from scratch "
             f"(edges, saliency: {tune // 3}), {tune // 2} when tuned from {scale['pre']} masked steps.", "",
-            markdown(["arm", "score", "without a network", *(f"{c} call{'s' * (c > 1)}" for c in scale["calls"])], rows)]
+            markdown(["arm", "score", "without a network", *calls], rows)]
     bench.write("table.md", "\n".join(text) + "\n")
-    titles = ["condition", *(f"{c} call{'s' * (c > 1)}" for c in scale["calls"]), "truth"]
+    titles = ["condition", *calls, "truth"]
     for name, lines in pictures.items():
         sheet(lines, titles, left=110).save(bench.folder / f"{name}.png")
     print(f"wrote {', '.join(f'{name}.png' for name in pictures)} in {bench.folder}")
@@ -331,8 +331,8 @@ def maskdit(args):
     bench = Bench("maskdit", args, scale := MASKDIT_SCALES[args.scale])
     common = ["--data", args.data, "--size", args.size, "--model", scale["model"], *scale["train"], "--labels", "--schedule", "edm", "--predict", "unit",
               "--time-sampling", "lognormal", "--lr-end", 1, "--workers", 0]
-    half = [*HALF, "--recon", 0.1, "--recon-target", "noisy"]
-    arms = {"all-tokens": ([], "all-tokens"), "half": (half, "half-whole")}    # flags, and whose pace it has when nothing is hidden
+    half = SIDE_ARMS["noisy-target"]
+    arms = {"all-tokens": ([], "all-tokens"), "half": (half, "half-whole")}     # flags, and whose pace it has when nothing is hidden
     networks = {"all-tokens": [], "half": half, "half-whole": HALF[2:]}
     pace = bench.pace({name: [*common, *flags] for name, flags in networks.items()}, visits=2) | bench.pace({name: [*common, *flags] for name, flags in SIDE_ARMS.items()})
     steps = lambda minutes, name: max(1, round(60 * minutes / pace[name]))
@@ -392,15 +392,14 @@ def lmd(args):
     if not weights.exists() and vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--device", args.device, "--out", weights)]):
         raise SystemExit(2)                                                     # it has said why
     common = [*photos, "--space", "latent", "--vae", weights, "--latents", bench.folder / "latents", "--patch", 2, "--model", scale["model"], *scale["train"]]
-    whole = [*common, "--objective", "reconstruct", "--decoder", 4, "--mask", 0.75]
-    pace = bench.pace({"fixed": whole})["fixed"]
+    guess = [*common, "--objective", "reconstruct", "--decoder", 4, "--mask", 0.75]
+    steps = round(60 * scale["minutes"] / bench.pace({"fixed": guess})["fixed"])
+    # a ramp's steps cost more while more is visible, so both arms are given the time, not the number of steps
+    length = ["--steps", steps] if "steps" in scale else ["--minutes", scale["minutes"]]
     arms = {"fixed": [], "cosine": ["--mask-from", 0.15, "--ramp", "cosine"]}
     for name, flags in arms.items():
-        # a ramp's steps cost more while more is visible, so both arms are given the time, not the number of steps
-        steps = round(60 * scale["minutes"] / pace)
-        length = ["--steps", steps] if "steps" in scale else ["--minutes", scale["minutes"]]
-        bench.arm(name, train.main, *whole, *flags, *length, "--save-every", max(1, steps // 5), "--sample-every", max(1, steps // 5))
-    bench.arm("generator", train.main, *common, "--mask", 0.75, *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"]]), before=("generator-whole",))
+        bench.arm(name, train.main, *guess, *flags, *length, "--save-every", max(1, steps // 5), "--sample-every", max(1, steps // 5))
+    bench.arm("generator", train.main, *common, "--mask", 0.75, *length, before=("generator-whole",))
     bench.arm("generator-whole", finetune.main, "--from", bench.folder / "generator",
               *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"] / 2]))
     if not bench.all_trained():
