@@ -17,6 +17,7 @@ every number measured so far, table.md and the pictures are made from it. Distan
 comparable at equal n.
 """
 import csv
+import functools
 import json
 import shutil
 import time
@@ -69,7 +70,7 @@ class Bench:
         def timed(name, flags):
             folder = self.folder / "timing" / name
             shutil.rmtree(folder, ignore_errors=True)
-            train.main([str(f) for f in (*flags, "--steps", 40, "--sample-every", 10**9, "--threads", self.args.threads, "--device", self.args.device, "--out", folder)])
+            train.main([str(f() if callable(f) else f) for f in (*flags, "--steps", 40, "--sample-every", 10**9, "--threads", self.args.threads, "--device", self.args.device, "--out", folder)])
             with open(folder / "log.csv", newline="") as log:
                 rate = max(float(row["images_per_second"]) for row in csv.DictReader(log))
             return round(json.loads((folder / "config.json").read_text())["batch"] / rate, 5)
@@ -334,30 +335,30 @@ def maskdit(args):
     half = SIDE_ARMS["noisy-target"]
     arms = {"all-tokens": ([], "all-tokens"), "half": (half, "half-whole")}     # flags, and whose pace it has when nothing is hidden
     networks = {"all-tokens": [], "half": half, "half-whole": HALF[2:]}
-    pace = bench.pace({name: [*common, *flags] for name, flags in networks.items()}, visits=2) | bench.pace({name: [*common, *flags] for name, flags in SIDE_ARMS.items()})
-    steps = lambda minutes, name: max(1, round(60 * minutes / pace[name]))
-    quarter = {name: steps(scale["minutes"] / 4, name) for name in arms}
-    last = {name: steps(scale["minutes"] / 4, whole) for name, (_, whole) in arms.items()}
-    for name, (flags, _) in arms.items():
+    pace = functools.cache(lambda: bench.pace({name: [*common, *flags] for name, flags in networks.items()}, visits=2)
+                           | bench.pace({name: [*common, *flags] for name, flags in SIDE_ARMS.items()}))    # when the first arm wants it
+    steps = lambda minutes, name: max(1, round(60 * minutes / pace()[name]))
+    quarter = lambda name: steps(scale["minutes"] / 4, name)
+    for name, (flags, whole) in arms.items():
         for lr in scale["rates"]:
-            bench.arm(f"{name}-lr-{lr:g}", train.main, *common, *flags, "--lr", lr, "--steps", max(1, quarter[name] // 3), "--sample-every", 10**9,
+            bench.arm(f"{name}-lr-{lr:g}", train.main, *common, *flags, "--lr", lr, "--steps", lambda: max(1, quarter(name) // 3), "--sample-every", 10**9,
                       before=(name, f"{name}-last"))
         best = lambda: min(scale["rates"], key=lambda lr: bench.log(f"{name}-lr-{lr:g}", "val_loss"))
-        bench.arm(name, train.main, *common, *flags, "--lr", best, "--steps", 3 * quarter[name], "--save-every", quarter[name], "--sample-every", quarter[name],
+        bench.arm(name, train.main, *common, *flags, "--lr", best, "--steps", lambda: 3 * quarter(name), "--save-every", lambda: quarter(name), "--sample-every", lambda: quarter(name),
                   before=(f"{name}-last",))
         # the last quarter of the time, for both: all tokens, half the rate, decaying. [MaskDiT] calls it unmasking tuning
-        bench.arm(f"{name}-last", finetune.main, "--from", bench.folder / name, "--lr-end", 0.05, "--sample-every", 10**9, "--lr", lambda: best() / 2, "--steps", last[name])
+        bench.arm(f"{name}-last", finetune.main, "--from", bench.folder / name, "--lr-end", 0.05, "--sample-every", 10**9, "--lr", lambda: best() / 2, "--steps", lambda: quarter(whole))
     for name, flags in SIDE_ARMS.items():
-        bench.arm(name, train.main, *common, *flags, "--lr", 1e-3, "--steps", steps(scale["side_arms"], name), "--sample-every", 10**9)
+        bench.arm(name, train.main, *common, *flags, "--lr", 1e-3, "--steps", lambda: steps(scale["side_arms"], name), "--sample-every", 10**9)
     if not bench.all_trained():
         return
-    points = {name: [f"{name}/{quarter[name] * k:06d}.pt" for k in (1, 2, 3)] + [f"{name}-last/last.pt"] for name in arms}
+    points = {name: [f"{name}/{quarter(name) * k:06d}.pt" for k in (1, 2, 3)] + [f"{name}-last/last.pt"] for name in arms}
     images, _ = holdout(load_images(args.data, args.size, labels=True, seed=args.seed), "0.02", seed=args.seed)
     labels = torch.arange(scale["n"]) % len(images.classes)
     how = dict(steps=scale["calls"], solver="heun", time_grid="edm")
     distances = lambda path: bench.distances(images, path, scale["n"], labels=labels, **how)
     table = [[name, *(show(distances(path)) for path in paths)] for name, paths in points.items()]
-    rates = [[name, f"{pace[name]:.3f}", *(f"{bench.log(f'{name}-lr-{lr:g}', 'val_loss'):.4f}" for lr in scale["rates"])] for name in arms]
+    rates = [[name, f"{pace()[name]:.3f}", *(f"{bench.log(f'{name}-lr-{lr:g}', 'val_loss'):.4f}" for lr in scale["rates"])] for name in arms]
     side = [[name, f"{bench.log(name, 'val_loss'):.4f}", f"{bench.log(name, 'step'):.0f}"] for name in SIDE_ARMS]
     bench.write("table.md", "\n".join([
         f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} class-conditional samples of {scale['calls']} calls, seed {args.seed}, floor "
@@ -388,17 +389,21 @@ def lmd(args):
     error at fixed ratios; then a generator in the same latents, trained on a quarter of the tokens and fine-tuned on all."""
     bench = Bench("lmd", args, scale := LMD_SCALES[args.scale])
     photos = ["--data", args.data, "--size", args.size, *(["--gray"] if args.gray else [])]
-    weights = bench.folder / "vae.pt"
-    if not weights.exists() and vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--device", args.device, "--out", weights)]):
-        raise SystemExit(2)                                                     # it has said why
-    common = [*photos, "--space", "latent", "--vae", weights, "--latents", bench.folder / "latents", "--patch", 2, "--model", scale["model"], *scale["train"]]
+
+    def autoencoder():                                                          # trained when the first arm wants it
+        weights = bench.folder / "vae.pt"
+        if not weights.exists() and vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--device", args.device, "--out", weights)]):
+            raise SystemExit(2)                                                 # it has said why
+        return weights
+
+    common = [*photos, "--space", "latent", "--vae", autoencoder, "--latents", bench.folder / "latents", "--patch", 2, "--model", scale["model"], *scale["train"]]
     guess = [*common, "--objective", "reconstruct", "--decoder", 4, "--mask", 0.75]
-    steps = round(60 * scale["minutes"] / bench.pace({"fixed": guess})["fixed"])
+    fifth = lambda: max(1, round(12 * scale["minutes"] / bench.pace({"fixed": guess})["fixed"]))
     # a ramp's steps cost more while more is visible, so both arms are given the time, not the number of steps
-    length = ["--steps", steps] if "steps" in scale else ["--minutes", scale["minutes"]]
+    length = ["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"]]
     arms = {"fixed": [], "cosine": ["--mask-from", 0.15, "--ramp", "cosine"]}
     for name, flags in arms.items():
-        bench.arm(name, train.main, *guess, *flags, *length, "--save-every", max(1, steps // 5), "--sample-every", max(1, steps // 5))
+        bench.arm(name, train.main, *guess, *flags, *length, "--save-every", fifth, "--sample-every", fifth)
     bench.arm("generator", train.main, *common, "--mask", 0.75, *length, before=("generator-whole",))
     bench.arm("generator-whole", finetune.main, "--from", bench.folder / "generator",
               *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"] / 2]))

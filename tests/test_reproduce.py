@@ -59,6 +59,15 @@ def test_one_arm_is_trained_by_itself(tiny_world):
         reproduce.main(["ddm", "--scale", "smoke", "--size", "16", "--threads", "1", "--arm", "no-such"])
 
 
+@pytest.mark.parametrize("claim", reproduce.CLAIMS)
+def test_a_wrong_arm_costs_nothing(claim, tiny_world, monkeypatch):
+    monkeypatch.setattr(train, "train", None)                                   # neither a step of training nor one that is only timed, nor an autoencoder
+    monkeypatch.setattr(vae, "main", None)
+    for scale in ("smoke", "cpu"):
+        with pytest.raises(UserError, match="--arm no-such"):
+            reproduce.main([claim, "--scale", scale, "--arm", "no-such"])
+
+
 def test_arms_differ_in_the_thing_under_test_and_in_nothing_else(tiny_world):
     reproduce.main(["ddm", "--scale", "smoke", "--size", "16", "--threads", "1"])
     configs = {p.parent.name: json.loads(p.read_text()) for p in (tiny_world / "ddm").glob("*/config.json")}
