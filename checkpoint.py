@@ -64,7 +64,7 @@ def save_atomic(value, path):
 def name_newest(out):
     """Write runs/latest, whole or not at all."""
     LATEST.parent.mkdir(exist_ok=True)
-    temporary = LATEST.with_name("latest.tmp")
+    temporary = LATEST.with_name(f"latest.{os.getpid()}.tmp")                  # several runs may save at once, and share this one file
     temporary.write_text(str(out))
     os.replace(temporary, LATEST)
 

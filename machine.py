@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional      # DistributedDataParallel would import it once the group exists, its functions would keep the group
+                                            # as a default argument, and gloo's threads outlive destroy_process_group: one in hundreds of runs
+                                            # then aborts after its last line
 
 from data import UserError
 

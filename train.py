@@ -290,6 +290,7 @@ def train(o, ckpt=None, first=None, stage="train"):
         made = [str(p) for p in (out / "last.pt", out / "loss.png", out / "samples" / f"{step:06d}.png") if p.exists()]
         print(f"{'finished' if step == plan else 'stopped'} at step {step} of {plan or 'a plan not made yet'} after {seconds / 60:.1f} minutes: {', '.join(made)}")
     if world > 1:
+        del model                                                               # or the group and its threads would live on in it
         dist.destroy_process_group()
     if stop:
         raise SystemExit(128 + stop[0])                                         # what a shell expects of a program ended by a signal

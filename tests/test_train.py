@@ -233,13 +233,22 @@ def test_a_truncated_checkpoint_is_refused_and_an_unfinished_one_is_never_seen(p
         train.main(["--out", "runs/a", "--resume"])
 
 
+def test_runs_that_save_at_once_do_not_trip_over_runs_latest(tmp_path):
+    code = "import sys; from checkpoint import name_newest\nfor i in range(2000): name_newest(sys.argv[1])"
+    several = [subprocess.Popen([sys.executable, "-c", code, f"runs/{name}"], stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+               for name in "ab"]
+    errors = [process.communicate()[1] for process in several]
+    assert [process.returncode for process in several] == [0, 0], errors
+    assert Path("runs/latest").read_text() in ("runs/a", "runs/b") and os.listdir("runs") == ["latest"]
+
+
 # --- many processes -------------------------------------------------------------------------------------------------------------------
 
-def torchrun(ranks, *arguments):
+def torchrun(ranks, *arguments, script=ROOT / "train.py"):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={port}", ROOT / "train.py", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={port}", script, *arguments]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 
@@ -256,10 +265,15 @@ def test_k_processes_take_the_same_steps_as_one_with_k_micro_batches(photos, ran
     assert float(rows("runs/many")[-1]["loss"]) == pytest.approx(float(rows("runs/one")[-1]["loss"]), rel=1e-4)
 
 
-def test_accumulation_under_no_sync_is_one_large_step(photos):
-    """2 processes x 2 micro-batches against 1 x 4."""
+def test_accumulation_under_no_sync_is_one_large_step_and_no_thread_outlives_it(photos, tmp_path):
+    """2 processes x 2 micro-batches against 1 x 4. Threads: one of gloo's that still runs while Python ends can abort a finished process."""
     options = ["--data", photos, *TINY, "--batch", "16", "--micro-batch", "4", "--steps", "3", "--amp", "off"]
-    torchrun(2, *options, "--out", "runs/many")
+    script = tmp_path / "threads.py"
+    script.write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.main()\n"
+                      "tasks = '/proc/self/task'\n"
+                      "left = [open(f'{tasks}/{t}/comm').read().strip() for t in os.listdir(tasks)] if os.path.isdir(tasks) else []\n"
+                      "sys.exit(f'still running: {left}' if any('gloo' in name for name in left) else 0)\n")
+    torchrun(2, *options, "--out", "runs/many", script=script)
     train.main([*options, "--out", "runs/one"])
     many, one = read("runs/many/last.pt")["model"], read("runs/one/last.pt")["model"]
     assert all(torch.allclose(many[name], one[name], atol=1e-5, rtol=1e-5) for name in one)
