@@ -21,7 +21,7 @@ import probe
 import train
 from checkpoint import newest, read_checkpoint
 from data import UserError
-from options import Options, check, flag, make_parser, merge, option
+from options import Options, check, flag, make_parser, merge, option, same
 from recipes import settings
 from sample import run
 
@@ -57,7 +57,7 @@ def main(argv=None):
     first = read_checkpoint(source)
     was = lambda name: first["config"].get(name, getattr(Options, name))        # a run from before an option existed has its default
     if asked.probe:
-        same_data = given.get("data", was("data")) == was("data")
+        same_data = same(given.get("data", was("data")), was("data"))
         o = TuneOptions(**({name: was(name) for name in probe.INHERITED if name != "val" or same_data} | given))
         check(o)
         probe.command(o, source)
@@ -70,9 +70,9 @@ def main(argv=None):
         inherited["recon_target"] = was("recon_target")
     if given.get("labels") is False:
         del inherited["label_dropout"]
-    if any(given.get(name, was(name)) != was(name) for name in ("task", "data")):      # maps belong to the task and the data that they were made for
+    if not all(same(given.get(name, was(name)), was(name)) for name in ("task", "data")):     # maps belong to the task and the data that they were made for
         del inherited["targets"]
-    if given.get("data", was("data")) != was("data"):                           # and held-out images to their data
+    if not same(given.get("data", was("data")), was("data")):                    # and held-out images to their data
         del inherited["val"]
     chosen = settings(o.recipe, "finetune", given)
     if not (chosen.get("mask") or chosen.get("mask_from")):                     # nothing is hidden: no policy says what

@@ -180,6 +180,11 @@ def check(o):
 FREE = {"steps", "out", "resume", "save_every", "sample_every", "device", "threads", "workers", "cache_gb", "cache_latents", "latents", "compile", "checkpoint_blocks"}
 
 
+def same(one, other):
+    """Whether two values of an option are one, or two spellings of one file or folder."""
+    return one == other or (isinstance(one, str) and isinstance(other, str) and Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
+
+
 def merge(options, given, stage):
     """The run's options from defaults and command line or, with --resume, from the run itself. -> (options, checkpoint or None).
 
@@ -199,7 +204,7 @@ def merge(options, given, stage):
         raise UserError(f"--resume: {out} was made by {ckpt['meta']['stage']}.py, not by {stage}.py; give the --out of the run to continue")
     for f in dataclasses.fields(options):
         was = ckpt["config"].get(f.name, f.default)                             # an option that is younger than the run had its default
-        if f.name in given and f.name not in FREE and given[f.name] != was:
+        if f.name in given and f.name not in FREE and not same(given[f.name], was):
             raise UserError(f"{flag(f)} {given[f.name]}: the run in {out} has {was}; resume it without this flag "
                             f"(--steps makes it longer), or start another run with another --out")
     if o.steps is not None and o.steps < (ckpt["meta"]["plan"] or 0):

@@ -225,7 +225,7 @@ def ddm(args):
             markdown(["change", "distances"], [[label, show(cell)] for label, cell in ladder]),
             "", "Every arm with the last solver and grid:", "", markdown(["arm", "distances"], [[name, show(cell)] for name, cell in crossed])]
     bench.write("table.md", "\n".join(text) + "\n")
-    rows = [(f"{arm}, {c} calls", bench.draw(path, 12, steps=c, **how)) for arm, path, how, counts in
+    rows = [(f"{arm}, {c} call{'s' * (c > 1)}", bench.draw(path, 12, steps=c, **how)) for arm, path, how, counts in
             (("ddm", ours, SAMPLERS["DPM++, edm"], scale["calls"]), ("DDPM ancestral", ddpm, dict(churn=1.0), scale["ddpm"])) for c in counts]
     sheet(rows, [], 2).save(bench.folder / "samples.png")
     print(f"wrote {bench.folder / 'samples.png'}: the same twelve noises in every row")

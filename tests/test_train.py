@@ -153,6 +153,7 @@ def test_resume_without_a_checkpoint_starts_and_after_the_end_does_nothing(photo
     go(photos, "--steps", 3, "--out", "runs/a", "--resume")
     assert "finished" in capsys.readouterr().out and equal(read("runs/a/last.pt"), before)
     train.main(["--out", "runs/a", "--resume", "--steps", "5"])          # a larger --steps continues it, with the run's own options
+    train.main(["--data", os.path.relpath(photos) + "/", "--out", "runs/a", "--resume"])     # another spelling of its data is the same run
     assert read("runs/a/last.pt")["step"] == 5 and [r["step"] for r in rows("runs/a")] == ["0", "3", "5"]
 
 
