@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from data import UserError
+from console import UserError
 
 VERSION = 1                                                                     # of the layout above
 COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible", "images_per_second"]

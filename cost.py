@@ -21,9 +21,10 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from data import Cifar, Folder, Zip, load_images
+from data import load_images
 from mask import Mask, ratio_at, visible_count
 from schedules import SCHEDULES
+from sources import Cifar, Folder, Zip
 from vae import SPACES
 from vit import Block, ViT
 

@@ -15,9 +15,9 @@ import dataclasses
 import torch
 from tqdm import tqdm
 
-from data import grid, to_float, to_uint8
+from data import grid, seeded, to_float, to_uint8
 from reconstruct import masked_errors, picture, reconstruct
-from sample import restore, sample, seeded
+from sample import restore, sample
 from tasks import TASKS, pose, strip
 
 

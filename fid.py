@@ -35,7 +35,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import Folder, UserError, Zip, command_line, draw_faces, reason, square, to_float
+from console import UserError, command_line, reason, run
+from data import to_float
+from faces import draw_faces
+from machine import pick_device
+from sources import Folder, Zip, square
 
 NAME = "pt_inception-2015-12-05-6726825d.pth"       # by torch.hub's convention a name ends with its file's SHA-256
 SHA = "6726825d"
@@ -439,7 +443,7 @@ def print_proxy(o, a, b):
           f"square and resized to A's {size} x {size}\n  This is not FID. Compare only at the same B, k and size.")
 
 
-def run(o):
+def measure(o):
     """The command's work, from parsed arguments."""
     if o.B is None and (o.proxy or not o.save):
         raise UserError("B is missing: python fid.py A B (A alone goes with --save only)")
@@ -447,10 +451,7 @@ def run(o):
         raise UserError(f"--save {o.save}: wants a name that ends with .npz in a folder that exists, and no --proxy")
     if o.batch < 1 or (o.n is not None and o.n < 2):
         raise UserError("--batch must be at least 1, and --n at least 2")
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(name for name in usable if usable[name]) if o.device == "auto" else o.device
-    if not usable[device]:
-        raise UserError(f"--device {device}: this machine has none; use --device cpu")
+    device = pick_device(o.device)
     sets = {o.A: open_source(o.A, o.n, o.seed)}
     if o.B:
         sets[o.B] = open_source(o.B, o.n, o.seed, min(sets[o.A].picture(0).size) if isinstance(sets[o.A], Pictures) else 32)
@@ -472,17 +473,11 @@ def run(o):
 
 
 def main(argv=None):
-    """The command -> its exit status: 0, or 2 after one line on what to mend."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        try:
-            run(parser().parse_args(argv))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return 0
+        measure(parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

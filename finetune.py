@@ -20,10 +20,9 @@ from dataclasses import dataclass, fields
 import probe
 import train
 from checkpoint import newest, read_checkpoint
-from data import UserError
+from console import UserError, run
 from options import Options, check, flag, make_parser, merge, option, same
 from recipes import settings
-from sample import run
 
 FIXED = ("objective", "predict", "space", "vae", "model", "patch", "skips", "decoder", "economy")  # cannot change: the weights would mean something else
 # What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data import Paired, UserError, flatten, open_images, reason, seeded, square, to_float
+from console import UserError, reason
+from data import seeded, to_float
+from sources import Paired, flatten, open_images, square
 from tasks import draw_holes
 
 

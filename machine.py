@@ -14,7 +14,7 @@ import torch.distributed.nn.functional      # DistributedDataParallel would impo
                                             # as a default argument, and gloo's threads outlive destroy_process_group: one in hundreds of runs
                                             # then aborts after its last line
 
-from data import UserError
+from console import UserError
 
 
 def pick_device(name="auto"):

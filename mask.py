@@ -215,15 +215,5 @@ def picture(side=96, seed=0):
 
 
 if __name__ == "__main__":
-    import argparse
-    parser = argparse.ArgumentParser(description="Draw every mask policy and every ratio schedule.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="mask.png", help="the picture to write")
-    parser.add_argument("--seed", type=int, default=0, help="which masks")
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    args = parser.parse_args()
-    try:
-        picture(seed=args.seed).save(args.out)
-    except (OSError, ValueError, RuntimeError) as error:
-        parser.error(f"--out {args.out}, --seed {args.seed}: {error}")
-    print(f"wrote {args.out}")
+    from console import picture_command
+    picture_command("Draw every mask policy and every ratio schedule.", picture, "mask.png", seed=(0, "which masks"))

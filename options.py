@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from checkpoint import LATEST, newest, read_checkpoint
-from data import UserError, command_line
+from console import UserError, command_line
 from losses import OBJECTIVES, RECON_TARGETS, WEIGHTS
 from mask import POLICIES, RATIOS
 from recipes import RECIPES, settings

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data import UserError, grid, to_uint8
+from console import UserError
+from data import grid, to_uint8
 
 
 def png(pixels):

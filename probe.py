@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import UserError, holdout, load_images, to_float
+from console import UserError
+from data import holdout, load_images, seeded, to_float
 from latents import encode_once
-from sample import build, load, seeded
+from sample import build, load
 
 PIXELS = 16                                                                     # side to which raw pixels are shrunk: 768 numbers, as many as ViT-B's
 NOISE = 0.1                                                                     # b / (a s) for denoisers

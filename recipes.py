@@ -10,7 +10,7 @@ sizes for many GPUs, on *our* network and average: for minutes on a laptop, trai
     lmd       2312.07971   ImageNet at 224 px in the same latents, 49 tokens, the hidden share rises from 15 to 75 %
     ddm       2306.13720   CIFAR-10 in pixels, the constant attenuation, ten steps
 """
-from data import UserError
+from console import UserError
 
 NO_CLIP = 1e6                                                                   # larger than any gradient
 

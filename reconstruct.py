@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import UserError, grid, to_float, to_uint8
+from console import UserError
+from data import grid, to_float, to_uint8
 from losses import build_reconstruction
 from mask import Mask, draw, patchify, unpatchify
 from tasks import image_psnr

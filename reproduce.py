@@ -30,11 +30,12 @@ import finetune
 import train
 import vae
 from checkpoint import read_checkpoint
-from data import UserError, command_line, grid, holdout, load_images, to_float, to_uint8
+from console import UserError, command_line, run
+from data import grid, holdout, load_images, seeded, to_float, to_uint8
 from fid import proxy
 from machine import amp_type
 from reconstruct import masked_errors, picture, reconstruct
-from sample import load, restore, run, sample, seeded
+from sample import load, restore, sample
 from tasks import TASKS, pose, strip
 
 
@@ -392,8 +393,8 @@ def lmd(args):
 
     def autoencoder():                                                          # trained when the first arm wants it
         weights = bench.folder / "vae.pt"
-        if not weights.exists() and vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--device", args.device, "--out", weights)]):
-            raise SystemExit(2)                                                 # it has said why
+        if not weights.exists():
+            vae.main([str(f) for f in (*photos, *scale["vae"], "--seed", args.seed, "--device", args.device, "--out", weights)])
         return weights
 
     common = [*photos, "--space", "latent", "--vae", autoencoder, "--latents", bench.folder / "latents", "--patch", 2, "--model", scale["model"], *scale["train"]]

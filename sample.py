@@ -22,8 +22,6 @@ at every call; where it is larger than the training's images, the network sees o
 Shapes: B batch, C channels; x_t (B, C, H, W); t in [0, 1].
 """
 import math
-import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +31,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import newest, read_checkpoint
-from data import UserError, command_line, seeded, to_uint8
+from console import UserError, command_line, run
+from data import seeded, to_uint8
 from inputs import Inputs
 from machine import amp_type, pick_device
 from pictures import Trace, Writer
@@ -433,21 +432,6 @@ def work_on(args, loaded, label, watch, how):
     for key in scores:
         print(f"{key}: {np.mean(scores[key]):.3f} (without a network {np.mean(baseline[key]):.3f}), the mean over {len(inputs)} pictures")
     return len(inputs), len(inputs)
-
-
-def run(command):
-    """Call a command's main: bad input is one line (per machine) and exit status 2, never a traceback."""
-    try:
-        sys.exit(command())
-    except (UserError, OSError) as error:                                       # OSError: a folder that cannot be written, a full disk
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    except torch.cuda.OutOfMemoryError:
-        print("error: the GPU's memory is full: try a smaller --micro-batch or --checkpoint-blocks (train.py, finetune.py), or --batch (sample.py)",
-              file=sys.stderr)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -303,15 +303,5 @@ def picture(side=64, columns=9, seed=0):
 
 
 if __name__ == "__main__":
-    import argparse
-    parser = argparse.ArgumentParser(description="Draw one image along every schedule.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="schedules.png", help="the picture to write")
-    parser.add_argument("--seed", type=int, default=0, help="which noise")
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    args = parser.parse_args()
-    try:
-        picture(seed=args.seed).save(args.out)
-    except (OSError, ValueError, RuntimeError) as error:
-        parser.error(f"--out {args.out}, --seed {args.seed}: {error}")
-    print(f"wrote {args.out}")
+    from console import picture_command
+    picture_command("Draw one image along every schedule.", picture, "schedules.png", seed=(0, "which noise"))

@@ -236,13 +236,5 @@ def picture(side=96, n=6, seed=0):
 
 
 if __name__ == "__main__":
-    from data import command_line
-    parser = command_line("Draw condition and target of every task.")
-    parser.add_argument("--out", default="tasks.png", help="the picture to write")
-    parser.add_argument("--seed", type=int, default=0, help="which faces and which holes")
-    args = parser.parse_args()
-    try:
-        picture(seed=args.seed).save(args.out)
-    except (OSError, ValueError, RuntimeError) as error:
-        parser.error(f"--out {args.out}, --seed {args.seed}: {error}")
-    print(f"wrote {args.out}")
+    from console import picture_command
+    picture_command("Draw condition and target of every task.", picture, "tasks.png", seed=(0, "which faces and which holes"))

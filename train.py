@@ -33,15 +33,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import VERSION, draw_loss, keep_copy, name_newest, open_log, save_atomic
+from console import UserError, run
 from cost import report
-from data import UserError, holdout, load_images, to_float
+from data import holdout, load_images, seeded, to_float
 from evaluate import look_at
 from latents import encode_once
 from losses import OBJECTIVES
 from machine import amp_type, start_machine
 from mask import draw, ratio_at, visible_count
 from options import Options, check, make_parser, merge
-from sample import Loaded, build, run, seeded
+from sample import Loaded, build
 from schedules import SCHEDULES, times
 from tasks import TASKS, pose
 from vae import SPACES

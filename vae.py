@@ -27,7 +27,9 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from data import UserError, command_line, grid, holdout, load_images, reason, to_float, to_uint8
+from console import UserError, command_line, reason, run
+from data import grid, holdout, load_images, to_float, to_uint8
+from machine import pick_device
 
 
 # --- the autoencoder: names as in diffusers, so that its files load --------------------------------------------------------------
@@ -317,18 +319,16 @@ def parser():
     return p
 
 
-def run(o):
+def make(o):
     """The command's work, from parsed arguments: check, train, write, measure, draw."""
     out, f = Path(o.out), 2 ** (len(PRESETS["tiny"]["widths"]) - 1)
     picture = Path(o.picture or o.out.removesuffix(".pt") + ".png")
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(name for name in usable if usable[name]) if o.device == "auto" else o.device
+    device = pick_device(o.device)
     checks = {f"--{name} {v}: must be positive": 0 < v < math.inf for name, v in vars(o).items()
               if name in ("size", "steps", "minutes", "batch", "lr") and v is not None} | {
         f"--seed {o.seed}: must lie between 0 and 2^32": 0 <= o.seed < 2**32, f"--threads {o.threads}: must be 0 to 1024": 0 <= o.threads <= 1024,
         "--steps and --minutes: give one of them": o.steps is None or o.minutes is None,
         f"--size {o.size}: must be a multiple of {f}, the pixels along a side of one place of the latents": o.size % f == 0,
-        f"--device {device}: this machine has none; use --device cpu": usable[device],
         f"--out {out}: wants a name that ends with .pt, in a folder that exists": out.suffix == ".pt" and out.parent.is_dir(),
         f"--picture {picture}: wants a name that ends with .png, in a folder that exists": picture.suffix == ".png" and picture.parent.is_dir()}
     if not all(checks.values()):
@@ -356,14 +356,8 @@ def run(o):
 
 
 def main(argv=None):
-    """The command -> its exit status: 0, or 2 after one line on what to mend."""
-    try:
-        run(parser().parse_args(argv))
-    except (UserError, OSError, KeyboardInterrupt) as error:                    # OSError: a full disk, a folder that cannot be written
-        print(f"error: {reason(error)}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 2               # as a shell tells a stop by Ctrl-C
-    return 0
+    make(parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -15,8 +15,10 @@ from hypothesis import given, strategies as st
 from PIL import Image, ImageOps
 
 import data
-from data import EXPRESSIONS, UserError, draw_faces, flatten, grid, holdout, load_images, square, to_float, to_uint8
-from faces import PARTS, STYLES, draw_chunk
+from console import UserError
+from data import grid, holdout, load_images, to_float, to_uint8
+from faces import EXPRESSIONS, PARTS, STYLES, draw_chunk, draw_faces
+from sources import flatten, square
 
 
 def noise(h, w, c=3, seed=0):

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 import fid
-from data import UserError
+from console import UserError, run
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -352,6 +352,13 @@ def folder(tmp_path):
     return tmp_path
 
 
+def status(argv):
+    """Run the command -> the exit status that a shell would see."""
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: fid.main(argv))
+    return stop.value.code or 0
+
+
 def test_folder_zip_and_both_npz_layouts_are_the_same_images(folder):
     sources = [fid.open_source(folder / name) for name in ("images", "images.zip", "nhwc.npz", "nchw.npz")]
     for source in sources:
@@ -367,19 +374,19 @@ def test_end_to_end_with_random_weights(folder, weights, capsys, monkeypatch):
     # Two eigenproblems of size 2048 take 10 s and are tested above at small size; here the moments that reach them are looked at.
     monkeypatch.setattr(fid, "frechet", lambda m1, S1, m2, S2: np.abs(m1 - m2).max() + np.abs(S1 - S2).max())
     common = ["--inception", str(weights), "--device", "cpu", "--batch", "2"]
-    assert fid.main([str(folder / "images"), str(folder / "nhwc.npz"), *common, "--n", "3"]) == 0
+    assert status([str(folder / "images"), str(folder / "nhwc.npz"), *common, "--n", "3"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert abs(float(lines[0].removeprefix("FID "))) < 1e-3 and "n 3, protocol pytorch-fid (half-pixel" in lines[1]
     assert "3 images for 2048 features" in err and "not the published" in err and "Traceback" not in err
 
     saved = str(folder / "stats.npz")
-    assert fid.main([str(folder / "images"), "--save", saved, *common]) == 0
+    assert status([str(folder / "images"), "--save", saved, *common]) == 0
     kept = fid.open_source(saved)
     assert kept.n == 8 and kept.protocol == "pytorch-fid" and kept.mu.shape == (2048,) and kept.sigma.dtype == np.float64
     assert np.allclose(kept.sigma, kept.sigma.T) and np.linalg.norm(kept.sigma) > 0
     capsys.readouterr()
-    assert fid.main([str(folder / "images"), saved, *common, "--protocol", "tf1"]) == 2
+    assert status([str(folder / "images"), saved, *common, "--protocol", "tf1"]) == 2
     assert "not comparable" in capsys.readouterr().err
 
 
@@ -398,7 +405,7 @@ def test_without_weights_and_network_two_lines_say_what_to_do(folder, capsys, mo
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.chdir(folder)
-    assert fid.main(["images", "nhwc.npz"]) == 2
+    assert status(["images", "nhwc.npz"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) <= 2 and "Traceback" not in err
     for needed in (fid.NAME, fid.URL, "Name or service not known", "--inception", "--proxy", str(folder / "hub")):
@@ -407,7 +414,7 @@ def test_without_weights_and_network_two_lines_say_what_to_do(folder, capsys, mo
 
 def test_the_proxy_command_prints_three_ratios_and_never_a_line_that_begins_with_fid(folder, capsys):
     np.savez(folder / "large.npz", images=pictures(12, 5, size=24).permute(0, 2, 3, 1).numpy())
-    assert fid.main([str(folder / "images"), str(folder / "large.npz"), "--proxy"]) == 0
+    assert status([str(folder / "images"), str(folder / "large.npz"), "--proxy"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["proxy/random-conv", "proxy/pixel", "proxy/swd"]
     assert all("floor" in line and "ratio" in line for line in lines[:3])
@@ -432,19 +439,16 @@ def test_bad_input_is_one_line_and_status_2(folder, argv, capsys, monkeypatch):
     np.savez("foreign.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez("stats.npz", **vars(stats()))
     np.savez("other.npz", **vars(stats(protocol="pytorch-fid")))
-    try:
-        status = fid.main(argv)
-    except SystemExit as stop:                                          # argparse's own way out
-        status = stop.code
+    code = status(argv)
     out, err = capsys.readouterr()
-    assert status == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ")
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ")
 
 
 def test_two_saved_statistics_need_no_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fid, "load_inception", None)
     np.savez(tmp_path / "a.npz", **vars(stats(seed=0)))
     np.savez(tmp_path / "b.npz", **vars(stats(seed=1)))
-    assert fid.main([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 0
+    assert status([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert close(float(first.split()[1]), fid.fid(stats(seed=0), stats(seed=1)), 1e-4)
 

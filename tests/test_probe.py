@@ -10,7 +10,8 @@ from PIL import Image
 import finetune
 import probe
 import train
-from data import UserError, load_images, to_float
+from console import UserError
+from data import load_images, to_float
 from sample import load
 
 TINY = ["--size", "16", "--patch", "4", "--batch", "8", "--threads", "1", "--val", "0.25", "--workers", "0", "--steps", "2"]

@@ -18,7 +18,7 @@ import train
 import vae
 from conftest import ROOT
 
-LAYERS = [["mask", "schedules", "faces"], ["data"], ["checkpoint", "machine", "pictures", "recipes", "vae", "fid", "tasks", "vit", "losses", "latents"], ["inputs", "reconstruct"],
+LAYERS = [["console"], ["mask", "schedules", "faces", "sources", "machine"], ["data"], ["checkpoint", "pictures", "recipes", "vae", "fid", "tasks", "vit", "losses", "latents"], ["inputs", "reconstruct"],
           ["cost", "options", "sample"], ["evaluate"], ["train", "probe"], ["finetune"], ["reproduce"]]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 OURS = [p for p in sorted(ROOT.glob("*.py"))]

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Images, UserError, to_float
+from console import UserError
+from data import Images, to_float
 from mask import patchify
 from reconstruct import RATIOS, complete, hole_mask, inpaint_hole, masked_errors, masks, picture, reconstruct, report
 from sample import Loaded

@@ -8,7 +8,7 @@ import data
 import reproduce
 import train
 import vae
-from data import UserError
+from console import UserError
 
 
 @pytest.fixture

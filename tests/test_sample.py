@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import sample as S
-from data import UserError
-from sample import GRIDS, SOLVERS, Loaded, denoise, intervals, load, seeded
+from console import UserError
+from data import seeded
+from sample import GRIDS, SOLVERS, Loaded, denoise, intervals, load
 from schedules import SCHEDULES
 from vae import PixelSpace
 from vit import ViT

@@ -10,8 +10,10 @@ from PIL import Image
 
 import sample as S
 import train
-from data import UserError, draw_faces, load_images, to_float, to_uint8
-from sample import Loaded, Tiled, restore, sample, seeded
+from console import UserError
+from data import load_images, seeded, to_float, to_uint8
+from faces import draw_faces
+from sample import Loaded, Tiled, restore, sample
 from schedules import SCHEDULES
 from tasks import TASKS, agree, cut, draw_holes, enlarge, fill_with_mean, fold, gradient, hole_of, mae, max_f, paste, pose, psnr, shrink, small_of, strip
 from vae import PixelSpace

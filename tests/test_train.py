@@ -22,7 +22,7 @@ import train
 import vae
 from checkpoint import save_atomic
 from conftest import ROOT
-from data import UserError
+from console import UserError
 from machine import amp_type
 from options import REFUSALS
 from recipes import RECIPES, settings

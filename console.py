@@ -1,0 +1,59 @@
+"""Console: how every command here speaks to the person who typed it.
+
+The rules. Options are written out, each stands in --help with its default, and what a person can mend is answered by one line that names
+it and says what to do, with exit status 2 and never a traceback: raise UserError wherever it is noticed, `run` prints it. Ctrl-C is 130,
+as a shell expects. A module that draws its own idea does so with `picture_command`.
+"""
+import argparse
+import os
+import sys
+
+import torch
+
+
+class UserError(ValueError):
+    """Something that the user can mend. The message is one line; commands print it and exit with status 2."""
+
+
+def reason(error):
+    """An exception -> a few words on one line."""
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "not an image"                                                   # Pillow's own words name a memory address
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def command_line(description, **settings):
+    """An argument parser as every command here has it: no abbreviations, defaults in --help, bad input is one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, **{"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | settings)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    return parser
+
+
+def run(command):
+    """Call a command's main: bad input is one line (per machine) and exit status 2, never a traceback."""
+    try:
+        sys.exit(command())
+    except (UserError, OSError) as error:                                       # OSError: a folder that cannot be written, a full disk
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {reason(error)}", file=sys.stderr)
+    except torch.cuda.OutOfMemoryError:
+        print("error: the GPU's memory is full: try a smaller --micro-batch or --checkpoint-blocks (train.py, finetune.py), or --batch (sample.py)",
+              file=sys.stderr)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(2)
+
+
+def picture_command(description, draw, out, **numbers):
+    """The command of a module that shows its idea: save the picture draw(**numbers) as --out. numbers: an option each, name=(default, help)."""
+    parser = command_line(description)
+    parser.add_argument("--out", default=out, help="the picture to write")
+    for name, (default, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    given = vars(parser.parse_args())
+    out = given.pop("out")
+    try:
+        draw(**given).save(out)
+    except (OSError, ValueError, RuntimeError) as error:                        # ValueError: Pillow knows no format of that name
+        parser.error(", ".join(f"--{name} {value}" for name, value in (dict(out=out) | given).items()) + f": {reason(error)}")
+    print(f"wrote {out}")
