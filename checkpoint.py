@@ -12,12 +12,18 @@ import csv
 import math
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
-from console import UserError
+from console import UserError, replacing
+
+try:
+    import fcntl
+except ImportError:                                                             # Windows: nothing keeps two processes apart
+    fcntl = None
 
 VERSION = 1                                                                     # of the layout above
 COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible", "images_per_second"]
@@ -53,20 +59,39 @@ def read_checkpoint(path):
 
 def save_atomic(value, path):
     """torch.save that is either the whole new file or the old one, whatever happens in between."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(value, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with replacing(path, shared=False) as file:                                 # a run has one writer: `claim`
+        torch.save(value, file)
 
 
 def name_newest(out):
     """Write runs/latest, whole or not at all."""
     LATEST.parent.mkdir(exist_ok=True)
-    temporary = LATEST.with_name(f"latest.{os.getpid()}.tmp")                  # several runs may save at once, and share this one file
-    temporary.write_text(str(out))
-    os.replace(temporary, LATEST)
+    with replacing(LATEST) as file:
+        file.write(str(out).encode())
+
+
+def claim(out=None):
+    """Make the folder of a run, of a new name when `out` is None, and keep other processes from training there while this one lives.
+    -> its path, and its config.json, which is also the lock: keep it open. UserError when another process is there."""
+    now, k = f"{datetime.now():%Y%m%d-%H%M%S}", 1
+    while True:
+        folder = Path(out or f"runs/{now}{f'-{k}' * (k > 1)}")
+        try:
+            folder.mkdir(parents=True, exist_ok=out is not None)
+            break
+        except FileExistsError:                                                 # two runs began in one second
+            if out is not None:
+                raise UserError(f"--out {out} is no folder; give another name") from None
+            k += 1
+    config = open(folder / "config.json", "a")
+    if fcntl:
+        try:
+            fcntl.lockf(config, fcntl.LOCK_EX | fcntl.LOCK_NB)                  # not flock: worker processes would inherit it and outlive us
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another process is training there; give another --out, or wait for its end") from None
+        except OSError:                                                         # a file system without locks
+            pass
+    return folder, config
 
 
 def keep_copy(path, copy_to):

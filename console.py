@@ -2,11 +2,14 @@
 
 The rules. Options are written out, each stands in --help with its default, and what a person can mend is answered by one line that names
 it and says what to do, with exit status 2 and never a traceback: raise UserError wherever it is noticed, `run` prints it. Ctrl-C is 130,
-as a shell expects. A module that draws its own idea does so with `picture_command`.
+as a shell expects. A module that draws its own idea does so with `picture_command`. What a command writes is there as a whole or not at all:
+`replacing`.
 """
 import argparse
 import os
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -42,6 +45,28 @@ def run(command):
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(2)
+
+
+@contextmanager
+def replacing(path, shared=True):
+    """A file to write. It takes the name `path` when the block has ended well and vanishes when it has not: the name always holds the whole new
+    file or the old one. It is opened at once, so a place that cannot be written is told before the work. shared: other processes may write
+    this name at the same time; then each has a temporary name of its own."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) or "inline_container" in str(error):      # torch.save makes a RuntimeError of a full disk
+            raise UserError(f"{path} cannot be written ({reason(error).partition(' at: ')[0]}): is the disk full?") from error
+        raise
 
 
 def picture_command(description, draw, out, **numbers):

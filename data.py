@@ -100,7 +100,8 @@ class Images:
 
     def decode(self, i):
         """Image i from its file -> array (C + maps, S, S), its row. A file that broke since it was listed gives way to the next one."""
-        for row in self.rows.roll(-i).tolist():
+        for k in range(len(self)):
+            row = int(self.rows[(i + k) % len(self)])
             name = self.source.names[row]
             try:
                 return read(self.source, name, self.size, self.channels == 1), row
@@ -167,7 +168,8 @@ def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=No
     if labels and "" in folders:
         raise UserError(f"{path}: {names[folders.index('')]} lies in no subfolder; with labels every class has one of its own")
     classes = sorted(set(folders))
-    y = torch.tensor([{name: i for i, name in enumerate(classes)}[folder] for folder in folders])
+    number = {name: i for i, name in enumerate(classes)}
+    y = torch.tensor([number[folder] for folder in folders])
 
     cached = n * (channels + maps) * size * size <= cache_gb * 1e9
     pixels = torch.empty(n, channels + maps, size, size, dtype=torch.uint8) if cached else None

@@ -25,6 +25,7 @@ import io
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +33,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from console import UserError, command_line, reason, run
+from console import UserError, command_line, reason, replacing, run
 from data import to_float
 from faces import draw_faces
 from machine import pick_device
-from sources import Folder, Zip, square
+from sources import Folder, Zip, flatten, square
 
 NAME = "pt_inception-2015-12-05-6726825d.pth"       # by torch.hub's convention a name ends with its file's SHA-256
 SHA = "6726825d"
@@ -366,9 +367,11 @@ def proxy(a, b, seed=0):
 
 class Pictures:
     """At most n images, drawn at random (the first n of a sorted folder would be its first class), at their own size:
-    picture(i) is a PIL picture, [i] a uint8 tensor (3, H, W). `read` opens a name."""
+    picture(i) is a PIL picture, [i] a uint8 tensor (3, H, W). `read` opens a name. flat: turned as EXIF says and laid over white where
+    transparent, as in training; else neither, as pytorch-fid reads it (but 16 bits become 8 here: there, they become white)."""
 
-    def __init__(self, names, read, n, seed):
+    def __init__(self, names, read, n, seed, flat=False):
+        self.flat = flat
         keep = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:n]
         self.names, self.read = [names[i] for i in keep.sort().values], read
 
@@ -378,7 +381,8 @@ class Pictures:
     def picture(self, i):
         try:
             with self.read(self.names[i]) as picture:
-                return picture.convert("RGB")       # as pytorch-fid reads it: transparency and EXIF are ignored
+                picture = flatten(ImageOps.exif_transpose(picture)) if self.flat or picture.mode[0] in "IF" else picture
+                return picture.convert("RGB")
         except Exception as error:                  # training may skip a broken image; a measurement must not
             raise UserError(f"{self.names[i]}: cannot be decoded ({reason(error)}); mend or delete it") from error
 
@@ -386,18 +390,23 @@ class Pictures:
         return torch.from_numpy(np.array(self.picture(i))).permute(2, 0, 1)
 
 
-def open_source(path, n=None, seed=0, size=32):
+def open_source(path, n=None, seed=0, size=32, flat=False):
     """A folder, .zip or .npz of images -> Pictures; a .npz of saved statistics -> Statistics; "faces": 2048 drawn ones of `size`
-    pixels, which no training has seen -> Pictures; anything else is a UserError."""
+    pixels, which no training has seen -> Pictures; anything else is a UserError. flat: as in Pictures."""
     if path == "faces":
-        pixels = draw_faces(2048, size, seed=2**20).pixels.permute(0, 2, 3, 1).numpy()
+        try:
+            pixels = draw_faces(2048, size, seed=2**20).pixels.permute(0, 2, 3, 1).numpy()
+        except ValueError as error:
+            raise UserError(f"faces: {error}") from None
         return Pictures(range(len(pixels)), lambda i: Image.fromarray(pixels[i]), n, seed)
     path = Path(path)
-    if path.is_dir() or path.suffix == ".zip":
+    if path.is_dir() or path.suffix.lower() == ".zip":
         source = Folder(path) if path.is_dir() else Zip(path)
         if not source.names:
             raise UserError(f"{path}: holds no images")
-        return Pictures(source.names, source.picture, n, seed)
+        return Pictures(source.names, source.picture, n, seed, flat)
+    if path.suffix.lower() == ".npy":
+        raise UserError(f"{path}: one bare array; give a .npz, which np.savez('images.npz', images=array) writes")
     try:
         with np.load(path) as file:
             arrays = dict(file)
@@ -405,10 +414,14 @@ def open_source(path, n=None, seed=0, size=32):
         raise UserError(f"{path}: is no folder, .zip or .npz that can be read ({reason(error)})") from error
     if "mu" in arrays:
         try:
-            return Statistics(**{key: v if v.ndim else v.item() for key, v in arrays.items()})
+            saved = Statistics(**{key: v if v.ndim else v.item() for key, v in arrays.items()})
         except TypeError:
             raise UserError(f"{path}: statistics without a record of n, protocol and weights are comparable with nothing; "
                             f"make them with python fid.py IMAGES --save {path.name}") from None
+        if saved.protocol not in PROTOCOLS or np.shape(saved.sigma) != (len(saved.mu),) * 2:
+            raise UserError(f"{path}: protocol {saved.protocol}, mean of shape {np.shape(saved.mu)}, covariance {np.shape(saved.sigma)} are no statistics of this "
+                            f"program; make them with python fid.py IMAGES --save {path.name}")
+        return saved
     pixels = arrays.get("images", arrays.get("arr_0", np.empty(0)))
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels) or not {pixels.shape[1], pixels.shape[3]} & {1, 3}:
         raise UserError(f"{path}: wants uint8 images (n, H, W, C) or (n, C, H, W), C 1 or 3, under the key images or arr_0")
@@ -452,20 +465,21 @@ def measure(o):
     if o.batch < 1 or (o.n is not None and o.n < 2):
         raise UserError("--batch must be at least 1, and --n at least 2")
     device = pick_device(o.device)
-    sets = {o.A: open_source(o.A, o.n, o.seed)}
+    sets = {o.A: open_source(o.A, o.n, o.seed, flat=o.proxy)}
     if o.B:
-        sets[o.B] = open_source(o.B, o.n, o.seed, min(sets[o.A].picture(0).size) if isinstance(sets[o.A], Pictures) else 32)
+        sets[o.B] = open_source(o.B, o.n, o.seed, min(sets[o.A].picture(0).size) if isinstance(sets[o.A], Pictures) else 32, o.proxy)
     if o.proxy:
         return print_proxy(o, sets[o.A], sets[o.B])
 
     images = {path: s for path, s in sets.items() if isinstance(s, Pictures)}
-    if images:                                      # two saved statistics need no weights
-        net, weights = load_inception(o.inception)
-        for saved in (s for s in sets.values() if isinstance(s, Statistics)):       # before the long computation, not after it
-            refuse_mixing((saved.protocol, saved.weights), (o.protocol, weights))
-        sets |= {path: statistics(s, net, weights, o.protocol, device, o.batch) for path, s in images.items()}
-    if o.save:
-        np.savez(o.save, **vars(sets[o.A]))
+    with replacing(o.save) if o.save else nullcontext() as file:
+        if images:                                  # two saved statistics need no weights
+            net, weights = load_inception(o.inception)
+            for saved in (s for s in sets.values() if isinstance(s, Statistics)):       # before the long computation, not after it
+                refuse_mixing((saved.protocol, saved.weights), (o.protocol, weights))
+            sets |= {path: statistics(s, net, weights, o.protocol, device, o.batch) for path, s in images.items()}
+        if o.save:
+            np.savez(file, **vars(sets[o.A]))
     if o.B:
         print(f"FID {fid(sets[o.A], sets[o.B]):.4f}")
     for path, s in sets.items():

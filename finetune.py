@@ -15,6 +15,7 @@ better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
 
 Network, objective, schedule, prediction, space, data and batch are the first stage's unless a flag says otherwise.
 """
+import os
 from dataclasses import dataclass, fields
 
 import probe
@@ -24,9 +25,9 @@ from console import UserError, run
 from options import Options, check, flag, make_parser, merge, option, same
 from recipes import settings
 
-FIXED = ("objective", "predict", "space", "vae", "model", "patch", "skips", "decoder", "economy")  # cannot change: the weights would mean something else
+FIXED = ("objective", "predict", "space", "model", "patch", "skips", "decoder", "economy")  # cannot change: the weights would mean something else
 # What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.
-INHERITED = FIXED + ("data", "task", "targets", "val", "seed", "size", "gray", "flip", "policy", "block", "schedule", "weighting", "time_sampling",
+INHERITED = FIXED + ("vae", "data", "task", "targets", "val", "seed", "size", "gray", "flip", "policy", "block", "schedule", "weighting", "time_sampling",
                      "labels", "label_dropout", "latents", "cache_latents", "batch", "micro_batch", "cache_gb", "workers", "amp")
 
 
@@ -41,7 +42,7 @@ class TuneOptions(Options):
 
 
 def main(argv=None):
-    given = vars(make_parser(TuneOptions, __doc__.split("\n")[0]).parse_args(argv))
+    given = vars(make_parser(TuneOptions, __doc__.split("\n")[0], INHERITED).parse_args(argv))
     asked = TuneOptions(**given)
     unread = [flag(f) for f in fields(TuneOptions) if f.name in given and f.name not in probe.READS]
     if asked.probe and unread:
@@ -54,8 +55,11 @@ def main(argv=None):
             return train.resume(o, ckpt, "finetune")
     source = asked.from_ or str(newest())
     first = read_checkpoint(source)
+    first["config"]["vae"] = first["meta"]["vae"]                               # where it lies, not what it was called then
     was = lambda name: first["config"].get(name, getattr(Options, name))        # a run from before an option existed has its default
     if asked.probe:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError("--probe is the work of one process: start it without torchrun")
         same_data = same(given.get("data", was("data")), was("data"))
         o = TuneOptions(**({name: was(name) for name in probe.INHERITED if name != "val" or same_data} | given))
         check(o)
@@ -74,11 +78,16 @@ def main(argv=None):
     if not same(given.get("data", was("data")), was("data")):                    # and held-out images to their data
         del inherited["val"]
     chosen = settings(o.recipe, "finetune", given)
+    if chosen.get("task", was("task")) != "generate":                           # of latents for a task, nothing is kept
+        del inherited["latents"], inherited["cache_latents"]
     if not (chosen.get("mask") or chosen.get("mask_from")):                     # nothing is hidden: no policy says what
         del inherited["policy"], inherited["block"]
+    elif chosen.get("policy", was("policy")) != "block":
+        del inherited["block"]
     length = {} if "steps" in chosen or "minutes" in chosen else dict(minutes=2.0)
     o = TuneOptions(**(inherited | length | chosen | dict(from_=source, out=o.out)))
-    print(f"from {source}, step {first['step']}, {'averaged' if o.weights == 'ema' else 'raw'} weights")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"from {source}, step {first['step']}, {'averaged' if o.weights == 'ema' else 'raw'} weights")
     train.train(o, first=(first[o.weights], first["meta"]), stage="finetune")
 
 

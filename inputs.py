@@ -61,10 +61,12 @@ class Inputs:
         self.random = holes == "random"
         self.holes = Paired(self.source, opened("--holes", holes), "mask", "--holes") if holes and not self.random else None
         self.targets = Paired(self.source, opened("--targets", targets), "target", "--targets") if targets else None
-        if not self.source.names:
+        partners = [set(pairs.names) for pairs in (self.holes, self.targets) if pairs]
+        names = [name for name in self.source.names if all(name in some for some in partners)]         # masks that lie below the pictures are none
+        if not names:
             raise UserError(f"--input {path}: holds no images")
         self.names, skipped = [], []
-        for i, name in enumerate(self.source.names[:n]):
+        for i, name in enumerate(names[:n]):
             try:
                 with self.source.picture(name) as picture:
                     picture.load()
@@ -79,7 +81,12 @@ class Inputs:
             raise UserError(f"--input {path}: none of its pictures can be read")
         stems = [Path(name).stem for _, name in self.names]
         whole = [name.replace("/", "_") if stems.count(stem) > 1 else stem for stem, (_, name) in zip(stems, self.names)]
-        self.outs = [name if whole.count(name) == 1 else f"{name}-{k}" for k, name in enumerate(whole)]
+        self.outs, taken = [], set()
+        for k, name in enumerate(whole):                                        # NAME-compare is written beside NAME, and may be another's name
+            if whole.count(name) > 1 or {name, f"{name}-compare"} & taken:
+                name = f"{name}-{k}"
+            self.outs.append(name)
+            taken |= {name, f"{name}-compare"}
 
     def __len__(self):
         return len(self.names)

@@ -30,10 +30,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from console import UserError, reason
 from data import to_float
 
 try:
-    import fcntl                                                                # POSIX only: elsewhere two processes would both encode
+    import fcntl                                                                # POSIX only: elsewhere two processes would both encode, each its own file
 except ImportError:
     fcntl = None
 
@@ -105,7 +106,7 @@ def fill(path, images, space, flip, device, workers, progress):
     """Make the file `path`, or wait for the process that is making it. -> how many images this call encoded."""
     side = images.size // space.factor
     shape = (space.channels, side, side * (1 + flip))
-    part, row = path.with_suffix(".part"), 4 * int(np.prod(shape))              # bytes of a strip
+    part, row = path.with_suffix(".part" if fcntl else f".{os.getpid()}.part"), 4 * int(np.prod(shape))         # bytes of a strip
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "a+b") as f:
         if fcntl:
@@ -129,7 +130,10 @@ def fill(path, images, space, flip, device, workers, progress):
                 f.flush()
                 os.fsync(f.fileno())
                 bar.update(len(chunk))
-        os.replace(part, path)
+        if fcntl:
+            os.replace(part, path)                                              # while we have the lock
+    if not fcntl:
+        os.replace(part, path)                                                  # Windows renames no open file
     return len(images) - done
 
 
@@ -149,6 +153,9 @@ def encode_once(parts, space, folder, flip, device="cpu", workers=0, progress=Tr
             n = fill(path, everything, space, flip, device, workers, progress)
             if progress and n:
                 print(f"encoded {n} images in {perf_counter() - begun:.1f} s, once for this and later runs: {path}, {path.stat().st_size / 1e6:.0f} MB", flush=True)
-        strips = np.load(path, mmap_mode="r")
+        try:
+            strips = np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({reason(error)}): delete it, it is made again") from None
         done.append(Latents(images, strips, torch.searchsorted(everything.rows, images.rows)))
     return done, CachedSpace(space)

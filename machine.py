@@ -54,10 +54,16 @@ def start_machine(device="auto", threads=0):
     """Join the other processes of torchrun, if there are any, and choose device and threads. -> Machine. UserError for more processes than GPUs."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world > 1 and ":" in device:
+        raise UserError(f"--device {device}: each of {local_world} processes has a GPU of its own; give cuda, or set CUDA_VISIBLE_DEVICES")
+    if world > 1 and device == "mps":
+        raise UserError("--device mps: one process only, many need gloo, which does not know Apple GPUs; use --device cpu, or no torchrun")
     device = pick_device(device)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if local_world > torch.cuda.device_count():
+    if world > 1 and device.type == "mps":                                      # auto
+        device = torch.device("cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else device.index or 0)     # set_device wants a number
+        if world > 1 and local_world > torch.cuda.device_count():
             raise UserError(f"{local_world} processes but {torch.cuda.device_count()} GPU(s): give torchrun --nproc_per_node={torch.cuda.device_count()}")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 from checkpoint import LATEST, newest, read_checkpoint
@@ -100,13 +99,14 @@ def flag(f):
     return "--" + (f.metadata["name"] or f.name).replace("_", "-")
 
 
-def make_parser(options, description):
-    """An argument parser with one flag per field; a field that is not given stays absent, so that "given" can be told from "default"."""
+def make_parser(options, description, inherited=()):
+    """An argument parser with one flag per field; a field that is not given stays absent, so that "given" can be told from "default".
+    inherited: the fields whose default is the first stage's value."""
     parser = command_line(description, argument_default=argparse.SUPPRESS, formatter_class=argparse.HelpFormatter)
     for f in dataclasses.fields(options):
-        kind, choices = f.metadata["kind"], f.metadata["choices"]
+        kind, choices, default = f.metadata["kind"], f.metadata["choices"], "the first stage's" if f.name in inherited else f.default
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=choices and list(choices))
-        parser.add_argument(flag(f), dest=f.name, help=f"{f.metadata['help']} (default: {f.default})", **how)
+        parser.add_argument(flag(f), dest=f.name, help=f"{f.metadata['help']} (default: {default})", **how)
     return parser
 
 
@@ -166,7 +166,8 @@ REFUSALS = [                                                                    
     (lambda o: not (0 <= o.ema < 1 and 0 <= o.beta1 < 1 and 0 <= o.beta2 < 1), "--ema, --beta1 and --beta2 must be in [0, 1)"),
     (lambda o: not 0 <= o.lr_end <= 1, "--lr-end must be in [0, 1]"),
     (lambda o: not 0 <= o.seed < 2**62, "--seed must be at least 0 and have less than 63 bits"),
-    (lambda o: o.workers < 0 or o.threads < 0 or not 0 <= o.cache_gb < math.inf, "--workers, --threads and --cache-gb must be at least 0"),
+    (lambda o: o.workers < 0 or not 0 <= o.cache_gb < math.inf, "--workers and --cache-gb must be at least 0"),
+    (lambda o: not 0 <= o.threads <= 1024, "--threads must be 0 (torch's own choice) to 1024"),
 ]
 
 
@@ -177,7 +178,8 @@ def check(o):
             raise UserError(why)
 
 
-FREE = {"steps", "out", "resume", "save_every", "sample_every", "device", "threads", "workers", "cache_gb", "cache_latents", "latents", "compile", "checkpoint_blocks"}
+FREE = {"steps", "out", "resume", "save_every", "sample_every", "device", "threads", "workers", "cache_gb", "cache_latents", "latents", "compile", "checkpoint_blocks",
+        "vae"}                                                                  # wherever it lies now: its hash says whether it is the one
 
 
 def same(one, other):
@@ -188,15 +190,16 @@ def same(one, other):
 def merge(options, given, stage):
     """The run's options from defaults and command line or, with --resume, from the run itself. -> (options, checkpoint or None).
 
-    A resumed run keeps its own options: one that is given with another value is refused by name, unless it is in FREE."""
+    A resumed run keeps its own options: one that is given with another value is refused by name, unless it is in FREE. A new run
+    without --out has none yet: `checkpoint.claim` names it."""
     o = options(**given)
     o = options(**settings(o.recipe, stage, given))                             # under what was given lies the recipe, under it the defaults
-    out = Path(o.out) if o.out else newest().parent if o.resume and LATEST.exists() else Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    last = out / "last.pt"
-    if not last.exists():
+    out = Path(o.out) if o.out else newest().parent if o.resume and LATEST.exists() else None
+    last = out and out / "last.pt"
+    if not (last and last.exists()):
         if o.resume:
-            print(f"nothing to continue in {out}: starting")
-        return dataclasses.replace(o, out=str(out)), None
+            print(f"nothing to continue{f' in {out}' if out else ''}: starting")
+        return dataclasses.replace(o, out=out and str(out)), None
     if not o.resume:
         raise UserError(f"--out {out} already holds a run: add --resume to continue it, or give another --out")
     ckpt = read_checkpoint(last)
@@ -207,7 +210,8 @@ def merge(options, given, stage):
         if f.name in given and f.name not in FREE and not same(given[f.name], was):
             raise UserError(f"{flag(f)} {given[f.name]}: the run in {out} has {was}; resume it without this flag "
                             f"(--steps makes it longer), or start another run with another --out")
-    if o.steps is not None and o.steps < (ckpt["meta"]["plan"] or 0):
-        raise UserError(f"--steps {o.steps}: the run in {out} has a plan of {ckpt['meta']['plan']} steps; a resumed run can only become longer")
-    kept = ckpt["config"] | ({} if o.steps is None else dict(minutes=None))      # a number of steps replaces the clock
+    steps = given.get("steps")                                                  # o.steps may be the recipe's
+    if steps is not None and steps < (ckpt["meta"]["plan"] or 0):
+        raise UserError(f"--steps {steps}: the run in {out} has a plan of {ckpt['meta']['plan']} steps; a resumed run can only become longer")
+    kept = ckpt["config"] | dict(vae=ckpt["meta"]["vae"]) | ({} if steps is None else dict(minutes=None))      # a number of steps replaces the clock
     return options(**(kept | {k: v for k, v in given.items() if k in FREE} | dict(out=str(out)))), ckpt

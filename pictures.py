@@ -50,7 +50,7 @@ class Writer:
             raise UserError(f"--out {self.out} is a folder; give a name in it")
         else:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.part = self.out.with_name(self.out.name + ".part")
+            self.part = self.out.with_name(f"{self.out.name}.{os.getpid()}.part")        # another process may write this name, too
             open(self.part, "wb").close()                                       # what cannot be written is told now, not after the work
         self.zip = zipfile.ZipFile(self.part, "w") if self.kind == ".zip" else None
 
@@ -105,7 +105,10 @@ class Trace:
         self.loaded, self.keep, self.calls, self.frames, self.result = loaded, keep if path else 0, 0, [], None
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            open(path, "ab").close()
+            new = not Path(path).exists()
+            open(path, "ab").close()                                            # what cannot be written is told now, not after the work
+            if new:
+                Path(path).unlink()
 
     def __call__(self, t, zt, x0):
         self.calls += 1

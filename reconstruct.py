@@ -117,24 +117,29 @@ def hole_mask(hole, square, dilate):
         if grown.min() == 0:
             keep = (grown.flatten() == 0).nonzero()[:, 0]
             return Mask(keep[None], grown.numel()) if len(keep) < grown.numel() else None
-    raise UserError("a hole leaves no token of its image to be seen: make it smaller")
+    raise UserError(f"the hole leaves no square of {square} x {square} pixels whole, and so no token to be seen: make it smaller (a random one: give another --seed)")
 
 
 @torch.no_grad()
-def inpaint_hole(loaded, x, holes, labels=None, dilate=None):
+def inpaint_hole(loaded, x, holes, labels=None, dilate=None, names=None):
     """Fill in missing pixels. What x holds inside its hole has no influence on the result.
 
     x (n, C, H, W) in [-1, 1]; holes (n, 1, H, W) bool, True where pixels are missing. dilate: how far around a hole tokens are hidden,
-    too; 1 when left out, 0 in pixels, where an encoder cannot spread the filling. -> dict of pictures (n, C, H, W) on the CPU: masked, inpainted (known
-    pixels are x's own), original. UserError as `reconstruct`, and when a hole leaves nothing."""
+    too; 1 when left out, 0 in pixels, where an encoder cannot spread the filling. names: of the pictures, for errors. -> dict of pictures
+    (n, C, H, W) on the CPU: masked, inpainted (known pixels are x's own), original. UserError as `reconstruct`, and when a hole leaves nothing."""
     refuse(loaded)
     dilate = int(loaded.space.factor > 1) if dilate is None else dilate
-    done = []
-    for i, (image, hole) in enumerate(zip(x.to(loaded.device), holes.to(loaded.device))):      # one by one: they hide different numbers of tokens
+    done, hidden = [], []
+    for i, hole in enumerate(holes):                                            # all of them before any work
+        try:
+            hidden.append(hole_mask(hole[0], loaded.space.factor * loaded.model.p, dilate))
+        except UserError as error:
+            raise UserError(f"{names[i] if names else f'picture {i}'}: {error}") from None
+    for i, (image, hole, m) in enumerate(zip(x.to(loaded.device), holes.to(loaded.device), hidden)):   # one by one: they hide different numbers of tokens
         known = torch.where(hole, 0.0, image)
         fill = known.sum((1, 2), keepdim=True) / (~hole).sum().clamp(min=1)     # the mean colour of what is known
-        m = hole_mask(hole[0], loaded.space.factor * loaded.model.p, dilate)
         z = loaded.space.encode(torch.where(hole, fill, image)[None])
+        m = m and rows(m, 0, 1, z.device)
         y = None if labels is None else torch.as_tensor(labels)[i:i + 1].to(loaded.device)
         made = loaded.space.decode(complete(loaded, z, m, y))[0].clamp(-1, 1).float()
         done.append([v.cpu() for v in (torch.where(hole, GREY, image), torch.where(hole, made, image), image)])

@@ -63,7 +63,8 @@ def angle(schedule, start, steps):
 
 def split(schedule, start, steps):
     """[DDM, released code] uniform, but with the last interval cut once more, 1e-4 before the end."""
-    return torch.cat([uniform(schedule, start, max(steps - 1, 1))[:-1], torch.tensor([1e-4, 0.0] if steps > 1 else [0.0], dtype=torch.float64)])
+    grid = uniform(schedule, start, max(steps - 1, 1))
+    return grid if steps == 1 else torch.cat([grid[:-1], grid[-2:-1].div(2).clamp(max=1e-4), grid[-1:]])
 
 
 def edm(schedule, start, steps, low=0.002, high=80.0, rho=7):
@@ -108,7 +109,7 @@ SOLVERS = {"analytic": (1, analytic), "heun": (2, heun), "dpm++": (1, dpm)}     
 
 
 def way(solver, time_grid, churn, steps):
-    """What "auto" stands for: the best of seventeen at ten calls, measured on a model of CIFAR-10 (README). Fresh noise wants the analytic step, and
+    """What "auto" stands for: the best of eighteen at ten calls, measured on a model of CIFAR-10 (README). Fresh noise wants the analytic step, and
     few calls the uniform grid: of two on EDM's the second is at noise .002, and nothing is left for it to do."""
     return ("analytic" if churn else "dpm++") if solver == "auto" else solver, ("uniform" if churn or steps < 5 else "edm") if time_grid == "auto" else time_grid
 
@@ -250,16 +251,21 @@ def restore(loaded, cond, **how):
 def build(meta):
     """(model, schedule, space) from a checkpoint's meta: the one place that turns its names into objects."""
     schedule = replace(SCHEDULES[meta["schedule"]], s=meta["data_std"])
+    if meta["vae"] and not Path(meta["vae"]).exists():
+        raise UserError(f"the autoencoder of this model is not at {meta['vae']} any more: say with --vae where it is")
     space = SPACES[meta["space"]](meta["channels"], meta["vae"])
     if space.sha != meta["vae_sha"]:
         raise UserError(f"{meta['vae']} is not the autoencoder that this model was trained with: its SHA-256 begins with {space.sha}, not {meta['vae_sha']}")
     return ViT(schedule, **meta["model"]), schedule, space
 
 
-def load(path=None, weights="ema", device="auto"):
-    """A checkpoint ready for `sample`. path: a .pt file, a run's folder, or None for the newest run; weights: "ema" or "model"."""
+def load(path=None, weights="ema", device="auto", vae=None):
+    """A checkpoint ready for `sample`. path: a .pt file, a run's folder, or None for the newest run; weights: "ema" or "model"; vae: where
+    the autoencoder of a model of latents is, when it has moved."""
     ckpt = read_checkpoint(path or newest())
-    model, schedule, space = build(ckpt["meta"])
+    if vae and not ckpt["meta"]["vae"]:
+        raise UserError(f"--vae {vae}: this model works on pixels; leave it out")
+    model, schedule, space = build(ckpt["meta"] | (dict(vae=vae) if vae else {}))
     model.load_state_dict(ckpt[weights])
     device = pick_device(device)
     meta = dict(task="generate", objective="denoise") | ckpt["meta"] | dict(step=ckpt["step"])
@@ -272,6 +278,7 @@ def parser():
     p = command_line("Sample images from a trained model, or restore your own with one that was trained for a task.")
     p.add_argument("--ckpt", default=None, help="a checkpoint or a run's folder; the newest run when left out")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights or the raw ones")
+    p.add_argument("--vae", default=None, help="the autoencoder of a model of latents, when it is no longer where it was in training")
     p.add_argument("--n", type=int, default=None, help="how many images; 16, or with --input all of them")
     p.add_argument("--steps", type=int, default=10, help="network calls per image")
     p.add_argument("--churn", type=float, default=0.0, help="share of fresh noise per step: 0 deterministic, 1 the posterior")
@@ -338,7 +345,7 @@ def check(args):
 def main(argv=None):
     args = parser().parse_args(argv)
     check(args)
-    loaded = load(args.ckpt, args.weights, args.device)
+    loaded = load(args.ckpt, args.weights, args.device, args.vae)
     classes, task = loaded.meta["classes"], loaded.meta["task"]
     label = None if args.label is None else class_number(args.label, classes)
     seed = args.seed if args.seed >= 0 else int(torch.seed() % 2**31)
@@ -367,6 +374,8 @@ def main(argv=None):
         watch.save(args.trace)
         print(f"wrote {args.trace}: above x_t, scaled to the images' contrast, below the network's guess of x0, at every call")
     calls = watch.calls // batches
+    if args.cfg not in (0, 1) and sum(seen) <= n * calls:
+        print(f"note: no call fell between the noise levels of --cfg-interval {' '.join(map(str, args.cfg_interval))}: nothing was guided")
     passes = f", {sum(seen) / n:g} passes (a guided call takes two, each tile of a large picture its own)" if sum(seen) > n * calls else ""
     print(f"wrote {n} images to {args.out}: {calls} network calls each ({', '.join(way(args.solver, args.time_grid, args.churn, args.steps))} grid){passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
 
@@ -388,7 +397,7 @@ def fill_in(args, loaded, label, seed):
     inputs = list(Inputs(args.input, args.n, loaded.meta["channels"] == 1, args.holes, None, inpaint, side=loaded.meta["size"], seed=seed))
     x, labels = torch.cat([one.x for one in inputs]), None if label is None else torch.full((len(inputs),), label)
     if inpaint:
-        done = inpaint_hole(loaded, x, torch.cat([one.hole for one in inputs]), labels)
+        done = inpaint_hole(loaded, x, torch.cat([one.hole for one in inputs]), labels, names=[one.name for one in inputs])
     else:
         done = reconstruct(loaded, x, loaded.meta["ratio"] if args.ratio is None else args.ratio, seed, labels=labels, batch=args.batch)
     with Writer(args.out) as writer:

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import VERSION, draw_loss, keep_copy, name_newest, open_log, save_atomic
+from checkpoint import VERSION, claim, draw_loss, keep_copy, name_newest, open_log, save_atomic
 from console import UserError, run
 from cost import report
 from data import holdout, load_images, seeded, to_float
@@ -85,7 +85,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     if o.dry_run:
         return print(report(o, network, f"{stage}.py", sys.argv[1:]))
     machine = start_machine(o.device, o.threads)
-    rank, world, device = machine.rank, machine.world, machine.device
+    rank, world, device = machine.rank, machine.world, machine.device           # on a Mac, several processes compute on the CPU
     micro = o.micro_batch or max(1, o.batch // world)
     if o.batch % (micro * world):
         raise UserError(f"--batch {o.batch} cannot be cut into {world} process(es) x --micro-batch {micro}: it must be a multiple of {micro * world}")
@@ -106,7 +106,7 @@ def train(o, ckpt=None, first=None, stage="train"):
 
     # Model: all that a reader of the checkpoint needs to rebuild it is in meta.
     torch.manual_seed(o.seed)
-    space = build(ckpt["meta"])[2] if ckpt else SPACES[o.space](images.channels, o.vae)
+    space = build(ckpt["meta"] | dict(vae=o.vae))[2] if ckpt else SPACES[o.space](images.channels, o.vae)
     if o.size % (space.factor * o.patch):
         raise UserError(f"--size {o.size}: must be a multiple of {space.factor * o.patch}, the autoencoder's factor {space.factor} times --patch {o.patch}")
     if first and space.sha != first[1]["vae_sha"]:
@@ -115,18 +115,28 @@ def train(o, ckpt=None, first=None, stage="train"):
     ratio_of = lambda progress: ratio_at(o.ramp, progress, o.mask if o.mask_from is None else o.mask_from, o.mask, share=o.ramp_share)
     if o.objective == "reconstruct" and visible_count(h * w, min(ratio_of(0), ratio_of(1))) == h * w:
         raise UserError(f"--mask, --mask-from: {min(ratio_of(0), ratio_of(1))} hides none of {h * w} tokens, and --objective reconstruct needs one")
+    out, config, trouble = None, None, None                                     # one process has the run's folder; all hear when it cannot
+    if rank == 0:
+        try:
+            out, config = claim(o.out)
+        except (UserError, OSError) as error:
+            trouble = error
+    if machine.from_first(trouble is not None):
+        raise trouble or SystemExit(2)
+    o = dataclasses.replace(o, out=str(out))
     shown, _ = held_out.take(torch.arange(min(len(held_out), 8)))               # as pictures, for the grid of a reconstruction
     if o.space == "latent" and o.cache_latents and o.task == "generate":   # (a condition is made of pixels)
         (images, held_out), space = encode_once([images, held_out], space, o.latents, o.flip, device, o.workers)
+    vae = o.vae and str(Path(o.vae).resolve())                                  # to be found from another working folder
     if ckpt:
-        meta = ckpt["meta"]
+        meta = ckpt["meta"] | dict(vae=vae)
     else:
         some, _ = images.take(torch.arange(min(len(images), 1024)))
         some, _ = pose(o.task, to_float(some), images.maps, g=seeded(o.seed, 8))                # what diffusion runs on: its size is measured
         same_kind = first and TASKS[first[1].get("task", "generate")].exact == TASKS[o.task].exact     # pictures then and now, or one kind of map
         meta = dict(stage=stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
-                    schedule=o.schedule, predict=o.predict, space=o.space, task=o.task, channels=images.channels, size=o.size, classes=classes, vae=o.vae, vae_sha=space.sha,
-                    data_std=first[1]["data_std"] if same_kind else space.encode(some.to(device)).double().square().mean().sqrt().item(),
+                    schedule=o.schedule, predict=o.predict, space=o.space, task=o.task, channels=images.channels, size=o.size, classes=classes, vae=vae, vae_sha=space.sha,
+                    data_std=first[1]["data_std"] if same_kind else space.encode(some.to(device)).cpu().double().square().mean().sqrt().item(),
                     model=network(o, images.channels, space, len(classes)), plan=None, skipped=0, shards=world * accumulate)
     net, schedule, whole_space = build(meta)                                    # with an encoder, whatever `space` has instead
     if first:
@@ -145,7 +155,9 @@ def train(o, ckpt=None, first=None, stage="train"):
         scaler.load_state_dict(ckpt["scaler"])
         torch.set_rng_state(ckpt["rng"])                                        # ours need none: this is for your own dropout
         step, seconds = ckpt["step"], ckpt["seconds"]
-    if o.compile:
+    if o.compile:                                                               # a ramp has 8 numbers of tokens, and skips, routes and decoders
+        torch._dynamo.config.cache_size_limit = 64                              # see them in different shapes: the default of 8 would leave
+        torch._dynamo.config.accumulated_cache_size_limit = 512                 # the last ones, silently, uncompiled
         for block in net.all_blocks():
             block.compile(dynamic=False)
     model = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else net
@@ -154,7 +166,6 @@ def train(o, ckpt=None, first=None, stage="train"):
     plan = o.steps or meta["plan"]
     minutes = o.minutes or (None if o.steps else 4.0)
     when = o.time_sampling if o.objective == "denoise" else "zero"              # a reconstruction has no time: t = 0, where x_t is the image
-    out = Path(o.out)
 
     def save(numbered):
         save_atomic(dict(version=VERSION, config=dataclasses.asdict(o), meta=meta | dict(plan=plan, skipped=skipped), step=step, images=step * o.batch, seconds=seconds,
@@ -172,8 +183,10 @@ def train(o, ckpt=None, first=None, stage="train"):
     looked = 0.0                                                                # seconds that one look at the model costs: for the plan
     if rank == 0:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(o) | dict(stage=stage), indent=1))
-        log = open_log(out / "log.csv", step)
+        config.truncate(0)
+        config.write(json.dumps(dataclasses.asdict(o) | dict(stage=stage), indent=1))
+        config.flush()
+        log = open_log(out / "log.csv", step if ckpt else -1)
         counts = sorted({visible_count(h * w, ratio_of(i / 1000)) for i in range(1001)})
         print(f"{len(images)} images of {o.data} at {o.size} px ({len(held_out)} held out); {o.model} model, "
               f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters\n"
@@ -241,7 +254,8 @@ def train(o, ckpt=None, first=None, stage="train"):
             if norm > o.clip:                                                   # (clip_grad_norm_ multiplies by 1 otherwise: 5 % of a masked step)
                 torch._foreach_mul_(gradients, o.clip / norm)
             scaler.step(optimizer)
-            torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - min(o.ema, (1 + step) / (10 + step)))
+            with torch.no_grad():                                               # or every average would remember all the ones before it
+                torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - min(o.ema, (1 + step) / (10 + step)))
             loss_sum, counted, in_a_row = loss_sum + loss_now, counted + 1, 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
@@ -263,9 +277,7 @@ def train(o, ckpt=None, first=None, stage="train"):
             left = (60 * minutes - seconds - looked) / (each + looked / o.sample_every)
             plan = step + max(1, int(machine.from_first(left)))
             bar.total = plan
-        if world == 1 or step % LOG_EVERY == 0:
-            ended = bool(machine.reduce(bool(stop) or (minutes is not None and rank == 0 and seconds > 66 * minutes), dist.ReduceOp.MAX))
-        ended = ended or step == plan
+        ended = bool(machine.reduce(bool(stop) or (minutes is not None and rank == 0 and seconds > 66 * minutes), dist.ReduceOp.MAX)) or step == plan
 
         look, keep = step % o.sample_every == 0 or ended, step % o.save_every == 0
         if step % LOG_EVERY == 0 or look or keep:                               # a checkpoint falls on a line of the log: nothing is summed over it
@@ -288,6 +300,7 @@ def train(o, ckpt=None, first=None, stage="train"):
         signal.signal(number, handler)
     if rank == 0:
         log.close()
+        config.close()                                                          # and with it the lock
         made = [str(p) for p in (out / "last.pt", out / "loss.png", out / "samples" / f"{step:06d}.png") if p.exists()]
         print(f"{'finished' if step == plan else 'stopped'} at step {step} of {plan or 'a plan not made yet'} after {seconds / 60:.1f} minutes: {', '.join(made)}")
     if world > 1:

@@ -15,7 +15,6 @@ Shapes: B batch, C channels of the image, L of the latent (4), f = 2^(stages - 1
 """
 import hashlib
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from console import UserError, command_line, reason, run
+from console import UserError, command_line, reason, replacing, run
 from data import grid, holdout, load_images, to_float, to_uint8
 from machine import pick_device
 
@@ -329,8 +328,8 @@ def make(o):
         f"--seed {o.seed}: must lie between 0 and 2^32": 0 <= o.seed < 2**32, f"--threads {o.threads}: must be 0 to 1024": 0 <= o.threads <= 1024,
         "--steps and --minutes: give one of them": o.steps is None or o.minutes is None,
         f"--size {o.size}: must be a multiple of {f}, the pixels along a side of one place of the latents": o.size % f == 0,
-        f"--out {out}: wants a name that ends with .pt, in a folder that exists": out.suffix == ".pt" and out.parent.is_dir(),
-        f"--picture {picture}: wants a name that ends with .png, in a folder that exists": picture.suffix == ".png" and picture.parent.is_dir()}
+        f"--out {out}: wants a name that ends with .pt, in a folder that exists": out.suffix == ".pt" and out.parent.is_dir() and not out.is_dir(),
+        f"--picture {picture}: wants a name that ends with .png, in a folder that exists": picture.suffix == ".png" and picture.parent.is_dir() and not picture.is_dir()}
     if not all(checks.values()):
         raise UserError(next(message for message, good in checks.items() if not good))
     torch.set_num_threads(o.threads or torch.get_num_threads())
@@ -340,11 +339,11 @@ def make(o):
     images, held_out = holdout(images, 0.1, o.seed)
     torch.manual_seed(o.seed)                                                   # of the first weights
     vae = AutoencoderKL(**PRESETS["tiny"], channels=images.channels).to(device)
-    steps = train(vae, images, o, device)
-    mean, std = latent_statistics(vae, (to_float(images.take(some)[0]).to(device) for some in torch.arange(min(len(images), 4096)).split(256)))
-    space, temporary = LatentSpace(vae, mean, std), out.with_name(out.name + ".tmp")
-    torch.save(dict(config=vae.config, model={k: v.cpu() for k, v in vae.state_dict().items()}, mean=mean, std=std), temporary)
-    os.replace(temporary, out)                                                  # the file is whole or the old one
+    with replacing(out) as file:
+        steps = train(vae, images, o, device)
+        mean, std = latent_statistics(vae, (to_float(images.take(some)[0]).to(device) for some in torch.arange(min(len(images), 4096)).split(256)))
+        torch.save(dict(config=vae.config, model={k: v.cpu() for k, v in vae.state_dict().items()}, mean=mean, std=std), file)
+    space = LatentSpace(vae, mean, std)
     fit, x = (to_float(some.take(range(min(len(some), 1024)))[0]) for some in (images, held_out))
     again, k = space.decode(space.encode(x.to(device))).cpu(), min(8, len(x))
     rows = [row for pair in zip(x[:32].split(k), again[:32].split(k)) for row in pair if len(row) == k]

@@ -167,8 +167,8 @@ class ViT(nn.Module):
         self.embed_cond = nn.Linear(patch * patch * cond_channels, first, bias=False) if cond_channels else None
         self.embed_time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_class = nn.Embedding(classes, width) if classes else None
-        first_out = depth - depth // 2 if skips else depth                      # blocks from here on receive a long skip
-        self.blocks = nn.ModuleList(Block(width, heads, width, skip=i >= first_out) for i in range(depth))
+        self.arms = (depth - 1) // 2 if skips else 0                            # [U-ViT] first blocks, a middle of one or two, last blocks
+        self.blocks = nn.ModuleList(Block(width, heads, width, skip=i >= depth - self.arms) for i in range(depth))
         self.decoder = None
         if decoder:                                                             # [MaskDiT] connector, mask token, light blocks
             self.connect_ada = nn.Linear(width, 2 * width)
@@ -215,7 +215,7 @@ class ViT(nn.Module):
         stack = []
         for number, block in enumerate(self.blocks[i:j], i):
             u = self.run(block, u, c) if block.skip is None else self.run(block, u, c, stack.pop())
-            if number < len(self.blocks) // 2:
+            if number < self.arms:
                 stack.append(u)
         return u
 

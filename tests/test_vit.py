@@ -201,6 +201,21 @@ def test_long_skips_carry_the_first_half_into_the_second():
     assert not torch.allclose(block(u, c, torch.randn_like(u)), block(u, c, torch.randn_like(u)))
 
 
+@pytest.mark.parametrize("depth", range(1, 8))
+def test_a_long_skip_joins_blocks_that_lie_as_far_from_the_ends_and_are_not_neighbours(depth):
+    """[U-ViT] block i feeds block depth - 1 - i. Of two neighbours the second would be given its own input twice."""
+    net, outputs, joined = awake(skips=True, depth=depth), [], {}
+    for number, block in enumerate(net.blocks):
+        def look(module, given, out, number=number):
+            if len(given) == 3:
+                joined[number] = [i for i, u in enumerate(outputs) if torch.equal(u, given[2])]
+                assert not torch.equal(given[0], given[2])
+            outputs.append(out)
+        block.register_forward_hook(look)
+    net(torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.6]))
+    assert joined == {depth - 1 - i: [i] for i in range((depth - 1) // 2)}
+
+
 def test_positions_are_distinct_and_fixed():
     u = positions(16, 16, 64, torch.device("cpu"))
     assert u.shape == (256, 64) and torch.cdist(u, u).add(torch.eye(256) * 9).min() > 0.1
