@@ -370,6 +370,19 @@ def test_folder_zip_and_both_npz_layouts_are_the_same_images(folder):
     assert fid.open_source(folder / "gray.npz")[0].shape == (3, 8, 8)
 
 
+def test_sixteen_bits_are_scaled_and_a_proxy_sees_what_training_sees(tmp_path):
+    """Read as pytorch-fid reads them, 16 bits would all be white."""
+    Image.fromarray(np.full((8, 8), 32896, np.uint16)).save(tmp_path / "deep.png")
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    clear.save(tmp_path / "glass.png")
+    for flat, glass in ((False, 0), (True, 255)):
+        deep, clear = (fid.open_source(tmp_path, flat=flat)[i] for i in (0, 1))
+        assert deep.unique().tolist() == [128] and clear.unique().tolist() == [glass]
+    with zipfile.ZipFile(tmp_path / "A.ZIP", "w") as archive:
+        archive.write(tmp_path / "deep.png", "deep.png")
+    assert len(fid.open_source(tmp_path / "A.ZIP")) == 1
+
+
 def test_end_to_end_with_random_weights(folder, weights, capsys, monkeypatch):
     # Two eigenproblems of size 2048 take 10 s and are tested above at small size; here the moments that reach them are looked at.
     monkeypatch.setattr(fid, "frechet", lambda m1, S1, m2, S2: np.abs(m1 - m2).max() + np.abs(S1 - S2).max())
@@ -426,7 +439,8 @@ def test_the_proxy_command_prints_three_ratios_and_never_a_line_that_begins_with
     ["images"], ["images", "nowhere"], ["images", "--proxy"], ["images", "empty"], ["images", "text.txt"], ["images", "broken.npz"],
     ["images", "float.npz"], ["images", "foreign.npz", "--proxy"], ["images", "broken.zip"], ["bad", "images", "--proxy"],
     ["images", "images", "--inception", "nowhere.pth"], ["images", "--save", "x.pt"], ["images", "--save", "no/x.npz"],
-    ["images", "images", "--proxy", "--save", "x.npz"],
+    ["images", "images", "--proxy", "--save", "x.npz"], ["stats.npz", "--save", "folder.npz"], ["images", "one.npy"], ["small", "faces", "--proxy"],
+    ["stats.npz", "shape.npz"], ["stats.npz", "protocol.npz"],
     ["images", "images", "--batch", "0"], ["images", "images", "--n", "1"], ["stats.npz", "images", "--proxy"],
     ["stats.npz", "other.npz"], ["images", "images", "--n", "two"], ["images", "images", "--prox"], []])
 def test_bad_input_is_one_line_and_status_2(folder, argv, capsys, monkeypatch):
@@ -439,6 +453,12 @@ def test_bad_input_is_one_line_and_status_2(folder, argv, capsys, monkeypatch):
     np.savez("foreign.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez("stats.npz", **vars(stats()))
     np.savez("other.npz", **vars(stats(protocol="pytorch-fid")))
+    np.save("one.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    np.savez("shape.npz", **vars(stats()) | dict(sigma=np.eye(2)))
+    np.savez("protocol.npz", **vars(stats()) | dict(protocol="xx"))
+    (folder / "folder.npz").mkdir()
+    (folder / "small").mkdir()
+    Image.new("RGB", (4, 4)).save("small/0.png")
     code = status(argv)
     out, err = capsys.readouterr()
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import latents
+from console import UserError
 from data import Images, holdout, to_float
 from latents import CachedSpace, Latents, encode_once
 from vae import AutoencoderKL, LatentSpace
@@ -155,6 +156,22 @@ def test_many_processes_encode_once_and_all_read_it(tmp_path):
         assert os.waitpid(child, 0)[1] == 0
     told = np.array([np.load(p) for p in tmp_path.glob("*.npy")])
     assert sorted(told[:, 0]) == [0, 0, 2 * N] and len(set(told[:, 1])) == 1 and len(files(tmp_path / "latents")) == 1
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    encode_once([images()], space(), tmp_path, True)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="delete it"):
+        encode_once([images()], space(), tmp_path, True)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_without_locks_the_file_is_the_same(tmp_path, monkeypatch, locks):
+    if not locks:
+        monkeypatch.setattr(latents, "fcntl", None)                             # as on Windows
+    encode_once([images()], space(), tmp_path / "a", True)
+    assert [p.suffix for p in (tmp_path / "a").iterdir()] == [".npy"]
 
 
 def test_images_left_on_disk_are_known_by_their_files(tmp_path):

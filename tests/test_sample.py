@@ -131,7 +131,7 @@ def test_the_loop_computes_what_the_propagation_says(name):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("steps", [1, 2, 10])
+@pytest.mark.parametrize("steps", [1, 2, 10, 20_000])
 def test_grids_fall_from_the_start_to_zero_in_the_stated_number_of_steps(grid, name, steps):
     schedule = replace(SCHEDULES[name], s=0.5)
     ts = GRIDS[grid](schedule, 1.0, steps)

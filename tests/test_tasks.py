@@ -411,6 +411,17 @@ def test_a_broken_picture_is_named_and_skipped_and_names_never_collide(own, caps
     said = capsys.readouterr()
     assert "skipped 1 of 6 pictures that could not be read: broken.png" in said.err and "wrote 5 images" in said.out
     assert len(list((own / "out").iterdir())) == 10
+    Image.open("mine/f0.png").save("mine/f1-compare.png")                       # what stands beside f1 has this name
+    S.main(["--ckpt", "sr", "--input", "mine", "--out", "again", "--steps", "1"])
+    assert "wrote 6 images" in capsys.readouterr().out and len(list((own / "again").iterdir())) == 12
+
+
+def test_masks_that_lie_below_the_pictures_are_no_pictures(own, capsys):
+    (own / "mine" / "masks").mkdir()
+    for i in range(3):
+        mask(own / "mine" / "masks" / f"f{i}.png")
+    S.main(["--ckpt", "ip", "--input", "mine", "--holes", "mine/masks", "--out", "out", "--steps", "1"])
+    assert "wrote 3 images" in capsys.readouterr().out
 
 
 def test_holes_and_targets_are_checked_before_anything_is_computed(own, monkeypatch):

@@ -20,12 +20,14 @@ import finetune
 import sample as S
 import train
 import vae
-from checkpoint import save_atomic
+import machine
+from checkpoint import claim, save_atomic
 from conftest import ROOT
 from console import UserError
 from machine import amp_type
-from options import REFUSALS
+from options import REFUSALS, merge
 from recipes import RECIPES, settings
+from sample import Loaded
 from vae import PixelSpace
 from vit import ECONOMIES, ViT
 
@@ -113,11 +115,29 @@ def test_the_sample_grid_of_a_run_is_what_sample_py_draws_from_its_checkpoint(ph
     assert (np.asarray(Image.open("again.png")) == np.asarray(Image.open("runs/a/samples/000004.png"))).all()
 
 
-def test_classes_are_kept_in_the_checkpoint(photos):
+def test_classes_are_kept_in_the_checkpoint(photos, capsys):
     go(photos, "--steps", 3, "--labels", "--out", "runs/a")
     assert read("runs/a/last.pt")["meta"]["classes"] == ["day", "night"]
     S.main(["--label", "night", "--cfg", "2", "--n", "2", "--steps", "2", "--out", "night"])
     assert len(list(Path("night").iterdir())) == 2
+    capsys.readouterr()
+    S.main(["--label", "night", "--cfg", "2", "--n", "2", "--steps", "2"])
+    assert "nothing was guided" not in capsys.readouterr().out
+    S.main(["--label", "night", "--cfg", "2", "--n", "2", "--steps", "2", "--cfg-interval", "1e8", "1e9"])
+    assert "nothing was guided" in capsys.readouterr().out
+
+
+def test_the_second_stage_forgets_blocks_with_their_policy(photos):
+    go(photos, "--steps", 1, "--mask", 0.5, "--policy", "block", "--block", 2, "--out", "runs/a")
+    finetune.main(["--from", "runs/a", "--steps", "1", "--policy", "patch", "--mask", "0.5", "--out", "runs/b"])
+    assert read("runs/b/last.pt")["config"]["policy"] == "patch"
+
+
+def test_help_says_what_the_second_stage_inherits(capsys):
+    with pytest.raises(SystemExit):
+        finetune.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the side (default: the first stage's)" in said.replace("resized to this side", "the side") and "(default: faces)" not in said
 
 
 def test_training_learns():
@@ -125,6 +145,25 @@ def test_training_learns():
     train.main(["--size", "16", "--steps", "100", "--mask", "0.5", "--batch", "32", "--out", "runs/a", "--seed", "1", "--threads", "1"])
     values = [float(r["val_loss"]) for r in rows("runs/a") if r["val_loss"]]
     assert values[0] > 1 and values[-1] < 0.75
+
+
+def test_the_average_keeps_no_history(photos, monkeypatch):
+    """An average that autograd watched would remember all of its steps: memory would grow until the machine has none."""
+    kept = []
+    monkeypatch.setattr(train, "Loaded", lambda averaged, *rest: (kept.append(averaged), Loaded(averaged, *rest))[1])
+    go(photos, "--steps", 3, "--out", "runs/a")
+    assert kept and not any(q.requires_grad or q.grad_fn for q in kept[-1].parameters())
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_alone(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_atomic({"x": torch.zeros(3)}, path)
+    before = path.read_bytes()
+    for error in (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 31401024 vs 31400912"), OSError(28, "No space left on device")):
+        monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(error))
+        with pytest.raises(UserError, match="last.pt cannot be written"):
+            save_atomic({"x": torch.ones(3)}, path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------------------------
@@ -163,6 +202,37 @@ def test_a_resume_that_would_be_another_run_is_refused_by_name(photos, change, w
     train.main(["--data", photos, *TINY, "--steps", "3", "--out", "runs/a"])
     with pytest.raises(UserError, match=word):
         train.main(["--out", "runs/a", "--resume", *change])
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_a_log_of_its_own(photos):
+    go(photos, "--steps", 3, "--out", "runs/a")
+    Path("runs/a/last.pt").unlink()
+    go(photos, "--steps", 3, "--out", "runs/a", "--resume")
+    assert [r["step"] for r in rows("runs/a")] == ["0", "3"]
+
+
+def test_a_resumed_run_of_minutes_does_not_take_its_recipes_steps_for_the_users(photos):
+    go(photos, "--steps", 2, "--out", "runs/a")
+    ckpt = read("runs/a/last.pt")
+    ckpt["config"] |= dict(recipe="ddm", steps=None, minutes=60.0)
+    ckpt["meta"]["plan"] = 10**8                                        # more than the recipe's steps
+    save_atomic(ckpt, Path("runs/a/last.pt"))
+    o, _ = merge(train.Options, dict(recipe="ddm", out="runs/a", resume=True), "train")
+    assert (o.minutes, o.steps) == (60.0, None)
+
+
+def test_two_runs_never_share_a_folder(photos):
+    """Two that begin in the same second get two names; a second one in the folder of a running one is refused before any work."""
+    assert claim()[0] != claim()[0]
+    process = start(photos, "--steps", "100000", "--out", "runs/busy", "--sample-every", "100000", "--save-every", "20")
+    wait_for_step("runs/busy", 20, process)
+    try:
+        with pytest.raises(UserError, match="another process is training there"):
+            go(photos, "--steps", 100000, "--out", "runs/busy", "--resume")
+    finally:
+        process.kill()
+        process.wait()
+    assert claim("runs/busy")[0] == Path("runs/busy")                   # its lock ended with it, however it ended
 
 
 def test_an_existing_run_is_not_overwritten(photos):
@@ -241,6 +311,27 @@ def test_runs_that_save_at_once_do_not_trip_over_runs_latest(tmp_path):
     errors = [process.communicate()[1] for process in several]
     assert [process.returncode for process in several] == [0, 0], errors
     assert Path("runs/latest").read_text() in ("runs/a", "runs/b") and os.listdir("runs") == ["latest"]
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("here, world, wanted, got", [
+    ("cuda", 1, "auto", "cuda:0"), ("cuda", 1, "cuda", "cuda:0"), ("cuda", 1, "cuda:1", "cuda:1"), ("cuda", 2, "auto", "cuda:1"), ("cuda", 2, "cuda", "cuda:1"),
+    ("cuda", 2, "cuda:0", "--device cuda:0"), ("mps", 1, "auto", "mps"), ("mps", 2, "auto", "cpu"), ("mps", 2, "mps", "--device mps"), ("cpu", 2, "auto", "cpu")])
+def test_every_process_gets_its_own_device_and_set_device_a_number(monkeypatch, here, world, wanted, got):
+    """On machines that are not here: torch is told that it has GPUs, and set_device refuses, as it does, a device without its number."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here == "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: here == "mps")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: torch.cuda._utils._get_device_index(device))
+    monkeypatch.setattr(machine.dist, "is_initialized", lambda: True)
+    for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items() if world > 1 else ():
+        monkeypatch.setenv(name, str(value))
+    if got.startswith("--"):
+        with pytest.raises(UserError, match=got):
+            machine.start_machine(wanted)
+    else:
+        assert str(machine.start_machine(wanted).device) == got
 
 
 # --- many processes -------------------------------------------------------------------------------------------------------------------
@@ -543,6 +634,32 @@ def test_a_latent_generator_trains_tunes_and_samples_through_its_autoencoder(pho
         S.main(["--n", "2"])
     with pytest.raises(UserError, match="not the autoencoder of the first stage"):
         finetune.main(["--steps", "2", "--from", "runs/a"])
+
+
+def test_a_model_of_latents_follows_its_autoencoder(photos, monkeypatch, tmp_path):
+    """It is found from any working folder; moved, it is asked for and may be named; another one is refused by its hash."""
+    make = lambda out, seed: vae.main(["--data", photos, "--size", "16", "--steps", "1", "--batch", "4", "--out", out, "--threads", "1", "--seed", seed])
+    make("vae.pt", "0")
+    make("other.pt", "1")
+    go(photos, "--steps", 2, "--space", "latent", "--vae", "vae.pt", "--patch", 1, "--latents", "kept", "--out", "runs/a")
+    run = str(Path("runs/a").resolve())
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    S.main(["--ckpt", run, "--n", "1", "--steps", "1"])
+    Path("../vae.pt").rename("moved.pt")
+    with pytest.raises(UserError, match="--vae"):
+        S.main(["--ckpt", run, "--n", "1", "--steps", "1"])
+    S.main(["--ckpt", run, "--n", "1", "--steps", "1", "--vae", "moved.pt"])
+    monkeypatch.chdir(tmp_path)
+    train.main(["--out", "runs/a", "--resume", "--steps", "3", "--vae", "elsewhere/moved.pt"])
+    S.main(["--ckpt", run, "--n", "1", "--steps", "1"])                 # the resumed run knows where it is
+    finetune.main(["--from", run, "--steps", "1", "--out", "runs/b", "--vae", "./elsewhere/moved.pt"])
+    finetune.main(["--from", run, "--steps", "1", "--out", "runs/c", "--task", "superres"])       # --latents of the first stage are no reason to refuse
+    with pytest.raises(UserError, match="not the autoencoder"):
+        finetune.main(["--from", run, "--steps", "1", "--out", "runs/d", "--vae", "other.pt"])
+    with pytest.raises(UserError, match="works on pixels"):
+        go(photos, "--steps", 1, "--out", "runs/e")
+        S.main(["--ckpt", "runs/e", "--vae", "other.pt"])
 
 
 def test_training_on_kept_latents_is_training_on_the_images_without_the_encoder(photos, monkeypatch):

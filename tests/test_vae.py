@@ -371,6 +371,21 @@ def test_bad_options_are_one_line_and_2(folder, capsys, wrong):
     assert said.startswith("error: ") and said.count("\n") == 1 and (wrong[0] in said or "/no/such" in said)
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_training(folder, capsys, monkeypatch):
+    monkeypatch.setattr(vae, "train", None)                                     # a step would fail
+    (folder.parent / "folder.pt").mkdir()
+    assert status(command(folder, "--steps", "3", "--out", str(folder.parent / "folder.pt"))) == 2
+    real = open
+
+    def read_only(path, mode="r", *rest, **more):
+        if "w" in mode:
+            raise OSError(30, "Read-only file system")
+        return real(path, mode, *rest, **more)
+
+    monkeypatch.setattr("builtins.open", read_only)
+    assert status(command(folder, "--steps", "3")) == 2 and "vae.pt cannot be written" in capsys.readouterr().err
+
+
 def test_one_image_is_too_few(folder, capsys):
     for path in sorted(folder.iterdir())[1:]:
         path.unlink()
