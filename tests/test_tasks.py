@@ -411,7 +411,7 @@ def test_a_broken_picture_is_named_and_skipped_and_names_never_collide(own, caps
     said = capsys.readouterr()
     assert "skipped 1 of 6 pictures that could not be read: broken.png" in said.err and "wrote 5 images" in said.out
     assert len(list((own / "out").iterdir())) == 10
-    Image.open("mine/f0.png").save("mine/f1-compare.png")                       # what stands beside f1 has this name
+    Image.open("mine/f0.png").save("mine/f2-compare.png")                       # what stands beside f2 has this name
     S.main(["--ckpt", "sr", "--input", "mine", "--out", "again", "--steps", "1"])
     assert "wrote 6 images" in capsys.readouterr().out and len(list((own / "again").iterdir())) == 12
 
