@@ -65,7 +65,7 @@ def replacing(path, shared=True):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) or "inline_container" in str(error):      # torch.save makes a RuntimeError of a full disk
-            raise UserError(f"{path} cannot be written ({reason(error).partition(' at: ')[0]}): is the disk full?") from error
+            raise UserError(f"{path} cannot be written ({reason(error).partition(' at: ')[0]}); give another place, or make room") from error
         raise
 
 
