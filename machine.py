@@ -49,6 +49,18 @@ class Machine:
         """The first process's number, everywhere."""
         return self.reduce(value if self.rank == 0 else 0.0)
 
+    def by_first(self, work):
+        """What work() gives, in the first process alone; None in the others. If it fails, all end: that one with its error, the others quietly."""
+        result, trouble = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except (UserError, OSError) as error:
+                trouble = error
+        if self.from_first(trouble is not None):
+            raise trouble or SystemExit(2)
+        return result
+
 
 def start_machine(device="auto", threads=0):
     """Join the other processes of torchrun, if there are any, and choose device and threads. -> Machine. UserError for more processes than GPUs."""
@@ -59,7 +71,7 @@ def start_machine(device="auto", threads=0):
     if world > 1 and device == "mps":
         raise UserError("--device mps: one process only, many need gloo, which does not know Apple GPUs; use --device cpu, or no torchrun")
     device = pick_device(device)
-    if world > 1 and device.type == "mps":                                      # auto
+    if world > 1 and device.type == "mps":                                      # auto, on a Mac
         device = torch.device("cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else device.index or 0)     # set_device wants a number

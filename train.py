@@ -85,7 +85,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     if o.dry_run:
         return print(report(o, network, f"{stage}.py", sys.argv[1:]))
     machine = start_machine(o.device, o.threads)
-    rank, world, device = machine.rank, machine.world, machine.device           # on a Mac, several processes compute on the CPU
+    rank, world, device = machine.rank, machine.world, machine.device
     micro = o.micro_batch or max(1, o.batch // world)
     if o.batch % (micro * world):
         raise UserError(f"--batch {o.batch} cannot be cut into {world} process(es) x --micro-batch {micro}: it must be a multiple of {micro * world}")
@@ -115,14 +115,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     ratio_of = lambda progress: ratio_at(o.ramp, progress, o.mask if o.mask_from is None else o.mask_from, o.mask, share=o.ramp_share)
     if o.objective == "reconstruct" and visible_count(h * w, min(ratio_of(0), ratio_of(1))) == h * w:
         raise UserError(f"--mask, --mask-from: {min(ratio_of(0), ratio_of(1))} hides none of {h * w} tokens, and --objective reconstruct needs one")
-    out, config, trouble = None, None, None                                     # one process has the run's folder; all hear when it cannot
-    if rank == 0:
-        try:
-            out, config = claim(o.out)
-        except (UserError, OSError) as error:
-            trouble = error
-    if machine.from_first(trouble is not None):
-        raise trouble or SystemExit(2)
+    out, config = machine.by_first(lambda: claim(o.out)) or (None, None)        # the run's folder: one process writes
     o = dataclasses.replace(o, out=str(out))
     shown, _ = held_out.take(torch.arange(min(len(held_out), 8)))               # as pictures, for the grid of a reconstruction
     if o.space == "latent" and o.cache_latents and o.task == "generate":   # (a condition is made of pixels)
