@@ -4,6 +4,7 @@ The idea. A claim is worth what a stranger can check in an afternoon. So a claim
 size, on the same images, seed, batch and number of steps, that differ in the thing under test and in nothing else), draws from all of
 them with the same noise, measures, and writes a table and pictures. It reports what comes out, not what should.
 
+    python reproduce.py maskdm --data faces64.zip --gray --size 64     # a tenth of the tokens against all of them             [MaskDM]
     python reproduce.py ddm   --data cifar10-train.zip         # ten analytic steps against the ancestral sampler of DDPM      [DDM]
     python reproduce.py tasks --data faces64.zip               # super-resolution, inpainting, edges, saliency in ten calls    [DDM]
     python reproduce.py maskdit --data cifar10-train.zip       # half of the tokens and a light decoder against all of them    [MaskDiT]
@@ -305,6 +306,43 @@ def tasks(args):
     print(f"wrote {', '.join(f'{name}.png' for name in pictures)} in {bench.folder}")
 
 
+# --- [MaskDM] a tenth of the tokens ----------------------------------------------------------------------------------------------------
+
+MASKDM_SCALES = {
+    "smoke": dict(steps=6, minutes=1, model="tiny", train=["--batch", 4], n=12, batch=12),
+    "cpu": dict(minutes=9, model="tiny", train=["--batch", 64], n=250, batch=25),
+    "gpu": dict(minutes=120, model="small", train=["--batch", 256], n=10_000, batch=250),
+}
+
+
+def maskdm(args):
+    """[MaskDM] All tokens against a tenth of them, in blocks, at three points of equal training time: a third, two thirds, and, after a last
+    third on all tokens at half the rate, falling, for both, the end. As in `maskdit`, a minute is a number of steps, timed at the start."""
+    bench = Bench("maskdm", args, scale := MASKDM_SCALES[args.scale])
+    common = ["--data", args.data, "--size", args.size, *(["--gray"] if args.gray else []), "--model", scale["model"], *scale["train"], "--lr", 2e-3, "--lr-end", 1, "--workers", 0]
+    arms = {"all-tokens": [], "masked": ["--mask", 0.9, "--policy", "block", "--block", 2]}
+    pace = functools.cache(lambda: bench.pace({name: [*common, *flags] for name, flags in arms.items()}, visits=2))
+    third = lambda name: max(1, round(20 * scale["minutes"] / pace()[name]))
+    for name, flags in arms.items():
+        bench.arm(name, train.main, *common, *flags, "--steps", lambda: 2 * third(name), "--save-every", lambda: third(name), "--sample-every", lambda: third(name),
+                  before=(f"{name}-last",))
+        bench.arm(f"{name}-last", finetune.main, "--from", bench.folder / name, "--lr", 1e-3, "--lr-end", 0.05, "--sample-every", 10**9, "--steps", lambda: third("all-tokens"))
+    if not bench.all_trained():
+        return
+    images, _ = holdout(load_images(args.data, args.size, args.gray, seed=args.seed), "0.02", seed=args.seed)
+    points = {name: [f"{name}/{third(name):06d}.pt", f"{name}/{2 * third(name):06d}.pt", f"{name}-last/last.pt"] for name in arms}
+    cells = {name: [bench.distances(images, path, scale["n"], steps=10) for path in paths] for name, paths in points.items()}
+    bench.write("table.md", "\n".join([
+        f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} samples of 10 calls, seed {args.seed}, floor {show(cells['masked'][-1], 1)}. "
+        f"{scale['minutes']} minutes of training an arm, the last third of both on all tokens at a falling rate.", "",
+        markdown(["arm", "seconds a step", "1/3 of the time", "2/3", "all", "steps", "val_loss at the end"],
+                 [[name, f"{pace()[name]:.3f}", *map(show, row), f"{bench.log(name, 'step'):.0f} + {bench.log(f'{name}-last', 'step'):.0f}",
+                   f"{bench.log(f'{name}-last', 'val_loss'):.4f}"] for name, row in cells.items()])]) + "\n")
+    sheet([(f"{name}, {when}", bench.draw(path, 10, steps=10)) for name, paths in points.items() for when, path in zip(("1/3", "2/3", "all"), paths)],
+          [], 1).save(bench.folder / "samples.png")
+    print(f"wrote {bench.folder / 'samples.png'}: the same ten noises in every row")
+
+
 # --- [MaskDiT] half of the tokens ------------------------------------------------------------------------------------------------------
 
 MASKDIT_SCALES = {
@@ -429,16 +467,16 @@ def lmd(args):
 
 # --- the command -------------------------------------------------------------------------------------------------------------------------
 
-CLAIMS = {"ddm": ddm, "tasks": tasks, "maskdit": maskdit, "lmd": lmd}
+CLAIMS = {"maskdm": maskdm, "ddm": ddm, "tasks": tasks, "maskdit": maskdit, "lmd": lmd}
 
 
 def parser():
     p = command_line("Reproduce a claim as a small, fair experiment: a table and pictures below --out.")
-    p.add_argument("claim", choices=CLAIMS, help="which: ddm (ten analytic steps), tasks (image-conditioned, ten calls), maskdit (half of the tokens), lmd (a rising mask)")
+    p.add_argument("claim", choices=CLAIMS, help="which: maskdm (a tenth of the tokens), ddm (ten analytic steps), tasks (image-conditioned, ten calls), maskdit (half of the tokens), lmd (a rising mask)")
     p.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu", help="smoke: a minute; cpu: hours on two cores; gpu: for one GPU")
     p.add_argument("--data", default="faces", help="a folder, a .zip, cifar-10-python.tar.gz, or faces for the built-in ones")
     p.add_argument("--size", type=int, default=32, help="pixels along a side")
-    p.add_argument("--gray", action="store_true", help="one channel (tasks, lmd)")
+    p.add_argument("--gray", action="store_true", help="one channel (maskdm, tasks, lmd)")
     p.add_argument("--arm", default=None, help="train this arm and nothing else; all, and the measurements, when left out")
     p.add_argument("--seed", type=int, default=0, help="of training, noise and held-out images")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
@@ -456,7 +494,7 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.gray and args.claim in ("ddm", "maskdit"):
-        raise UserError(f"--gray is for tasks and lmd: the claim {args.claim} is measured in colour")
+        raise UserError(f"--gray is for maskdm, tasks and lmd: the claim {args.claim} is measured in colour")
     CLAIMS[args.claim](args)
 
 

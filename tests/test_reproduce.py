@@ -23,6 +23,7 @@ def tiny_world(tmp_path, monkeypatch):
     train_flags = ["--batch", 2, "--sample-every", 4]
     monkeypatch.setitem(reproduce.DDM_SCALES, "smoke", dict(steps=4, half=2, model="tiny", train=train_flags, n=8, few=8, calls=[1, 2], long=[3], ddpm=[2], batch=8))
     monkeypatch.setitem(reproduce.TASK_SCALES, "smoke", dict(pre=2, tune=2, model="tiny", train=["--batch", 2], n=4, calls=[1, 2], batch=4))
+    monkeypatch.setitem(reproduce.MASKDM_SCALES, "smoke", dict(steps=4, minutes=1, model="tiny", train=["--batch", 2], n=4, batch=4))
     monkeypatch.setitem(reproduce.LMD_SCALES, "smoke", dict(steps=2, minutes=1, vae=["--steps", 1, "--batch", 2], model="tiny", train=["--batch", 2], batch=4))
     monkeypatch.setitem(reproduce.MASKDIT_SCALES, "smoke", dict(steps=4, minutes=1, model="tiny", train=["--batch", 2], rates=[1e-3], n=6, calls=3, batch=6, side_arms=1))
     return tmp_path / "runs" / "reproduce-smoke"
