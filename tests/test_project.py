@@ -19,7 +19,7 @@ import vae
 from conftest import ROOT
 
 LAYERS = [["console"], ["mask", "schedules", "faces", "sources", "machine"], ["data"], ["checkpoint", "pictures", "recipes", "vae", "fid", "tasks", "vit", "losses", "latents"], ["inputs", "reconstruct"],
-          ["cost", "options", "sample"], ["evaluate"], ["train", "probe"], ["finetune"], ["reproduce"]]
+          ["cost", "options", "sample"], ["evaluate"], ["train", "probe"], ["finetune", "bench"], ["reproduce"]]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 OURS = [p for p in sorted(ROOT.glob("*.py"))]
 PACKAGES = {"torch", "numpy", "einops", "tqdm", "PIL", "scipy", "safetensors"}       # the last one is optional, imported where it is needed
