@@ -83,6 +83,7 @@ def claim(out=None):
             if out is not None:
                 raise UserError(f"--out {out} is no folder; give another name") from None
             k += 1
+    LATEST.parent.mkdir(exist_ok=True)                                          # where `name_newest` will write: if not, then not after an hour
     config = open(folder / "config.json", "a")
     if fcntl:
         try:

@@ -126,9 +126,9 @@ class Images:
 
 
 def leave_signals_to_parent(worker):
-    """Ctrl-C reaches every process of a terminal: the parent saves and ends its workers, by SIGTERM where need be."""
+    """Ctrl-C reaches every process of a terminal, and torchrun's SIGTERM a whole group: the parent saves, and tells its workers to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 EXACT = ("edges", "saliency")                                          # what is known of the built-in faces, by their names in faces.Faces

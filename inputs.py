@@ -83,7 +83,8 @@ class Inputs:
         whole = [name.replace("/", "_") if stems.count(stem) > 1 else stem for stem, (_, name) in zip(stems, self.names)]
         self.outs, taken = [], set()
         for k, name in enumerate(whole):                                        # NAME-compare is written beside NAME, and may be another's name
-            if whole.count(name) > 1 or {name, f"{name}-compare"} & taken:
+            name = f"{name}-{k}" if whole.count(name) > 1 else name
+            while {name, f"{name}-compare"} & taken:
                 name = f"{name}-{k}"
             self.outs.append(name)
             taken |= {name, f"{name}-compare"}

@@ -110,7 +110,10 @@ def fill(path, images, space, flip, device, workers, progress):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "a+b") as f:
         if fcntl:
-            fcntl.flock(f, fcntl.LOCK_EX)                                       # released with the process, however it ends
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX)                                   # released with the process, however it ends
+            except OSError as error:
+                raise UserError(f"{path.parent} is on a file system without locks ({reason(error)}); give --latents a folder on another one") from None
         if path.exists():                                                       # another one was faster; our handle is its file, or a new, empty one
             if part.exists() and part.stat().st_size == 0:
                 part.unlink()

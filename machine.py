@@ -7,6 +7,7 @@ the hardware has it, weights and optimizer stay in float32; float16 needs a Grad
 """
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,10 @@ class Machine:
         """The first process's number, everywhere."""
         return self.reduce(value if self.rank == 0 else 0.0)
 
+    def agree(self, *values):
+        """Whether every process has the same numbers."""
+        return all(self.reduce(v, dist.ReduceOp.MAX) == -self.reduce(-v, dist.ReduceOp.MAX) for v in values)
+
     def by_first(self, work):
         """What work() gives, in the first process alone; None in the others. If it fails, all end: that one with its error, the others quietly."""
         result, trouble = None, None
@@ -84,7 +89,8 @@ def start_machine(device="auto", threads=0):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(threads or max(1, cores // local_world))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = timedelta(hours=2)                                           # one machine may decode or encode its data while others wait
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return Machine(rank, world, local_world, device)
 
 

@@ -97,12 +97,12 @@ def probe(loaded, images, held_out, noise=0.0, seed=0, batch=256, folder=None):
 
 # What `finetune.py --probe` takes over from the run unless a flag says otherwise, and all options that it reads.
 INHERITED = ("space", "vae", "data", "val", "seed", "size", "gray", "patch", "cache_gb", "latents", "cache_latents")
-READS = {"probe", "probe_noise", "from_", "weights", "fraction", "device", "threads", *INHERITED} - {"patch", "space", "vae"}
+READS = {"probe", "probe_noise", "from_", "weights", "fraction", "device", "threads", *INHERITED} - {"patch", "space"}
 
 
 def command(o, source):
     """`finetune.py --probe`: with its options o, probe the checkpoint `source`, print one line. -> as `probe`."""
-    loaded = load(source, o.weights, o.device)
+    loaded = load(source, o.weights, o.device, o.vae)
     meta, reconstructs = loaded.meta, loaded.meta.get("objective") == "reconstruct"
     torch.set_num_threads(o.threads or torch.get_num_threads())
     noise = (0.0 if reconstructs else NOISE) if o.probe_noise is None else o.probe_noise

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import newest, read_checkpoint
-from console import UserError, command_line, run
+from console import UserError, command_line, reason, run
 from data import seeded, to_uint8
 from inputs import Inputs
 from machine import amp_type, pick_device
@@ -251,12 +251,20 @@ def restore(loaded, cond, **how):
 def build(meta):
     """(model, schedule, space) from a checkpoint's meta: the one place that turns its names into objects."""
     schedule = replace(SCHEDULES[meta["schedule"]], s=meta["data_std"])
-    if meta["vae"] and not Path(meta["vae"]).exists():
+    if meta["vae"] and not Path(meta["vae"]).expanduser().exists():
         raise UserError(f"the autoencoder of this model is not at {meta['vae']} any more: say with --vae where it is")
     space = SPACES[meta["space"]](meta["channels"], meta["vae"])
     if space.sha != meta["vae_sha"]:
         raise UserError(f"{meta['vae']} is not the autoencoder that this model was trained with: its SHA-256 begins with {space.sha}, not {meta['vae_sha']}")
     return ViT(schedule, **meta["model"]), schedule, space
+
+
+def put(model, weights):
+    """Load a checkpoint's weights into the network that was built for it. UserError when they are of another version of this program."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint's weights do not fit its network as this version of the program builds it ({reason(error)[:200]} ...): train again") from None
 
 
 def load(path=None, weights="ema", device="auto", vae=None):
@@ -266,7 +274,7 @@ def load(path=None, weights="ema", device="auto", vae=None):
     if vae and not ckpt["meta"]["vae"]:
         raise UserError(f"--vae {vae}: this model works on pixels; leave it out")
     model, schedule, space = build(ckpt["meta"] | (dict(vae=vae) if vae else {}))
-    model.load_state_dict(ckpt[weights])
+    put(model, ckpt[weights])
     device = pick_device(device)
     meta = dict(task="generate", objective="denoise") | ckpt["meta"] | dict(step=ckpt["step"])
     return Loaded(model.to(device).eval(), schedule, space, meta["predict"], meta, device)

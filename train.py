@@ -20,12 +20,12 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,7 @@ from losses import OBJECTIVES
 from machine import amp_type, start_machine
 from mask import draw, ratio_at, visible_count
 from options import Options, check, make_parser, merge
-from sample import Loaded, build
+from sample import Loaded, build, put
 from schedules import SCHEDULES, times
 from tasks import TASKS, pose
 from vae import SPACES
@@ -115,12 +115,14 @@ def train(o, ckpt=None, first=None, stage="train"):
     ratio_of = lambda progress: ratio_at(o.ramp, progress, o.mask if o.mask_from is None else o.mask_from, o.mask, share=o.ramp_share)
     if o.objective == "reconstruct" and visible_count(h * w, min(ratio_of(0), ratio_of(1))) == h * w:
         raise UserError(f"--mask, --mask-from: {min(ratio_of(0), ratio_of(1))} hides none of {h * w} tokens, and --objective reconstruct needs one")
+    if not machine.agree(len(images), ckpt["step"] if ckpt else 0):
+        raise UserError("the processes see different images, or checkpoints of different steps: --data must hold the same everywhere, --out must be one shared folder")
     out, config = machine.by_first(lambda: claim(o.out)) or (None, None)        # the run's folder: one process writes
     o = dataclasses.replace(o, out=str(out))
     shown, _ = held_out.take(torch.arange(min(len(held_out), 8)))               # as pictures, for the grid of a reconstruction
     if o.space == "latent" and o.cache_latents and o.task == "generate":   # (a condition is made of pixels)
         (images, held_out), space = encode_once([images, held_out], space, o.latents, o.flip, device, o.workers)
-    vae = o.vae and str(Path(o.vae).resolve())                                  # to be found from another working folder
+    vae = o.vae and os.path.abspath(os.path.expanduser(o.vae))                  # to be found from another working folder; links stay, for their names
     if ckpt:
         meta = ckpt["meta"] | dict(vae=vae)
     else:
@@ -142,8 +144,8 @@ def train(o, ckpt=None, first=None, stage="train"):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, seconds, skipped = 0, 0.0, meta["skipped"]
     if ckpt:
-        net.load_state_dict(ckpt["model"])
-        averaged.load_state_dict(ckpt["ema"])
+        put(net, ckpt["model"])
+        put(averaged, ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"])
         torch.set_rng_state(ckpt["rng"])                                        # ours need none: this is for your own dropout
@@ -270,10 +272,12 @@ def train(o, ckpt=None, first=None, stage="train"):
             left = (60 * minutes - seconds - looked) / (each + looked / o.sample_every)
             plan = step + max(1, int(machine.from_first(left)))
             bar.total = plan
-        ended = bool(machine.reduce(bool(stop) or (minutes is not None and rank == 0 and seconds > 66 * minutes), dist.ReduceOp.MAX)) or step == plan
+        late = minutes is not None and rank == 0 and seconds > 66 * minutes
+        asked = machine.reduce(2 if stop else int(late), dist.ReduceOp.MAX)     # 2: by a signal, and soon a harder one follows
+        ended = asked > 0 or step == plan
 
-        look, keep = step % o.sample_every == 0 or ended, step % o.save_every == 0
-        if step % LOG_EVERY == 0 or look or keep:                               # a checkpoint falls on a line of the log: nothing is summed over it
+        look, keep = step % o.sample_every == 0 or (ended and asked < 2), step % o.save_every == 0
+        if step % LOG_EVERY == 0 or look or keep or ended:                      # a checkpoint falls on a line of the log: nothing is summed over it
             mean = machine.reduce(float(loss_sum)) / world / counted if counted else math.nan
             speed = (step - logged) * o.batch / (time.monotonic() - since)
             if rank == 0:
