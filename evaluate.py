@@ -65,6 +65,7 @@ def look_at(loaded, held_out, shown, whole_space, o, path, dtype=None):
         truth, cond = pose(o.task, to_float(x), held_out.maps, g=seeded(3))
         result = restore(loaded, cond, steps=10, labels=y if classes else None, amp=dtype)
         grid(strip(cond[:12], result[:12], truth[:12]), 9).save(path)
-        tqdm.write("  ".join(f"{name} {score(result, truth, cond):.3f} (without a network {score(task.plain(cond), truth, cond):.3f})"
-                             for name, score in task.scores.items()) + f", {few} held-out images, 10 calls")
+        without = lambda score: f" (without a network {score(task.plain(cond), truth, cond):.3f})" if task.plain else ""
+        tqdm.write("  ".join(f"{name} {score(result, truth, cond):.3f}{without(score)}" for name, score in task.scores.items())
+                   + f"{', ' if task.scores else ''}{few} held-out images, 10 calls")
     return validate(loaded, held_out, dtype)

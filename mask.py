@@ -161,7 +161,7 @@ def cosine4(u, lo, hi):
 
 
 RATIOS = {"constant": constant, "linear": linear, "piecewise": piecewise, "cosine": cosine, "cosine4": cosine4}
-ARRIVES = {"linear": RAMP, "piecewise": RAMP, "cosine": RAMP, "cosine4": 1.0}  # the progress at which each is at hi, to stay there
+ARRIVES = {"linear": RAMP, "piecewise": RAMP, "cosine": RAMP, "cosine4": 1.0}  # the progress at which each is at hi, to stay there; not named: 1
 
 
 def ratio_at(ramp, u, lo, hi, levels=8, share=None):
@@ -187,8 +187,8 @@ def picture(side=96, seed=0):
     disc = ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.14)[None]
     scene = torch.where(disc, torch.stack([1 - 0.2 * y, 0.75 - 0.5 * y, 0.25 + 0 * y]), torch.stack([0.2 + 0 * y, 0.4 * y + 0.3, 0.7 - 0.3 * y]))
     tokens = patchify(scene[None], p)
-    width = 90 + 5 * (side + 8)
-    canvas = Image.new("RGB", (width, 26 + 3 * (side + 8) + 150), "white")
+    width = 90 + max(len(ratios), len(RATIOS)) * (side + 8)
+    canvas = Image.new("RGB", (width, 26 + len(POLICIES) * (side + 8) + 150), "white")
     ink = ImageDraw.Draw(canvas)
     for j, r in enumerate(ratios):
         ink.text((90 + j * (side + 8), 8), f"ratio {r}: {visible_count(256, r)} of 256", fill="black")
@@ -199,7 +199,7 @@ def picture(side=96, seed=0):
             shown = tokens if m is None else m.scatter(m.gather(tokens), fill=torch.full((tokens.shape[2],), 0.92))
             tile = (unpatchify(shown, p, 16, 16)[0].permute(1, 2, 0) * 255).byte().numpy()
             canvas.paste(Image.fromarray(tile), (90 + j * (side + 8), 26 + i * (side + 8)))
-    top, height = 26 + 3 * (side + 8) + 24, 90
+    top, height = 26 + len(POLICIES) * (side + 8) + 24, 90
     for j, (name, schedule) in enumerate((n, r) for n, r in RATIOS.items()):
         lo, hi = {"constant": (0.9, 0.9), "cosine4": (0.5, 0.0)}.get(name, (0.15, 0.75))
         left = 90 + j * (side + 8)

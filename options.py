@@ -136,7 +136,7 @@ REFUSALS = [                                                                    
     (lambda o: o.recon and not (o.mask or o.mask_from), "--recon needs --mask: there is nothing hidden to reconstruct"),
     (lambda o: o.recon and o.economy != "drop", "--recon guesses what was never seen: --economy route and defer let hidden tokens take part, use drop"),
     (lambda o: o.recon_target != "clean" and o.gray and o.patch == 1 and o.space == "pixel", "--recon-target noisy and whitened measure the contrast of a patch: one gray pixel has none"),
-    (lambda o: o.skips and o.economy == "route", "--economy route does not know --skips: a long skip would join blocks that see different tokens"),
+    (lambda o: o.skips and not ECONOMIES[o.economy].skips, "--skips: a long skip would join blocks that see different tokens with this --economy (route); leave one out"),
     (lambda o: o.recon_target != Options.recon_target and not o.recon and o.objective == "denoise", "--recon-target needs --recon, the weight of the reconstruction"),
     (lambda o: o.objective == "reconstruct" and (o.economy, o.task) != ("drop", "generate"),
      "--economy, --task: --objective reconstruct guesses what was never seen, and from nothing else; leave them out"),

@@ -445,9 +445,9 @@ def work_on(args, loaded, label, watch, how):
                 writer.add([to_uint8(result[0]), torch.cat(list(row), 2)], [one.name, f"{one.name}-compare"])
             for key, score in task.scores.items() if args.targets else ():
                 scores.setdefault(key, []).append(score(result, one.truth, cond))
-                baseline.setdefault(key, []).append(score(task.plain(cond), one.truth, cond))
+                baseline.setdefault(key, []).append(score(task.plain(cond), one.truth, cond) if task.plain else np.nan)
     for key in scores:
-        print(f"{key}: {np.mean(scores[key]):.3f} (without a network {np.mean(baseline[key]):.3f}), the mean over {len(inputs)} pictures")
+        print(f"{key}: {np.mean(scores[key]):.3f}" + (f" (without a network {np.mean(baseline[key]):.3f})" if task.plain else "") + f", the mean over {len(inputs)} pictures")
     return len(inputs), len(inputs)
 
 

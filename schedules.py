@@ -69,7 +69,7 @@ class Schedule:
     def start(self, predict, sigma=200.0):
         """Where sampling begins: t = 1, but for a raw noise head the largest t with b / a <= sigma, since x0 = (x_t - b eps) / a
         does not exist where the image has faded to nothing."""
-        if predict != "eps":
+        if not PREDICTIONS[predict].needs_image:
             return 1.0
         return float(self.time_at(torch.tensor(math.atan(sigma / self.s), dtype=torch.float64)))
 
@@ -153,10 +153,12 @@ def _float64(t):
 
 @dataclass(frozen=True)
 class Prediction:
-    """`target(x0, eps, a, b, s)` -> fields the network learns; `split(fields, xt, a, b, s)` -> (x0, eps), its inverse."""
+    """`target(x0, eps, a, b, s)` -> fields the network learns; `split(fields, xt, a, b, s)` -> (x0, eps), its inverse. needs_image: it is
+    not defined at a = 0, where nothing of the image is left."""
     heads: int
     target: Callable
     split: Callable
+    needs_image: bool = False
 
 
 def _split_eps(f, xt, a, b, s):
@@ -186,7 +188,7 @@ def _split_both(f, xt, a, b, s):
 
 PREDICTIONS = {
     "both": Prediction(2, lambda x0, eps, a, b, s: [x0, eps], _split_both),                      # [DDM] two raw heads
-    "eps": Prediction(1, lambda x0, eps, a, b, s: [eps], _split_eps),                            # [DDPM], [MaskDM]
+    "eps": Prediction(1, lambda x0, eps, a, b, s: [eps], _split_eps, needs_image=True),          # [DDPM], [MaskDM]
     "x0": Prediction(1, lambda x0, eps, a, b, s: [x0], _split_x0),
     "v": Prediction(1, lambda x0, eps, a, b, s: [a * eps - b * x0], _split_v),                   # 2202.00512
     "unit": Prediction(1, _target_unit, _split_unit),                                            # [EDM] for any pair (a, b)

@@ -189,7 +189,7 @@ def latent_space(channels, weights):
 
 
 SPACES = {                                                                      # (channels of the images, file of weights) -> a space
-    "pixel": lambda channels, weights: PixelSpace(channels),
+    "pixel": lambda channels, weights=None: PixelSpace(channels),
     "latent": latent_space}
 
 

@@ -129,16 +129,18 @@ def defer(net, see, c, m):
 @dataclass(frozen=True)
 class Economy:
     """run: see above. hidden_seen: what a hidden token holds can reach the prediction. all_scored: hidden tokens have an answer of their
-    own, so the loss is on all tokens (losses.py) and not on the visible ones alone. mixer: its blocks, for an encoder of some depth."""
+    own, so the loss is on all tokens (losses.py) and not on the visible ones alone. mixer: its blocks, for an encoder of some depth. skips:
+    whether long skips join blocks that see the same tokens (`run` calls `encode` once)."""
     run: Callable
     hidden_seen: bool
     all_scored: bool
     mixer: Callable = lambda depth: 0
+    skips: bool = True
 
 
 ECONOMIES = {
     "drop": Economy(drop, hidden_seen=False, all_scored=False),
-    "route": Economy(route, hidden_seen=True, all_scored=True),
+    "route": Economy(route, hidden_seen=True, all_scored=True, skips=False),
     "defer": Economy(defer, hidden_seen=True, all_scored=False, mixer=lambda depth: math.ceil(depth * 6 / 28)),      # [MicroDiT-XL] 6 for 28
 }
 

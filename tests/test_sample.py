@@ -12,7 +12,7 @@ import sample as S
 from console import UserError
 from data import seeded
 from sample import GRIDS, SOLVERS, Loaded, denoise, intervals, load
-from schedules import SCHEDULES
+from schedules import PREDICTIONS, SCHEDULES
 from vae import PixelSpace
 from vit import ViT
 
@@ -65,6 +65,18 @@ def oracle(schedule):
         x0, n = schedule.split(torch.zeros(1, schedule.heads("unit"), 1, 1, dtype=f64), zt, t, "unit")
         return x0, n.split(1, 1)[1:]
     return look
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_solver_converges_and_at_least_with_first_order(name, solver):
+    schedule = replace(SCHEDULES[name], s=0.5)
+
+    def error(calls):
+        ts = GRIDS["angle"](schedule, 1.0, intervals(solver, schedule, 1.0, calls))
+        return abs(denoise(oracle(schedule), schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls).item() - 0.5)
+
+    assert error(320) < 0.01 and error(80) / error(320) > 3.5
 
 
 @pytest.mark.parametrize("solver", ["heun", "dpm++"])
@@ -244,7 +256,7 @@ def test_outside_of_the_interval_a_guided_call_is_one_conditional_pass(name, sol
     assert torch.equal(nowhere, S.sample(loaded, 2, 9, labels=labels))
 
 
-@pytest.mark.parametrize("predict", ["both", "eps", "x0", "v", "unit"])
+@pytest.mark.parametrize("predict", PREDICTIONS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_and_prediction_samples_finite_images(name, predict):
     images = S.sample(tiny(predict=predict, schedule=name), n=2, steps=3, churn=0.5)

@@ -252,7 +252,7 @@ def test_every_branch_starts_at_zero():
 @pytest.mark.parametrize("decoder", [0, 1])
 def test_gradients_first_reach_each_part_at_the_stated_step(decoder, economy):
     torch.manual_seed(0)
-    net = ViT(SCHEDULES["ddm"], heads_out=1, width=32, depth=2, heads=2, skips=economy != "route", decoder=decoder, decoder_width=32, classes=2, economy=economy)
+    net = ViT(SCHEDULES["ddm"], heads_out=1, width=32, depth=2, heads=2, skips=ECONOMIES[economy].skips, decoder=decoder, decoder_width=32, classes=2, economy=economy)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     m = draw("patch", 4, 4, 4, 0.5, torch.Generator().manual_seed(0))
     first = {}
@@ -272,7 +272,7 @@ def test_gradients_first_reach_each_part_at_the_stated_step(decoder, economy):
 
 
 @pytest.mark.parametrize("encoder, decoder, skips, economy", [(e, d, s, name) for e, d, s, name in itertools.product([1, 2, 3], [0, 1, 3], [False, True], ECONOMIES)
-                                                              if not (s and name == "route")])
+                                                              if not s or ECONOMIES[name].skips])
 def test_any_split_builds_and_a_masked_model_runs_unmasked(encoder, decoder, skips, economy):
     net = ViT(SCHEDULES["ddm"], width=32, depth=encoder, heads=2, decoder=decoder, decoder_width=32, skips=skips, economy=economy)
     zt, t = torch.randn(2, 3, 16, 16), torch.rand(2)
@@ -286,6 +286,13 @@ def test_recomputing_blocks_changes_no_gradient():
     for net in (one, two):
         net(zt, t).square().mean().backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(one.parameters(), two.parameters()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_size_can_be_built(name):
+    """Heads share the width, a place is four coordinates (sine and cosine, row and column), light blocks have heads of 32."""
+    size = MODELS[name]
+    assert size["width"] % size["heads"] == 0 == size["width"] % 4 and size["decoder_width"] % 32 == 0 and size["depth"] > 0
 
 
 @pytest.mark.parametrize("name, millions", [("tiny", 4.2), ("small", 32.6), ("base", 129.8)])
