@@ -21,11 +21,10 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from console import UserError
 from data import load_images
 from mask import Mask, ratio_at, visible_count
 from schedules import SCHEDULES
-from sources import Cifar, Folder, Zip
+from sources import class_folders, open_images
 from vae import SPACES
 from vit import Block, ViT
 
@@ -85,11 +84,7 @@ def class_count(o):
     path = Path(o.data).expanduser()
     if o.data == "faces" or not path.exists():
         return len(load_images(o.data, o.size, labels=True, count=1).classes)   # or its one clear line
-    source = (Folder if path.is_dir() else Zip if path.suffix.lower() == ".zip" else Cifar)(path)
-    for name in source.names:
-        if "/" not in name:
-            raise UserError(f"{path}: {name} lies in no subfolder; with labels every class has one of its own")
-    return len({name.partition("/")[0] for name in source.names})
+    return len(set(class_folders(open_images(path))))
 
 
 def report(o, network, script, arguments):

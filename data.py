@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from console import UserError, picture_command, reason
 from faces import EXPRESSIONS, draw_faces
-from sources import EXTENSIONS, Paired, open_images, read
+from sources import EXTENSIONS, Paired, class_folders, open_images, read
 
 
 def seeded(*key):
@@ -164,9 +164,7 @@ def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=No
     names, n, maps = source.names, len(source.names), int(targets is not None)
     if n == 0:
         raise UserError(f"{path}: holds no images ({' '.join(EXTENSIONS)}); is it the right place?")
-    folders = [name.rpartition("/")[0].partition("/")[0] if labels else "" for name in names]
-    if labels and "" in folders:
-        raise UserError(f"{path}: {names[folders.index('')]} lies in no subfolder; with labels every class has one of its own")
+    folders = class_folders(source) if labels else [""] * n
     classes = sorted(set(folders))
     number = {name: i for i, name in enumerate(classes)}
     y = torch.tensor([number[folder] for folder in folders])

@@ -82,7 +82,6 @@ def start_machine(device="auto", threads=0):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else device.index or 0)     # set_device wants a number
         if world > 1 and local_world > torch.cuda.device_count():
             raise UserError(f"{local_world} processes but {torch.cuda.device_count()} GPU(s): give torchrun --nproc_per_node={torch.cuda.device_count()}")
-    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                              # TF32 where float32 is left
     if threads or world > 1:                                                    # torchrun sets OMP_NUM_THREADS=1 unasked

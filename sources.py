@@ -177,6 +177,14 @@ def read(source, name, size, gray=False):
     return x
 
 
+def class_folders(source):
+    """The first-level folder of every picture of a source, which names its class. UserError for a picture that lies in none."""
+    for name in source.names:
+        if "/" not in name:
+            raise UserError(f"{source.path}: {name} lies in no subfolder; with labels every class has one of its own")
+    return [name.partition("/")[0] for name in source.names]
+
+
 def open_images(path, also=""):
     """A folder, .zip or cifar-10-python.tar.gz -> a source. UserError for anything else. also: what else could have been given."""
     given, path = path, Path(path).expanduser()

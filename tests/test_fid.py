@@ -12,7 +12,8 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 import fid
-from console import UserError, run
+from conftest import status
+from console import UserError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -352,13 +353,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def status(argv):
-    """Run the command -> the exit status that a shell would see."""
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: fid.main(argv))
-    return stop.value.code or 0
-
-
 def test_folder_zip_and_both_npz_layouts_are_the_same_images(folder):
     sources = [fid.open_source(folder / name) for name in ("images", "images.zip", "nhwc.npz", "nchw.npz")]
     for source in sources:
@@ -387,19 +381,19 @@ def test_end_to_end_with_random_weights(folder, weights, capsys, monkeypatch):
     # Two eigenproblems of size 2048 take 10 s and are tested above at small size; here the moments that reach them are looked at.
     monkeypatch.setattr(fid, "frechet", lambda m1, S1, m2, S2: np.abs(m1 - m2).max() + np.abs(S1 - S2).max())
     common = ["--inception", str(weights), "--device", "cpu", "--batch", "2"]
-    assert status([str(folder / "images"), str(folder / "nhwc.npz"), *common, "--n", "3"]) == 0
+    assert status(fid, [str(folder / "images"), str(folder / "nhwc.npz"), *common, "--n", "3"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert abs(float(lines[0].removeprefix("FID "))) < 1e-3 and "n 3, protocol pytorch-fid (half-pixel" in lines[1]
     assert "3 images for 2048 features" in err and "not the published" in err and "Traceback" not in err
 
     saved = str(folder / "stats.npz")
-    assert status([str(folder / "images"), "--save", saved, *common]) == 0
+    assert status(fid, [str(folder / "images"), "--save", saved, *common]) == 0
     kept = fid.open_source(saved)
     assert kept.n == 8 and kept.protocol == "pytorch-fid" and kept.mu.shape == (2048,) and kept.sigma.dtype == np.float64
     assert np.allclose(kept.sigma, kept.sigma.T) and np.linalg.norm(kept.sigma) > 0
     capsys.readouterr()
-    assert status([str(folder / "images"), saved, *common, "--protocol", "tf1"]) == 2
+    assert status(fid, [str(folder / "images"), saved, *common, "--protocol", "tf1"]) == 2
     assert "not comparable" in capsys.readouterr().err
 
 
@@ -418,7 +412,7 @@ def test_without_weights_and_network_two_lines_say_what_to_do(folder, capsys, mo
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.chdir(folder)
-    assert status(["images", "nhwc.npz"]) == 2
+    assert status(fid, ["images", "nhwc.npz"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) <= 2 and "Traceback" not in err
     for needed in (fid.NAME, fid.URL, "Name or service not known", "--inception", "--proxy", str(folder / "hub")):
@@ -427,7 +421,7 @@ def test_without_weights_and_network_two_lines_say_what_to_do(folder, capsys, mo
 
 def test_the_proxy_command_prints_three_ratios_and_never_a_line_that_begins_with_fid(folder, capsys):
     np.savez(folder / "large.npz", images=pictures(12, 5, size=24).permute(0, 2, 3, 1).numpy())
-    assert status([str(folder / "images"), str(folder / "large.npz"), "--proxy"]) == 0
+    assert status(fid, [str(folder / "images"), str(folder / "large.npz"), "--proxy"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["proxy/random-conv", "proxy/pixel", "proxy/swd"]
     assert all("floor" in line and "ratio" in line for line in lines[:3])
@@ -459,7 +453,7 @@ def test_bad_input_is_one_line_and_status_2(folder, argv, capsys, monkeypatch):
     (folder / "folder.npz").mkdir()
     (folder / "small").mkdir()
     Image.new("RGB", (4, 4)).save("small/0.png")
-    code = status(argv)
+    code = status(fid, argv)
     out, err = capsys.readouterr()
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ")
 
@@ -468,7 +462,7 @@ def test_two_saved_statistics_need_no_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fid, "load_inception", None)
     np.savez(tmp_path / "a.npz", **vars(stats(seed=0)))
     np.savez(tmp_path / "b.npz", **vars(stats(seed=1)))
-    assert status([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 0
+    assert status(fid, [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert close(float(first.split()[1]), fid.fid(stats(seed=0), stats(seed=1)), 1e-4)
 

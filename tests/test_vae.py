@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import vae
-from conftest import ROOT
-from console import UserError, run
+from conftest import ROOT, status
+from console import UserError
 from data import load_images, to_float
 from vae import PRESETS, AutoencoderKL, LatentSpace, PixelSpace, load_vae
 
@@ -306,16 +306,9 @@ def command(folder, *more):
     return ["--data", str(folder), "--size", "16", "--batch", "8", "--device", "cpu", "--threads", "1", "--out", str(folder.parent / "vae.pt"), *more]
 
 
-def status(argv):
-    """Run the command -> the exit status that a shell would see."""
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: vae.main(argv))
-    return stop.value.code or 0
-
-
 @pytest.mark.parametrize("gray", [False, True])
 def test_the_command_trains_writes_and_reports(folder, capsys, gray):
-    assert status(command(folder, "--steps", "3", *["--gray"] * gray)) == 0
+    assert status(vae, command(folder, "--steps", "3", *["--gray"] * gray)) == 0
     said, path = capsys.readouterr().out, folder.parent / "vae.pt"
     channels = 1 if gray else 3
     assert "held-out PSNR" in said and "patch-PCA" in said and "(2 images)" in said and "after 3 steps" in said and f"16 x 16 x {channels} -> 4 x 4 x 4" in said
@@ -330,7 +323,7 @@ def test_training_is_reproducible_and_improves(folder):
     out = folder.parent / "vae.pt"
     x, loss, shas = to_float(load_images(folder, 16).take(range(24))[0]), [], []
     for steps in ("1", "40", "40"):
-        assert status(command(folder, "--steps", steps, "--lr", "0.005")) == 0
+        assert status(vae, command(folder, "--steps", steps, "--lr", "0.005")) == 0
         space = load_vae(out)
         loss.append((space.decode(space.encode(x)) - x).square().mean().item())
         shas.append([v.clone() for v in space.state_dict().values()])
@@ -350,14 +343,14 @@ def test_minutes_become_a_plan_after_ten_timed_steps(folder, capsys, monkeypatch
     rates = []
     monkeypatch.setattr(torch.optim.AdamW, "step", slow)
     monkeypatch.setattr(vae, "perf_counter", lambda: now[0])
-    assert status(command(folder, "--minutes", "1", "--batch", "1")) == 0
+    assert status(vae, command(folder, "--minutes", "1", "--batch", "1")) == 0
     assert "after 60 steps" in capsys.readouterr().out and len(rates) == 60
     assert max(rates) <= 2e-3 and rates[0] == pytest.approx(2e-3 / 50) and rates[-1] < 1e-5
 
 
 def test_a_training_that_diverges_says_so_and_leaves_the_old_file(folder, capsys):
     (folder.parent / "vae.pt").write_text("old")
-    assert status(command(folder, "--steps", "20", "--lr", "1e30")) == 2
+    assert status(vae, command(folder, "--steps", "20", "--lr", "1e30")) == 2
     assert "--lr 1e+30" in capsys.readouterr().err and (folder.parent / "vae.pt").read_text() == "old"
 
 
@@ -366,7 +359,7 @@ def test_a_training_that_diverges_says_so_and_leaves_the_old_file(folder, capsys
                                    ["--out", "/no/such/folder/vae.pt"], ["--out", "vae.png"], ["--out", ""], ["--picture", "vae.gif"], ["--data", "/no/such/data"]],
                          ids=" ".join)
 def test_bad_options_are_one_line_and_2(folder, capsys, wrong):
-    assert status(command(folder, *wrong)) == 2
+    assert status(vae, command(folder, *wrong)) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and (wrong[0] in said or "/no/such" in said)
 
@@ -374,7 +367,7 @@ def test_bad_options_are_one_line_and_2(folder, capsys, wrong):
 def test_a_place_that_cannot_be_written_is_told_before_the_training(folder, capsys, monkeypatch):
     monkeypatch.setattr(vae, "train", None)                                     # a step would fail
     (folder.parent / "folder.pt").mkdir()
-    assert status(command(folder, "--steps", "3", "--out", str(folder.parent / "folder.pt"))) == 2
+    assert status(vae, command(folder, "--steps", "3", "--out", str(folder.parent / "folder.pt"))) == 2
     real = open
 
     def read_only(path, mode="r", *rest, **more):
@@ -383,13 +376,13 @@ def test_a_place_that_cannot_be_written_is_told_before_the_training(folder, caps
         return real(path, mode, *rest, **more)
 
     monkeypatch.setattr("builtins.open", read_only)
-    assert status(command(folder, "--steps", "3")) == 2 and "vae.pt cannot be written" in capsys.readouterr().err
+    assert status(vae, command(folder, "--steps", "3")) == 2 and "vae.pt cannot be written" in capsys.readouterr().err
 
 
 def test_one_image_is_too_few(folder, capsys):
     for path in sorted(folder.iterdir())[1:]:
         path.unlink()
-    assert status(command(folder, "--steps", "1")) == 2 and "--data" in capsys.readouterr().err
+    assert status(vae, command(folder, "--steps", "1")) == 2 and "--data" in capsys.readouterr().err
 
 
 def test_patch_pca_with_all_components_is_the_identity_and_with_few_the_best_linear_code():
@@ -409,4 +402,4 @@ def test_an_unknown_flag_is_exit_2_without_a_traceback(tmp_path):
 def test_ctrl_c_ends_the_command_without_a_traceback_and_leaves_the_old_file(folder, capsys, monkeypatch):
     (folder.parent / "vae.pt").write_text("old")
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert status(command(folder, "--steps", "3")) == 130 and (folder.parent / "vae.pt").read_text() == "old"
+    assert status(vae, command(folder, "--steps", "3")) == 130 and (folder.parent / "vae.pt").read_text() == "old"
