@@ -21,46 +21,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from console import UserError, picture_command, reason
-from faces import EXPRESSIONS, draw_faces
-from sources import EXTENSIONS, Paired, class_folders, open_images, read
-
-
-def seeded(*key):
-    """A CPU generator that is a function of some whole numbers: independent streams for neighbouring keys."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([k % 2**63 for k in key]).generate_state(1, np.uint64)[0] >> 1))
+from plumbing.console import UserError, run_picture_command, describe_error
+from plumbing.faces import EXPRESSIONS, draw_faces
+from plumbing.sources import EXTENSIONS, Paired, class_folders, open_images, read_picture
+from plumbing.images import grid, seeded, to_float, to_uint8  # noqa: F401  (handed on)
 
 
 # --- numbers and pictures ----------------------------------------------------------------------------------------------------
-
-def to_float(x):
-    """uint8 (...) 0..255 -> float32 (...) in [-1, 1]. What is float already is no picture but cached latents, and stays as it is."""
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
-
-
-def to_uint8(x):
-    """float (...) in [-1, 1] -> uint8 (...), the nearest of 0..255; what lies outside is clamped."""
-    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def grid(images, columns=None, pad=2, zoom=None):
-    """uint8 (n, C, H, W), C 1 or 3 -> one PIL picture, `columns` images wide (default: near-square), `pad` pixels apart. zoom: a whole
-    number; left out, small sheets are enlarged to 512 pixels."""
-    n, c, h, w = images.shape
-    if n == 0 or c not in (1, 3):
-        raise UserError(f"grid: needs at least one image of 1 or 3 channels, got the shape {tuple(images.shape)}")
-    columns = columns or int(np.ceil(np.sqrt(n)))
-    sheet = np.full((-(-n // columns) * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, np.uint8)
-    for i, image in enumerate(images.cpu().numpy()):
-        top, left = i // columns * (h + pad) + pad, i % columns * (w + pad) + pad
-        sheet[top:top + h, left:left + w] = image.transpose(1, 2, 0)  # one channel is repeated to three
-    zoom = zoom or -(-512 // sheet.shape[1])                           # a whole number: small images stay crisp
-    return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.Resampling.NEAREST)
-
 
 # --- a data set --------------------------------------------------------------------------------------------------------------
 
@@ -104,10 +74,10 @@ class Images:
             row = int(self.rows[(i + k) % len(self)])
             name = self.source.names[row]
             try:
-                return read(self.source, name, self.size, self.channels == 1), row
+                return read_picture(self.source, name, self.size, self.channels == 1), row
             except Exception as error:
                 if name not in self.warned:
-                    print(f"{name} cannot be read ({reason(error)}): the next image takes its place", file=sys.stderr)
+                    print(f"{name} cannot be read ({describe_error(error)}): the next image takes its place", file=sys.stderr)
                 self.warned.add(name)
         raise UserError(f"{self.source.path}: not one of the images can be read any more; are they still there?")
 
@@ -176,13 +146,13 @@ def load_images(source, size, gray=False, labels=False, cache_gb=4.0, threads=No
         """Decode image i into its place, or only look at its header -> None, or why it cannot be read."""
         try:
             if cached:
-                pixels[i] = torch.from_numpy(read(source, names[i], size, gray))
+                pixels[i] = torch.from_numpy(read_picture(source, names[i], size, gray))
             else:
                 source.picture(names[i]).close()
                 if maps:
                     source.map(names[i]).close()
         except Exception as error:                                     # on damaged files decoders raise nearly everything
-            return reason(error)
+            return describe_error(error)
 
     failures, terminal = [], sys.stderr.isatty()
     hidden = not (progress and (terminal or n > 20000))                # a log file hears of long loads only, and seldom
@@ -228,7 +198,7 @@ def holdout(images, val, seed=0, **load_kwargs):
     return images.subset(order[k:].sort().values), images.subset(order[:k].sort().values)
 
 
-def picture(size=64, seed=0):
+def draw_face_sheet(size=64, seed=0):
     """Sixty of the built-in faces, then the outlines and the silhouettes of the last twelve."""
     faces = draw_faces(60, size, seed)
     masks = [mask[-12:].expand(-1, 3, -1, -1) for mask in (faces.edges, faces.saliency)]
@@ -236,5 +206,5 @@ def picture(size=64, seed=0):
 
 
 if __name__ == "__main__":
-    picture_command("Draw the built-in faces, and of some their outlines and silhouettes.", picture, "faces.png",
+    run_picture_command("Draw the built-in faces, and of some their outlines and silhouettes.", draw_face_sheet, "faces.png",
                     size=(64, "pixels along a side of a face"), seed=(0, "other seeds, other faces"))

@@ -20,8 +20,6 @@ Other weights, another resize or another n give another number, hence three rule
 
 Shapes: n, m images in a set, B batch, C = 1 or 3 channels, d features (2048), k images a side in a proxy. Images are uint8.
 """
-import hashlib
-import io
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -31,30 +29,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from console import UserError, command_line, reason, replacing, run
-from data import to_float
-from faces import draw_faces
-from machine import pick_device
-from sources import Folder, Zip, flatten, square
-
-NAME = "pt_inception-2015-12-05-6726825d.pth"       # by torch.hub's convention a name ends with its file's SHA-256
-SHA = "6726825d"
-URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + NAME
-
+from plumbing.console import UserError, build_parser, describe_error, replacing, run_command
+from plumbing.faces import draw_faces
+from plumbing.machine import pick_device
+from plumbing.sources import Folder, Zip, to_8_bit, crop_square
+from plumbing.images import to_float
+from plumbing.inception import load_inception
 
 # --- the protocol: uint8 (B, 3, H, W) -> float (B, 3, 299, 299) --------------------------------------------------------------
 
-def pytorch_fid(x):
+def resize_pytorch_fid(x):
     """half-pixel bilinear to 299, no antialias, x / 127.5 - 1"""
     return 2 * F.interpolate(x.float() / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
 
 
-def tf1(x):
+def resize_tf1(x):
     """TensorFlow 1 bilinear to 299, src = dst * scale, (x - 128) / 128"""
     x = x.float()
     for axis in (2, 3):
@@ -66,145 +59,7 @@ def tf1(x):
     return (x - 128) / 128
 
 
-PROTOCOLS = {"pytorch-fid": pytorch_fid, "tf1": tf1}
-
-
-# --- the network: torchvision's names, the structure of the 2015 graph --------------------------------------------------------
-# A block is a set of branches with one input, concatenated; a branch is a chain of poolings, of convolutions (width, kernel,
-# stride, padding) and of FORKs, two convolutions side by side. torchvision's Inception-v3 departs from the 2015 graph in the
-# poolings: blocks A, C and the first E average over real pixels only (not over the zero border), the last E takes a maximum.
-# With torchvision's poolings the very same weights give another FID.
-
-def average(x): return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-def largest(x): return F.max_pool2d(x, 3, stride=1, padding=1)
-def halve(x): return F.max_pool2d(x, 3, stride=2)
-
-
-ROW, COLUMN = (1, 7), (7, 1)                        # 7 x 7 factored in two costs 14 weights a channel instead of 49 ...
-FORK = [(384, (1, 3)), (384, (3, 1))]               # ... and on the 8 x 8 grid the two factors stand side by side
-
-def block_a(width): return {
-    "branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
-    "branch_pool": [average, (width, 1)]}
-def block_b(): return {
-    "branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], "pool": [halve]}
-def block_c(c): return {
-    "branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, ROW), (192, COLUMN)],
-    "branch7x7dbl": [(c, 1), (c, COLUMN), (c, ROW), (c, COLUMN), (192, ROW)], "branch_pool": [average, (192, 1)]}
-def block_d(): return {
-    "branch3x3": [(192, 1), (320, 3, 2)], "branch7x7x3": [(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)], "pool": [halve]}
-def block_e(pool): return {
-    "branch1x1": [(320, 1)], "branch3x3": [(384, 1), FORK], "branch3x3dbl": [(448, 1), (384, 3), FORK],
-    "branch_pool": [pool, (192, 1)]}
-
-LAYERS = {                                                                                                   # 3 x 299 x 299
-    "Conv2d_1a_3x3": (32, 3, 2), "Conv2d_2a_3x3": (32, 3, 1, "valid"), "Conv2d_2b_3x3": (64, 3), "maxpool1": halve,
-    "Conv2d_3b_1x1": (80, 1), "Conv2d_4a_3x3": (192, 3, 1, "valid"), "maxpool2": halve,                      # 192 x 35 x 35
-    "Mixed_5b": block_a(32), "Mixed_5c": block_a(64), "Mixed_5d": block_a(64), "Mixed_6a": block_b(),        # 768 x 17 x 17
-    "Mixed_6b": block_c(128), "Mixed_6c": block_c(160), "Mixed_6d": block_c(160), "Mixed_6e": block_c(192),
-    "Mixed_7a": block_d(), "Mixed_7b": block_e(average), "Mixed_7c": block_e(largest)}                       # 2048 x 8 x 8
-
-
-class BasicConv2d(nn.Sequential):
-    """Convolution without bias, batch norm, ReLU. At stride 1 the grid keeps its size unless `padding` says otherwise."""
-
-    def __init__(self, width_in, width, kernel, stride=1, padding=None):
-        super().__init__()
-        self.conv = nn.Conv2d(width_in, width, kernel, stride, padding or ("same" if stride == 1 else "valid"), bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=1e-3)
-        self.relu = nn.ReLU(inplace=True)
-
-
-class Mixed(nn.Module):
-    """One block of the table: (B, width_in, H, W) -> (B, self.width, H', W')."""
-
-    def __init__(self, width_in, branches):
-        super().__init__()
-        self.branches, self.width = [], 0
-        for name, stages in branches.items():
-            chain, width, numbered = [], width_in, sum(not callable(stage) for stage in stages) > 1
-            for i, stage in enumerate(stages, 1):
-                chain.append([stage])
-                if not callable(stage):
-                    specs, letters = (stage, "ab") if isinstance(stage, list) else ([stage], [""])
-                    chain[-1] = [BasicConv2d(width, *spec) for spec in specs]
-                    for letter, conv in zip(letters, chain[-1]):        # branch3x3dbl_3a, but branch1x1
-                        self.add_module(name + (f"_{i}{letter}" if numbered else ""), conv)
-                    width = sum(spec[0] for spec in specs)
-            self.branches.append(chain)
-            self.width += width
-
-    def forward(self, x):
-        out = [x] * len(self.branches)
-        for i, chain in enumerate(self.branches):
-            for parts in chain:
-                out[i] = torch.cat([part(out[i]) for part in parts], 1)
-        return torch.cat(out, 1)
-
-
-class Inception(nn.Module):
-    """Inception-v3 up to its pooled features: a protocol's output, float (B, 3, 299, 299) -> (B, 2048).
-
-    94 convolutions and 23,850,960 parameters, named as in pytorch-fid's weight file. `fc`, the classifier into 1008 classes,
-    is in that file and therefore here; no feature needs it."""
-
-    def __init__(self):
-        super().__init__()
-        width = 3
-        for name, layer in LAYERS.items():
-            if not callable(layer):
-                self.add_module(name, Mixed(width, layer) if isinstance(layer, dict) else BasicConv2d(width, *layer))
-                width = layer[0] if isinstance(layer, tuple) else self.get_submodule(name).width
-        self.fc = nn.Linear(width, 1008)
-
-    def forward(self, x):
-        for name, layer in LAYERS.items():
-            x = layer(x) if callable(layer) else self.get_submodule(name)(x)
-        return x.mean((2, 3))                                                                                # (B, 2048)
-
-
-def find_inception():
-    """Path of the published weights: in the working folder, else in torch.hub's cache, else downloaded to there, once."""
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / NAME
-    try:
-        if not Path(NAME).is_file() and not cached.is_file():
-            print(f"downloading {URL} to {cached}", file=sys.stderr)
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(cached), hash_prefix=SHA)
-    except Exception as error:                      # no network, a proxy's refusal, a full disk, a wrong hash, ...
-        raise UserError(f"FID needs the weights {NAME}, and their download failed ({reason(error)}). Fetch {URL} elsewhere and "
-                        f"put it here, into {cached.parent}, or pass --inception PATH; --proxy needs no weights") from error
-    return Path(NAME) if Path(NAME).is_file() else cached
-
-
-def load_inception(path=None):
-    """-> (Inception in eval mode on the CPU, the first 8 hex digits of the file's SHA-256).
-
-    Without `path` the published file is looked for (`find_inception`) and no other accepted. A file named by `path` may be
-    another one: it is used with a warning, and its hash keeps its numbers apart. UserError when a file is missing, unreadable or
-    not this network; only num_batches_tracked, which inference ignores, may be absent."""
-    file = find_inception() if path is None else Path(path)
-    try:
-        content = file.read_bytes()
-        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        given = {name: tensor.shape for name, tensor in weights.items()}
-    except Exception as error:                      # the system, torch, zipfile and pickle each have their own
-        raise UserError(f"{file}: cannot be read as a file of weights ({type(error).__name__})") from error
-    sha = hashlib.sha256(content).hexdigest()[:8]
-    if sha != SHA:
-        problem = f"{file}: its SHA-256 begins with {sha}, not {SHA}: these are not the published weights"
-        if path is None:
-            raise UserError(problem + "; delete it to download it again, or insist with --inception PATH")
-        warnings.warn(problem + ", and the numbers are comparable with nobody else's")
-    with torch.device("meta"):                      # neither memory nor random numbers for weights that will be replaced
-        net = Inception()
-    needed = {name: tensor.shape for name, tensor in net.state_dict().items()}
-    given = {name: shape for name, shape in needed.items() if name.endswith("num_batches_tracked")} | given
-    wrong = [name for name in sorted(needed | given) if needed.get(name) != given.get(name)]
-    if wrong:
-        raise UserError(f"{file}: not FID's Inception; {len(wrong)} tensors are missing, superfluous or misshapen: {wrong[0]} ...")
-    net.to_empty(device="cpu").load_state_dict(weights, strict=False)
-    return net.eval().requires_grad_(False), sha
+PROTOCOLS = {"pytorch-fid": resize_pytorch_fid, "tf1": resize_tf1}
 
 
 # --- moments and distance ------------------------------------------------------------------------------------------------------
@@ -340,7 +195,7 @@ PROXIES = {                                                             # images
     "swd": (lambda images: images, sliced_wasserstein)}
 
 
-def proxy(a, b, seed=0):
+def proxy_distances(a, b, seed=0):
     """Distances of a to the reference b that need no weights -> {name: (value, floor)} for every name in PROXIES.
 
     a (n, C, H, W), b (m, C, H, W): uint8, C 1 or 3, one size of at least 8 x 8. Every such distance has a bias that falls with
@@ -365,7 +220,7 @@ def proxy(a, b, seed=0):
 
 # --- the command ---------------------------------------------------------------------------------------------------------------
 
-class Pictures:
+class MeasuredPictures:
     """At most n images, drawn at random (the first n of a sorted folder would be its first class), at their own size:
     picture(i) is a PIL picture, [i] a uint8 tensor (3, H, W). `read` opens a name. flat: turned as EXIF says and laid over white where
     transparent, as in training; else neither, as pytorch-fid reads it (but 16 bits become 8 here: there, they become white)."""
@@ -381,16 +236,16 @@ class Pictures:
     def picture(self, i):
         try:
             with self.read(self.names[i]) as picture:
-                picture = flatten(ImageOps.exif_transpose(picture)) if self.flat or picture.mode[0] in "IF" else picture
+                picture = to_8_bit(ImageOps.exif_transpose(picture)) if self.flat or picture.mode[0] in "IF" else picture
                 return picture.convert("RGB")
         except Exception as error:                  # training may skip a broken image; a measurement must not
-            raise UserError(f"{self.names[i]}: cannot be decoded ({reason(error)}); mend or delete it") from error
+            raise UserError(f"{self.names[i]}: cannot be decoded ({describe_error(error)}); mend or delete it") from error
 
     def __getitem__(self, i):
         return torch.from_numpy(np.array(self.picture(i))).permute(2, 0, 1)
 
 
-def open_source(path, n=None, seed=0, size=32, flat=False):
+def open_measured(path, n=None, seed=0, size=32, flat=False):
     """A folder, .zip or .npz of images -> Pictures; a .npz of saved statistics -> Statistics; "faces": 2048 drawn ones of `size`
     pixels, which no training has seen -> Pictures; anything else is a UserError. flat: as in Pictures."""
     if path == "faces":
@@ -398,20 +253,20 @@ def open_source(path, n=None, seed=0, size=32, flat=False):
             pixels = draw_faces(2048, size, seed=2**20).pixels.permute(0, 2, 3, 1).numpy()
         except ValueError as error:
             raise UserError(f"faces: {error}") from None
-        return Pictures(range(len(pixels)), lambda i: Image.fromarray(pixels[i]), n, seed)
+        return MeasuredPictures(range(len(pixels)), lambda i: Image.fromarray(pixels[i]), n, seed)
     path = Path(path)
     if path.is_dir() or path.suffix.lower() == ".zip":
         source = Folder(path) if path.is_dir() else Zip(path)
         if not source.names:
             raise UserError(f"{path}: holds no images")
-        return Pictures(source.names, source.picture, n, seed, flat)
+        return MeasuredPictures(source.names, source.picture, n, seed, flat)
     if path.suffix.lower() == ".npy":
         raise UserError(f"{path}: one bare array; give a .npz, which np.savez('images.npz', images=array) writes")
     try:
         with np.load(path) as file:
             arrays = dict(file)
     except Exception as error:                      # zipfile, numpy and the system each have their own
-        raise UserError(f"{path}: is no folder, .zip or .npz that can be read ({reason(error)})") from error
+        raise UserError(f"{path}: is no folder, .zip or .npz that can be read ({describe_error(error)})") from error
     if "mu" in arrays:
         try:
             saved = Statistics(**{key: v if v.ndim else v.item() for key, v in arrays.items()})
@@ -426,11 +281,11 @@ def open_source(path, n=None, seed=0, size=32, flat=False):
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels) or not {pixels.shape[1], pixels.shape[3]} & {1, 3}:
         raise UserError(f"{path}: wants uint8 images (n, H, W, C) or (n, C, H, W), C 1 or 3, under the key images or arr_0")
     pixels = pixels if pixels.shape[3] in (1, 3) else pixels.transpose(0, 2, 3, 1)
-    return Pictures(range(len(pixels)), lambda i: Image.fromarray(pixels[i].repeat(3 // pixels.shape[3], axis=2)), n, seed)
+    return MeasuredPictures(range(len(pixels)), lambda i: Image.fromarray(pixels[i].repeat(3 // pixels.shape[3], axis=2)), n, seed)
 
 
 def parser():
-    p = command_line("FID, or proxies for it, of images A to a reference B.")
+    p = build_parser("FID, or proxies for it, of images A to a reference B.")
     p.add_argument("A", help="a folder, a .zip or a .npz of images, or a .npz of saved statistics")
     p.add_argument("B", nargs="?", help="the reference, likewise, or faces for the built-in ones; may be left out with --save")
     p.add_argument("--inception", metavar="PATH", help="weights; None: the working folder, torch.hub's cache, or a download")
@@ -449,14 +304,14 @@ def print_proxy(o, a, b):
     if isinstance(a, Statistics) or isinstance(b, Statistics):
         raise UserError("--proxy needs images on both sides: saved statistics have none")
     size = min(a.picture(0).size)
-    a, b = (torch.stack([torch.tensor(square(s.picture(i), size)) for i in range(len(s))]) for s in (a, b))
-    for name, (value, floor) in proxy(a, b, o.seed).items():
+    a, b = (torch.stack([torch.tensor(crop_square(s.picture(i), size)) for i in range(len(s))]) for s in (a, b))
+    for name, (value, floor) in proxy_distances(a, b, o.seed).items():
         print(f"proxy/{name:12} {value:10.5f}   floor {floor:10.5f}   ratio {value / floor if floor else float('nan'):.2f}")
     print(f"  {o.A}: n {len(a)}\n  {o.B}: n {len(b)}\n  k {min(len(a), len(b) // 2)} images a side, all cut to their centred "
           f"square and resized to A's {size} x {size}\n  This is not FID. Compare only at the same B, k and size.")
 
 
-def measure(o):
+def run_measurement(o):
     """The command's work, from parsed arguments."""
     if o.B is None and (o.proxy or not o.save):
         raise UserError("B is missing: python fid.py A B (A alone goes with --save only)")
@@ -465,13 +320,13 @@ def measure(o):
     if o.batch < 1 or (o.n is not None and o.n < 2):
         raise UserError("--batch must be at least 1, and --n at least 2")
     device = pick_device(o.device)
-    sets = {o.A: open_source(o.A, o.n, o.seed, flat=o.proxy)}
+    sets = {o.A: open_measured(o.A, o.n, o.seed, flat=o.proxy)}
     if o.B:
-        sets[o.B] = open_source(o.B, o.n, o.seed, min(sets[o.A].picture(0).size) if isinstance(sets[o.A], Pictures) else 32, o.proxy)
+        sets[o.B] = open_measured(o.B, o.n, o.seed, min(sets[o.A].picture(0).size) if isinstance(sets[o.A], MeasuredPictures) else 32, o.proxy)
     if o.proxy:
         return print_proxy(o, sets[o.A], sets[o.B])
 
-    images = {path: s for path, s in sets.items() if isinstance(s, Pictures)}
+    images = {path: s for path, s in sets.items() if isinstance(s, MeasuredPictures)}
     with replacing(o.save) if o.save else nullcontext() as file:
         if images:                                  # two saved statistics need no weights
             net, weights = load_inception(o.inception)
@@ -490,8 +345,8 @@ def main(argv=None):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        measure(parser().parse_args(argv))
+        run_measurement(parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -20,10 +20,10 @@ from dataclasses import dataclass, fields
 
 import probe
 import train
-from checkpoint import newest, read_checkpoint
-from console import UserError, run
-from options import Options, check, flag, make_parser, merge, option, same
-from recipes import settings
+from plumbing.checkpoint import newest_checkpoint, read_checkpoint
+from plumbing.console import UserError, run_command
+from running.options import Options, check, flag_name, options_parser, resolve_options, option, is_same_value
+from running.recipes import recipe_options
 
 FIXED = ("objective", "predict", "space", "model", "patch", "skips", "decoder", "economy")  # cannot change: the weights would mean something else
 # What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.
@@ -42,28 +42,28 @@ class TuneOptions(Options):
 
 
 def main(argv=None):
-    given = vars(make_parser(TuneOptions, __doc__.split("\n")[0], INHERITED).parse_args(argv))
+    given = vars(options_parser(TuneOptions, __doc__.split("\n")[0], INHERITED).parse_args(argv))
     asked = TuneOptions(**given)
-    unread = [flag(f) for f in fields(TuneOptions) if f.name in given and f.name not in probe.READS]
+    unread = [flag_name(f) for f in fields(TuneOptions) if f.name in given and f.name not in probe.READS]
     if asked.probe and unread:
         raise UserError(f"{unread[0]} has no part in --probe: leave it out")
     if asked.probe_noise is not None and not asked.probe:
         raise UserError("--probe-noise needs --probe")
     if not asked.probe:
-        o, ckpt = merge(TuneOptions, given, "finetune")
+        o, ckpt = resolve_options(TuneOptions, given, "finetune")
         if ckpt:
-            return train.resume(o, ckpt, "finetune")
-    source = asked.from_ or str(newest())
+            return train.continue_run(o, ckpt, "finetune")
+    source = asked.from_ or str(newest_checkpoint())
     first = read_checkpoint(source)
     first["config"]["vae"] = first["meta"]["vae"]                               # where it lies, not what it was called then
     was = lambda name: first["config"].get(name, getattr(Options, name))        # a run from before an option existed has its default
     if asked.probe:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("--probe is the work of one process: start it without torchrun")
-        same_data = same(given.get("data", was("data")), was("data"))
+        same_data = is_same_value(given.get("data", was("data")), was("data"))
         o = TuneOptions(**({name: was(name) for name in probe.INHERITED if name != "val" or same_data} | given))
         check(o)
-        probe.command(o, source)
+        probe.run_probe(o, source)
         return
     for name in FIXED:
         if name in given and given[name] != was(name):
@@ -73,11 +73,11 @@ def main(argv=None):
         inherited["recon_target"] = was("recon_target")
     if given.get("labels") is False:
         del inherited["label_dropout"]
-    if not all(same(given.get(name, was(name)), was(name)) for name in ("task", "data")):     # maps belong to the task and the data that they were made for
+    if not all(is_same_value(given.get(name, was(name)), was(name)) for name in ("task", "data")):     # maps belong to the task and the data that they were made for
         del inherited["targets"]
-    if not same(given.get("data", was("data")), was("data")):                    # and held-out images to their data
+    if not is_same_value(given.get("data", was("data")), was("data")):                    # and held-out images to their data
         del inherited["val"]
-    chosen = settings(o.recipe, "finetune", given)
+    chosen = recipe_options(o.recipe, "finetune", given)
     if chosen.get("task", was("task")) != "generate":                           # of latents for a task, nothing is kept
         del inherited["latents"], inherited["cache_latents"]
     if not (chosen.get("mask") or chosen.get("mask_from")):                     # nothing is hidden: no policy says what
@@ -92,4 +92,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -20,22 +20,22 @@ import torch
 from mask import patchify
 
 
-def plain(t):
+def plain_weights(t):
     """Weight 1 for the image head and for the noise head."""
     return torch.ones_like(t), torch.ones_like(t)
 
 
-def ddm(t):
+def ddm_weights(t):
     """[DDM] the released weights: 1/t for the image head, 1/(1 - t + 1e-4) for the noise head (t >= 1e-4)."""
     return 1 / t, 1 / (1 - t + 1e-4)
 
 
-WEIGHTS = {"plain": plain, "ddm": ddm}                                          # of the two heads of `both`; one head has weight 1
+WEIGHTS = {"plain": plain_weights, "ddm": ddm_weights}                                          # of the two heads of `both`; one head has weight 1
 
 
 def clean_target(schedule, z, n, t):
     """The image itself, in units of its standard deviation."""
-    return z / schedule.s
+    return z / schedule.data_std
 
 
 def noisy_target(schedule, z, n, t):
@@ -51,15 +51,15 @@ def whitened_target(schedule, z, n, t):
 RECON_TARGETS = {"clean": clean_target, "noisy": noisy_target, "whitened": whitened_target}
 
 
-def normalise(u, eps=1e-6):
+def normalise_patches(u, eps=1e-6):
     """Every patch to mean 0 and (unbiased) variance 1, as MAE and the released MaskDiT do. (B, N, P) -> (B, N, P)."""
     return (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + eps).sqrt()
 
 
-def miss(out, z, n, t, schedule, patch, recon_target):
+def token_error(out, z, n, t, schedule, patch, recon_target):
     """Squared error (B, N) of the raw output's first C channels against a target's patches; all but the clean ones are normalised."""
     wanted = patchify(RECON_TARGETS[recon_target](schedule, z, n, t), patch)
-    wanted = wanted if recon_target == "clean" else normalise(wanted)
+    wanted = wanted if recon_target == "clean" else normalise_patches(wanted)
     return ((patchify(out[:, :z.shape[1]].float(), patch) - wanted) ** 2).mean(-1)
 
 
@@ -89,7 +89,7 @@ def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, reco
             return error.mean()
         loss = error.gather(1, m.keep).mean()                                   # [MaskDM] visible tokens only, divided by K
         if recon:
-            loss = loss + recon * hidden_mean(miss(out, z, n, t, schedule, patch, recon_target), m)    # [MaskDiT] lambda = 0.1
+            loss = loss + recon * hidden_mean(token_error(out, z, n, t, schedule, patch, recon_target), m)    # [MaskDiT] lambda = 0.1
         return loss
 
     return objective
@@ -99,7 +99,7 @@ def build_reconstruction(schedule, predict, patch, weighting="plain", recon=0.0,
     """-> objective(out, z, n, t, m), the mean over hidden tokens of |out - patch|^2: all that is left without noise. [LMD]
 
     The first arguments are build_objective's; there is nothing to predict or to weigh but the patches. m hides something, always."""
-    return lambda out, z, n, t, m: hidden_mean(miss(out, z, n, t, schedule, patch, recon_target), m)
+    return lambda out, z, n, t, m: hidden_mean(token_error(out, z, n, t, schedule, patch, recon_target), m)
 
 
 OBJECTIVES = {"denoise": build_objective, "reconstruct": build_reconstruction}

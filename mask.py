@@ -126,7 +126,7 @@ POLICIES = {"patch": patch, "block": blocks, "crop": crop}
 RAMP = 2 / 3                                                                    # [LMD] the ramp ends here, then r stays at hi
 
 
-def mix(lo, hi, w):
+def interpolate(lo, hi, w):
     """Between lo (w = 0) and hi (w = 1), exact at both ends; lo + w (hi - lo) can miss hi = 0 by a rounding, and 0 is a hard border."""
     return (1 - w) * lo + w * hi
 
@@ -138,30 +138,30 @@ def constant(u, lo, hi):
 
 def linear(u, lo, hi):
     """Equal increments per step until RAMP. LMD names a third schedule beside the two below; this form is our reading of it."""
-    return mix(lo, hi, min(u / RAMP, 1))
+    return interpolate(lo, hi, min(u / RAMP, 1))
 
 
 def piecewise(u, lo, hi):
     """[LMD] ramp, hold, ramp, hold: through (0, lo), (1/6, mid), (1/3, mid), (2/3, hi); .15, .40, .75 in the paper's setting.
 
     The released code multiplies the second slope by u instead of u - 1/3: its ratio jumps at 1/3 and reaches 1.10."""
-    mid = mix(lo, hi, (0.40 - 0.15) / (0.75 - 0.15))
-    return mix(lo, mid, min(6 * u, 1)) if u < 1 / 3 else mix(mid, hi, min(3 * (u - 1 / 3), 1))
+    mid = interpolate(lo, hi, (0.40 - 0.15) / (0.75 - 0.15))
+    return interpolate(lo, mid, min(6 * u, 1)) if u < 1 / 3 else interpolate(mid, hi, min(3 * (u - 1 / 3), 1))
 
 
 def cosine(u, lo, hi, s=0.008):
     """[LMD] Nichol and Dhariwal's alpha-bar with the hidden share in the part of 1 - alpha-bar: gentle at both ends."""
     c = lambda v: math.cos(math.pi / 2 * (v + s) / (1 + s)) ** 2
-    return mix(lo, hi, 1 - c(min(u / RAMP, 1)) / c(0))
+    return interpolate(lo, hi, 1 - c(min(u / RAMP, 1)) / c(0))
 
 
 def cosine4(u, lo, hi):
     """[MaskDiT] unmasking: r = hi + (lo - hi) cos^4(pi u / 2); with lo = .5, hi = 0 it falls over the whole of the run."""
-    return mix(lo, hi, 1 - math.cos(math.pi / 2 * u) ** 4)
+    return interpolate(lo, hi, 1 - math.cos(math.pi / 2 * u) ** 4)
 
 
 RATIOS = {"constant": constant, "linear": linear, "piecewise": piecewise, "cosine": cosine, "cosine4": cosine4}
-ARRIVES = {"linear": RAMP, "piecewise": RAMP, "cosine": RAMP, "cosine4": 1.0}  # the progress at which each is at hi, to stay there; not named: 1
+RAMP_END = {"linear": RAMP, "piecewise": RAMP, "cosine": RAMP, "cosine4": 1.0}  # the progress at which each is at hi, to stay there; not named: 1
 
 
 def ratio_at(ramp, u, lo, hi, levels=8, share=None):
@@ -170,16 +170,16 @@ def ratio_at(ramp, u, lo, hi, levels=8, share=None):
     Each distinct ratio is a distinct token count, so a distinct compilation and a distinct speed: eight are enough to follow
     a curve and few enough to compile. The first value is lo and the last is hi, exactly. share: the progress in (0, 1] at which the
     ramp arrives; ARRIVES[ramp] when left out."""
-    end = ARRIVES.get(ramp, 1.0)
+    end = RAMP_END.get(ramp, 1.0)
     r = RATIOS[ramp](min(max(u, 0.0), 1.0) if share is None else min(max(u, 0.0) / share, 1.0) * end, lo, hi)
     if lo == hi or ramp == "constant":
         return r
-    return mix(lo, hi, round((r - lo) / (hi - lo) * (levels - 1)) / (levels - 1))
+    return interpolate(lo, hi, round((r - lo) / (hi - lo) * (levels - 1)) / (levels - 1))
 
 
 # --- the picture ---------------------------------------------------------------------------------------------------------------
 
-def picture(side=96, seed=0):
+def draw_policies(side=96, seed=0):
     """One row per policy (ratios 0 to 0.9), one plot per ratio schedule, as a PIL image."""
     from PIL import Image, ImageDraw
     ratios, p = [0.0, 0.25, 0.5, 0.75, 0.9], side // 16
@@ -215,5 +215,5 @@ def picture(side=96, seed=0):
 
 
 if __name__ == "__main__":
-    from console import picture_command
-    picture_command("Draw every mask policy and every ratio schedule.", picture, "mask.png", seed=(0, "which masks"))
+    from plumbing.console import run_picture_command
+    run_picture_command("Draw every mask policy and every ratio schedule.", draw_policies, "mask.png", seed=(0, "which masks"))

@@ -23,17 +23,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from console import UserError
-from data import holdout, load_images, seeded, to_float
-from latents import encode_once
-from sample import build, load
+from plumbing.console import UserError
+from data import holdout, load_images
+from spaces import encode_once
+from sample import build_model, load
+from plumbing.images import seeded, to_float
 
 PIXELS = 16                                                                     # side to which raw pixels are shrunk: 768 numbers, as many as ViT-B's
 NOISE = 0.1                                                                     # b / (a s) for denoisers
 
 
 @torch.no_grad()
-def encode(model, loaded, images, noise=0.0, seed=0, batch=256):
+def extract_features(model, loaded, images, noise=0.0, seed=0, batch=256):
     """Mean of the encoder's last tokens for all of data.Images -> features (n, D), labels (n,). noise: b / (a s) of what the model sees;
     image i's is a function of (seed, i's batch)."""
     kept, features, labels = [], [], []
@@ -53,13 +54,13 @@ def encode(model, loaded, images, noise=0.0, seed=0, batch=256):
     return torch.cat(features), torch.cat(labels)
 
 
-def pixels(images, side=PIXELS):
+def pixel_features(images, side=PIXELS):
     """The images themselves, shrunk: (n, C side side), labels (n,)."""
     x, y = zip(*(images.take(some) for some in torch.arange(len(images)).split(1024)))
     return torch.cat([F.adaptive_avg_pool2d(to_float(part), min(side, images.size)).flatten(1) for part in x]), torch.cat(y)
 
 
-def classify(f, y, f_held, classes, l2=1e-3, steps=200):
+def fit_classifier(f, y, f_held, classes, l2=1e-3, steps=200):
     """Fit a linear classifier on features f (n, D) with labels y (n,) -> its answers (n',) for f_held (n', D). Deterministic."""
     mean, std = f.double().mean(0), f.double().std(0, correction=0).clamp(min=1e-6)
     f, f_held = (((v.double() - mean) / std).float() for v in (f, f_held))
@@ -77,20 +78,20 @@ def classify(f, y, f_held, classes, l2=1e-3, steps=200):
     return (f_held @ W[:-1] + W[-1]).argmax(1).detach()
 
 
-def probe(loaded, images, held_out, noise=0.0, seed=0, batch=256, folder=None):
+def probe_accuracy(loaded, images, held_out, noise=0.0, seed=0, batch=256, folder=None):
     """Held-out accuracy in [0, 1] of a linear classifier on four kinds of features: {"trained", "untrained", "pixels", "chance"}.
 
     images, held_out: data.Images with labels. folder: where latents are kept, so that both networks share them; None: nowhere."""
     torch.manual_seed(seed)                                                     # of the untrained network's weights
-    fresh, parts = build(loaded.meta)[0].to(loaded.device).eval(), [images, held_out]
+    fresh, parts = build_model(loaded.meta)[0].to(loaded.device).eval(), [images, held_out]
     if loaded.space.name == "latent" and folder:
         parts, space = encode_once(parts, loaded.space, folder, False, loaded.device)
         loaded = replace(loaded, space=space)
-    kinds = {"trained": [encode(loaded.model, loaded, part, noise, seed, batch) for part in parts],
-             "untrained": [encode(fresh, loaded, part, noise, seed, batch) for part in parts], "pixels": [pixels(images), pixels(held_out)]}
+    kinds = {"trained": [extract_features(loaded.net, loaded, part, noise, seed, batch) for part in parts],
+             "untrained": [extract_features(fresh, loaded, part, noise, seed, batch) for part in parts], "pixels": [pixel_features(images), pixel_features(held_out)]}
     accuracy = {}
     for name, ((f, y), (f_held, y_held)) in kinds.items():
-        accuracy[name] = (classify(f, y, f_held, len(images.classes)) == y_held).double().mean().item()
+        accuracy[name] = (fit_classifier(f, y, f_held, len(images.classes)) == y_held).double().mean().item()
     accuracy["chance"] = (y_held == y.bincount().argmax()).double().mean().item()
     return accuracy
 
@@ -100,7 +101,7 @@ INHERITED = ("space", "vae", "data", "val", "seed", "size", "gray", "patch", "ca
 READS = {"probe", "probe_noise", "from_", "weights", "fraction", "device", "threads", *INHERITED} - {"patch", "space"}
 
 
-def command(o, source):
+def run_probe(o, source):
     """`finetune.py --probe`: with its options o, probe the checkpoint `source`, print one line. -> as `probe`."""
     loaded = load(source, o.weights, o.device, o.vae)
     meta, reconstructs = loaded.meta, loaded.meta.get("objective") == "reconstruct"
@@ -110,7 +111,7 @@ def command(o, source):
         raise UserError(f"--probe-noise {noise}: must be at least 0, and 0 for a model of --objective reconstruct, which has seen none")
     if meta["task"] != "generate":
         raise UserError(f"--probe: {source} was trained for the task {meta['task']} and sees its condition, too; probe a model that generates or reconstructs")
-    square = loaded.space.factor * loaded.model.p
+    square = loaded.space.factor * loaded.net.p
     if (1 if o.gray else 3) != meta["channels"] or o.size % square:
         raise UserError(f"--size {o.size}, --gray: this model takes {meta['channels']} channel(s) and multiples of {square} pixels")
     settings = dict(seed=o.seed, cache_gb=o.cache_gb)
@@ -119,7 +120,7 @@ def command(o, source):
         raise UserError(f"--data {o.data}: --probe needs labels, a first-level folder for each of at least two classes")
     if o.fraction < 1:
         images = images.subset(torch.randperm(len(images), generator=seeded(o.seed, 7))[:max(1, round(o.fraction * len(images)))])
-    accuracy = probe(loaded, images, held_out, noise, o.seed, folder=o.latents if o.cache_latents else None)
+    accuracy = probe_accuracy(loaded, images, held_out, noise, o.seed, folder=o.latents if o.cache_latents else None)
     print(f"linear probe of {source}, step {meta['step']}: {len(images)} images, {len(images.classes)} classes; accuracy on {len(held_out)} held-out images: "
           f"encoder {accuracy['trained']:.1%}, untrained encoder {accuracy['untrained']:.1%}, pixels {accuracy['pixels']:.1%}, chance {accuracy['chance']:.1%}")
     return accuracy

@@ -24,14 +24,14 @@ import torch
 import finetune
 import train
 import vae
-from bench import Bench, markdown, sheet, show
-from checkpoint import read_checkpoint
-from console import UserError, command_line, run
-from data import grid, holdout, load_images, seeded, to_float
-from machine import amp_type
-from reconstruct import masked_errors, picture, reconstruct
-from sample import restore
-from tasks import TASKS, pose, strip
+from claims.bench import Bench, format_table, draw_sheet, format_distances
+from plumbing.checkpoint import read_checkpoint
+from plumbing.console import UserError, build_parser, run_command
+from data import holdout, load_images
+from plumbing.machine import amp_type
+from restore import reconstruction_errors, draw_reconstruction, reconstruct, restore_pictures
+from tasks import TASKS, make_condition, place_side_by_side
+from plumbing.images import grid, seeded, to_float
 
 
 # --- [DDM] ten analytic steps ----------------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ DDM_SCALES = {
 }
 
 
-def ddm(args):
+def run_ddm(args):
     """[DDM] `ddm` with two heads at 10 calls against DDPM (`vp-linear`, eps) at up to 1000, and what each difference contributes.
 
     Two arms of the full length, which are also arms of half the length (the learning rate is constant, the average does the
@@ -67,7 +67,7 @@ def ddm(args):
     common = ["--data", args.data, "--size", args.size, "--model", scale["model"], *scale["train"], "--lr", 1e-3, "--lr-end", 1,
               "--save-every", scale["half"], "--workers", 0]             # the half-way checkpoint is an arm of half the length
     ours, ddpm = "ddm-both", "vp-linear-eps"
-    arm = lambda name, schedule, predict, steps: bench.arm(name, train.main, *common, "--schedule", schedule, "--predict", predict, "--steps", steps)
+    arm = lambda name, schedule, predict, steps: bench.train_arm(name, train.main, *common, "--schedule", schedule, "--predict", predict, "--steps", steps)
     arm(ours, "ddm", "both", scale["steps"])
     arm(ddpm, "vp-linear", "eps", scale["steps"])
     images, _ = holdout(load_images(args.data, args.size, seed=args.seed), "0.02", seed=args.seed)
@@ -97,21 +97,21 @@ def ddm(args):
     baseline |= {c: distances(ddpm, few, steps=c, churn=1.0) for c in scale["ddpm"][-1:]}       # the slowest last
 
     calls, floors = scale["calls"], (next(iter(table["posterior, uniform"].values())), ten["posterior, uniform"])
-    text = [f"Distances to {args.data}: pixel / random-conv / swd (fid.py --proxy; not FID). {n} samples, seed {args.seed}, floor {show(floors[0], 1)}.", "",
-            markdown(["`ddm`, two heads", *(f"{c} calls" for c in calls)],
-                     [[label, *(show(row[c]) if c in row else "" for c in calls)] for label, row in table.items()]),
-            "", f"{few} samples, on both sides, floor {show(floors[1], 1)}:", "",
-            markdown(["", *(f"{c} calls" for c in scale["ddpm"])], [["DDPM, ancestral", *(show(baseline[c]) for c in scale["ddpm"])]]
-                     + [[f"DDPM, {label}", *(show(row[c]) if c in row else "" for c in scale["ddpm"])] for label, row in rivals.items()]), "",
-            markdown(["", f"{best} calls", *(f"{c} calls" for c in scale["long"])],
-                     [[f"`ddm`, {label}", show(cell), *(show(long[label][c]) if label in long else "" for c in scale["long"])] for label, cell in ten.items()]),
+    text = [f"Distances to {args.data}: pixel / random-conv / swd (fid.py --proxy; not FID). {n} samples, seed {args.seed}, floor {format_distances(floors[0], 1)}.", "",
+            format_table(["`ddm`, two heads", *(f"{c} calls" for c in calls)],
+                     [[label, *(format_distances(row[c]) if c in row else "" for c in calls)] for label, row in table.items()]),
+            "", f"{few} samples, on both sides, floor {format_distances(floors[1], 1)}:", "",
+            format_table(["", *(f"{c} calls" for c in scale["ddpm"])], [["DDPM, ancestral", *(format_distances(baseline[c]) for c in scale["ddpm"])]]
+                     + [[f"DDPM, {label}", *(format_distances(row[c]) if c in row else "" for c in scale["ddpm"])] for label, row in rivals.items()]), "",
+            format_table(["", f"{best} calls", *(f"{c} calls" for c in scale["long"])],
+                     [[f"`ddm`, {label}", format_distances(cell), *(format_distances(long[label][c]) if label in long else "" for c in scale["long"])] for label, cell in ten.items()]),
             "", f"One change at a time, at {best} calls, {scale['half']} steps of training, {few} samples:", "",
-            markdown(["change", "distances"], [[label, show(cell)] for label, cell in ladder]),
-            "", "Every arm with the last solver and grid:", "", markdown(["arm", "distances"], [[name, show(cell)] for name, cell in crossed])]
+            format_table(["change", "distances"], [[label, format_distances(cell)] for label, cell in ladder]),
+            "", "Every arm with the last solver and grid:", "", format_table(["arm", "distances"], [[name, format_distances(cell)] for name, cell in crossed])]
     bench.write("table.md", "\n".join(text) + "\n")
     rows = [(f"{arm}, {c} call{'s' * (c > 1)}", bench.draw(path, 12, steps=c, **how)) for arm, path, how, counts in
             (("ddm", ours, SAMPLERS["DPM++, edm"], scale["calls"]), ("DDPM ancestral", ddpm, dict(churn=1.0), scale["ddpm"])) for c in counts]
-    sheet(rows, [], 2).save(bench.folder / "samples.png")
+    draw_sheet(rows, [], 2).save(bench.folder / "samples.png")
     print(f"wrote {bench.folder / 'samples.png'}: the same twelve noises in every row")
 
 
@@ -124,7 +124,7 @@ TASK_SCALES = {                                                                 
 }
 
 
-def tasks(args):
+def run_tasks(args):
     """[DDM] Every task at up to 10 calls on held-out images, and whether super-resolution learns faster from a masked, unconditional first stage
     (whose steps come on top, but serve every task).
 
@@ -139,9 +139,9 @@ def tasks(args):
 
     def arm(name, task, command, steps, *flags, before=()):
         arms[name] = task
-        bench.arm(name, command, *flags, *common, "--task", task, "--steps", max(1, steps), "--sample-every", max(1, steps // 5), before=before)
+        bench.train_arm(name, command, *flags, *common, "--task", task, "--steps", max(1, steps), "--sample-every", max(1, steps // 5), before=before)
 
-    bench.arm("masked", train.main, *photos, *network, *common, "--mask", 0.9, "--steps", scale["pre"], "--sample-every", scale["pre"],
+    bench.train_arm("masked", train.main, *photos, *network, *common, "--mask", 0.9, "--steps", scale["pre"], "--sample-every", scale["pre"],
               before=("superres-tuned", "inpaint-tuned", "superres-whole", "inpaint-whole"))
     first, quarter = ["--from", bench.folder / "masked"], ["--mask", 0.75]
     arm("superres-tuned", "superres", finetune.main, tune // 2, *first, *quarter, before=("superres-whole",))
@@ -162,7 +162,7 @@ def tasks(args):
         size = args.size // 2 if name.startswith("faces-") else args.size
         _, images = holdout(load_images(data, size, gray, seed=args.seed, targets=exact), "0.02", seed=args.seed)
         x, _ = images.take(torch.arange(min(scale["n"], len(images))))
-        return pose(task, to_float(x), images.maps, g=seeded(args.seed, 101))
+        return make_condition(task, to_float(x), images.maps, g=seeded(args.seed, 101))
 
     rows, pictures, calls = [], {}, [f"{c} call{'s' * (c > 1)}" for c in scale["calls"]]
     for name, task in arms.items():
@@ -173,18 +173,18 @@ def tasks(args):
         def score(result):
             return {k: round(f(result, truth, cond), 4) for k, f in TASKS[task].scores.items()}
 
-        plain = bench.cell(f"{name} plain n={len(truth)}", lambda: score(TASKS[task].plain(cond)))
-        cells = {c: bench.cell(f"{name} n={len(truth)} steps={c}", lambda: score(restore(loaded, cond, steps=c, **how))) for c in scale["calls"]}
+        plain = bench.measure_once(f"{name} plain n={len(truth)}", lambda: score(TASKS[task].plain(cond)))
+        cells = {c: bench.measure_once(f"{name} n={len(truth)} steps={c}", lambda: score(restore_pictures(loaded, cond, steps=c, **how))) for c in scale["calls"]}
         rows += [[name if i == 0 else "", key, f"{plain[key]:.3f}", *(f"{cells[c][key]:.3f}" for c in scale["calls"])] for i, key in enumerate(plain)]
-        few = {c: restore(loaded, cond[:4], steps=c, **how) for c in scale["calls"]}
-        pictures[name] = [(f"{name}" if i == 0 else "", strip(cond[i:i + 1], *(few[c][i:i + 1] for c in scale["calls"]), truth[i:i + 1])) for i in range(min(4, len(truth)))]
+        few = {c: restore_pictures(loaded, cond[:4], steps=c, **how) for c in scale["calls"]}
+        pictures[name] = [(f"{name}" if i == 0 else "", place_side_by_side(cond[i:i + 1], *(few[c][i:i + 1] for c in scale["calls"]), truth[i:i + 1])) for i in range(min(4, len(truth)))]
     text = [f"{args.data} and the built-in faces (at half the size), {args.size} px, {scale['n']} held-out images at most, seed {args.seed}; {tune} steps from scratch "
             f"(edges, saliency: {tune // 3}), {tune // 2} when tuned from {scale['pre']} masked steps.", "",
-            markdown(["arm", "score", "without a network", *calls], rows)]
+            format_table(["arm", "score", "without a network", *calls], rows)]
     bench.write("table.md", "\n".join(text) + "\n")
     titles = ["condition", *calls, "truth"]
     for name, lines in pictures.items():
-        sheet(lines, titles, left=110).save(bench.folder / f"{name}.png")
+        draw_sheet(lines, titles, left=110).save(bench.folder / f"{name}.png")
     print(f"wrote {', '.join(f'{name}.png' for name in pictures)} in {bench.folder}")
 
 
@@ -197,30 +197,30 @@ MASKDM_SCALES = {
 }
 
 
-def maskdm(args):
+def run_maskdm(args):
     """[MaskDM] All tokens against a tenth of them, in blocks, at three points of equal training time: a third, two thirds, and, after a last
     third on all tokens at half the rate, falling, for both, the end. As in `maskdit`, a minute is a number of steps, timed at the start."""
     bench = Bench("maskdm", args, scale := MASKDM_SCALES[args.scale])
     common = ["--data", args.data, "--size", args.size, *(["--gray"] if args.gray else []), "--model", scale["model"], *scale["train"], "--lr", 2e-3, "--lr-end", 1, "--workers", 0]
     arms = {"all-tokens": [], "masked": ["--mask", 0.9, "--policy", "block", "--block", 2]}
-    pace = functools.cache(lambda: bench.pace({name: [*common, *flags] for name, flags in arms.items()}, visits=2))
+    pace = functools.cache(lambda: bench.seconds_per_step({name: [*common, *flags] for name, flags in arms.items()}, visits=2))
     third = lambda name: max(1, round(20 * scale["minutes"] / pace()[name]))
     for name, flags in arms.items():
-        bench.arm(name, train.main, *common, *flags, "--steps", lambda: 2 * third(name), "--save-every", lambda: third(name), "--sample-every", lambda: third(name),
+        bench.train_arm(name, train.main, *common, *flags, "--steps", lambda: 2 * third(name), "--save-every", lambda: third(name), "--sample-every", lambda: third(name),
                   before=(f"{name}-last",))
-        bench.arm(f"{name}-last", finetune.main, "--from", bench.folder / name, "--lr", 1e-3, "--lr-end", 0.05, "--sample-every", 10**9, "--steps", lambda: third("all-tokens"))
+        bench.train_arm(f"{name}-last", finetune.main, "--from", bench.folder / name, "--lr", 1e-3, "--lr-end", 0.05, "--sample-every", 10**9, "--steps", lambda: third("all-tokens"))
     if not bench.all_trained():
         return
     images, _ = holdout(load_images(args.data, args.size, args.gray, seed=args.seed), "0.02", seed=args.seed)
     points = {name: [f"{name}/{third(name):06d}.pt", f"{name}/{2 * third(name):06d}.pt", f"{name}-last/last.pt"] for name in arms}
     cells = {name: [bench.distances(images, path, scale["n"], steps=10) for path in paths] for name, paths in points.items()}
     bench.write("table.md", "\n".join([
-        f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} samples of 10 calls, seed {args.seed}, floor {show(cells['masked'][-1], 1)}. "
+        f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} samples of 10 calls, seed {args.seed}, floor {format_distances(cells['masked'][-1], 1)}. "
         f"{scale['minutes']} minutes of training an arm, the last third of both on all tokens at a falling rate.", "",
-        markdown(["arm", "seconds a step", "1/3 of the time", "2/3", "all", "steps", "val_loss at the end"],
-                 [[name, f"{pace()[name]:.3f}", *map(show, row), f"{bench.log(name, 'step'):.0f} + {bench.log(f'{name}-last', 'step'):.0f}",
+        format_table(["arm", "seconds a step", "1/3 of the time", "2/3", "all", "steps", "val_loss at the end"],
+                 [[name, f"{pace()[name]:.3f}", *map(format_distances, row), f"{bench.log(name, 'step'):.0f} + {bench.log(f'{name}-last', 'step'):.0f}",
                    f"{bench.log(f'{name}-last', 'val_loss'):.4f}"] for name, row in cells.items()])]) + "\n")
-    sheet([(f"{name}, {when}", bench.draw(path, 10, steps=10)) for name, paths in points.items() for when, path in zip(("1/3", "2/3", "all"), paths)],
+    draw_sheet([(f"{name}, {when}", bench.draw(path, 10, steps=10)) for name, paths in points.items() for when, path in zip(("1/3", "2/3", "all"), paths)],
           [], 1).save(bench.folder / "samples.png")
     print(f"wrote {bench.folder / 'samples.png'}: the same ten noises in every row")
 
@@ -243,7 +243,7 @@ SIDE_ARMS = {                                                                   
 }
 
 
-def maskdit(args):
+def run_maskdit(args):
     """[MaskDiT] All tokens against half of them behind a light decoder with reconstruction, class-conditional, at four points of equal
     training time. Both choose their learning rate from the same three by a short run's val_loss, and both end with a quarter of the time on all
     tokens at half the rate: for one that is unmasking, for the other the same decay.
@@ -256,21 +256,21 @@ def maskdit(args):
     half = SIDE_ARMS["noisy-target"]
     arms = {"all-tokens": ([], "all-tokens"), "half": (half, "half-whole")}     # flags, and whose pace it has when nothing is hidden
     networks = {"all-tokens": [], "half": half, "half-whole": HALF[2:]}
-    pace = functools.cache(lambda: bench.pace({name: [*common, *flags] for name, flags in networks.items()}, visits=2)
-                           | bench.pace({name: [*common, *flags] for name, flags in SIDE_ARMS.items()}))    # when the first arm wants it
+    pace = functools.cache(lambda: bench.seconds_per_step({name: [*common, *flags] for name, flags in networks.items()}, visits=2)
+                           | bench.seconds_per_step({name: [*common, *flags] for name, flags in SIDE_ARMS.items()}))    # when the first arm wants it
     steps = lambda minutes, name: max(1, round(60 * minutes / pace()[name]))
     quarter = lambda name: steps(scale["minutes"] / 4, name)
     for name, (flags, whole) in arms.items():
         for lr in scale["rates"]:
-            bench.arm(f"{name}-lr-{lr:g}", train.main, *common, *flags, "--lr", lr, "--steps", lambda: max(1, quarter(name) // 3), "--sample-every", 10**9,
+            bench.train_arm(f"{name}-lr-{lr:g}", train.main, *common, *flags, "--lr", lr, "--steps", lambda: max(1, quarter(name) // 3), "--sample-every", 10**9,
                       before=(name, f"{name}-last"))
         best = lambda: min(scale["rates"], key=lambda lr: bench.log(f"{name}-lr-{lr:g}", "val_loss"))
-        bench.arm(name, train.main, *common, *flags, "--lr", best, "--steps", lambda: 3 * quarter(name), "--save-every", lambda: quarter(name), "--sample-every", lambda: quarter(name),
+        bench.train_arm(name, train.main, *common, *flags, "--lr", best, "--steps", lambda: 3 * quarter(name), "--save-every", lambda: quarter(name), "--sample-every", lambda: quarter(name),
                   before=(f"{name}-last",))
         # the last quarter of the time, for both: all tokens, half the rate, decaying. [MaskDiT] calls it unmasking tuning
-        bench.arm(f"{name}-last", finetune.main, "--from", bench.folder / name, "--lr-end", 0.05, "--sample-every", 10**9, "--lr", lambda: best() / 2, "--steps", lambda: quarter(whole))
+        bench.train_arm(f"{name}-last", finetune.main, "--from", bench.folder / name, "--lr-end", 0.05, "--sample-every", 10**9, "--lr", lambda: best() / 2, "--steps", lambda: quarter(whole))
     for name, flags in SIDE_ARMS.items():
-        bench.arm(name, train.main, *common, *flags, "--lr", 1e-3, "--steps", lambda: steps(scale["side_arms"], name), "--sample-every", 10**9)
+        bench.train_arm(name, train.main, *common, *flags, "--lr", 1e-3, "--steps", lambda: steps(scale["side_arms"], name), "--sample-every", 10**9)
     if not bench.all_trained():
         return
     points = {name: [f"{name}/{quarter(name) * k:06d}.pt" for k in (1, 2, 3)] + [f"{name}-last/last.pt"] for name in arms}
@@ -278,21 +278,21 @@ def maskdit(args):
     labels = torch.arange(scale["n"]) % len(images.classes)
     how = dict(steps=scale["calls"], solver="heun", time_grid="edm")
     distances = lambda path: bench.distances(images, path, scale["n"], labels=labels, **how)
-    table = [[name, *(show(distances(path)) for path in paths)] for name, paths in points.items()]
+    table = [[name, *(format_distances(distances(path)) for path in paths)] for name, paths in points.items()]
     rates = [[name, f"{pace()[name]:.3f}", *(f"{bench.log(f'{name}-lr-{lr:g}', 'val_loss'):.4f}" for lr in scale["rates"])] for name in arms]
     side = [[name, f"{bench.log(name, 'val_loss'):.4f}", f"{bench.log(name, 'step'):.0f}"] for name in SIDE_ARMS]
     bench.write("table.md", "\n".join([
         f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} class-conditional samples of {scale['calls']} calls, seed {args.seed}, floor "
-        f"{show(distances(points['half'][-1]), 1)}. {scale['minutes']} minutes of training an arm, the last quarter of both with all tokens at a falling rate.", "",
-        markdown(["arm", "1/4 of the time", "1/2", "3/4", "all"], table), "",
+        f"{format_distances(distances(points['half'][-1]), 1)}. {scale['minutes']} minutes of training an arm, the last quarter of both with all tokens at a falling rate.", "",
+        format_table(["arm", "1/4 of the time", "1/2", "3/4", "all"], table), "",
         "The learning rate was chosen by val_loss after a twelfth of the time:", "",
-        markdown(["arm", "seconds a step", *(f"{lr:g}" for lr in scale["rates"])], rates), "",
-        f"Short runs of {scale['side_arms']} minutes:", "", markdown(["arm", "val_loss", "steps"], side)]) + "\n")
+        format_table(["arm", "seconds a step", *(f"{lr:g}" for lr in scale["rates"])], rates), "",
+        f"Short runs of {scale['side_arms']} minutes:", "", format_table(["arm", "val_loss", "steps"], side)]) + "\n")
     few = torch.arange(10) % len(images.classes)
-    sheet([(f"{name}, {when}", bench.draw(path, 10, labels=few, **how)) for name, paths in points.items() for when, path in zip(("1/4", "1/2", "3/4", "all"), paths)],
+    draw_sheet([(f"{name}, {when}", bench.draw(path, 10, labels=few, **how)) for name, paths in points.items() for when, path in zip(("1/4", "1/2", "3/4", "all"), paths)],
           [], 2).save(bench.folder / "samples.png")
     guided = [(images.classes[c], torch.cat([bench.draw(points["half"][-1], 3, labels=torch.full((3,), c), cfg=s, **how) for s in GUIDANCE])) for c in range(min(10, len(images.classes)))]
-    sheet(guided, [f"cfg {s:g}" if i == 0 else "" for s in GUIDANCE for i in range(3)], 2).save(bench.folder / "guidance.png")
+    draw_sheet(guided, [f"cfg {s:g}" if i == 0 else "" for s in GUIDANCE for i in range(3)], 2).save(bench.folder / "guidance.png")
     print(f"wrote samples.png and guidance.png in {bench.folder}")
 
 
@@ -305,7 +305,7 @@ LMD_SCALES = {
 }
 
 
-def lmd(args):
+def run_lmd(args):
     """[LMD] Reconstruction of hidden latents: a fixed ratio of 0.75 against a cosine ramp from 0.15, at equal training time, by the held-out
     error at fixed ratios; then a generator in the same latents, trained on a quarter of the tokens and fine-tuned on all."""
     bench = Bench("lmd", args, scale := LMD_SCALES[args.scale])
@@ -319,14 +319,14 @@ def lmd(args):
 
     common = [*photos, "--space", "latent", "--vae", autoencoder, "--latents", bench.folder / "latents", "--patch", 2, "--model", scale["model"], *scale["train"]]
     guess = [*common, "--objective", "reconstruct", "--decoder", 4, "--mask", 0.75]
-    fifth = lambda: max(1, round(12 * scale["minutes"] / bench.pace({"fixed": guess})["fixed"]))
+    fifth = lambda: max(1, round(12 * scale["minutes"] / bench.seconds_per_step({"fixed": guess})["fixed"]))
     # a ramp's steps cost more while more is visible, so both arms are given the time, not the number of steps
     length = ["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"]]
     arms = {"fixed": [], "cosine": ["--mask-from", 0.15, "--ramp", "cosine"]}
     for name, flags in arms.items():
-        bench.arm(name, train.main, *guess, *flags, *length, "--save-every", fifth, "--sample-every", fifth)
-    bench.arm("generator", train.main, *common, "--mask", 0.75, *length, before=("generator-whole",))
-    bench.arm("generator-whole", finetune.main, "--from", bench.folder / "generator",
+        bench.train_arm(name, train.main, *guess, *flags, *length, "--save-every", fifth, "--sample-every", fifth)
+    bench.train_arm("generator", train.main, *common, "--mask", 0.75, *length, before=("generator-whole",))
+    bench.train_arm("generator-whole", finetune.main, "--from", bench.folder / "generator",
               *(["--steps", scale["steps"]] if "steps" in scale else ["--minutes", scale["minutes"] / 2]))
     if not bench.all_trained():
         return
@@ -335,25 +335,25 @@ def lmd(args):
     for name in arms:
         for path in sorted((bench.folder / name).glob("0*.pt")) + [bench.folder / name / "last.pt"]:
             key = f"{name}/{path.name}"
-            errors = bench.cell(key, lambda: {f"{ratio:g}": round(error, 5) for ratio, error in masked_errors(bench.model(key), held_out).items()}
+            errors = bench.measure_once(key, lambda: {f"{ratio:g}": round(error, 5) for ratio, error in reconstruction_errors(bench.model(key), held_out).items()}
                                 | dict(minutes=round(read_checkpoint(path)["seconds"] / 60, 2), step=read_checkpoint(path)["step"]))
             rows.append([name, f"{errors['minutes']:.1f}", errors["step"], *(f"{errors[k]:.4f}" for k in ("0.15", "0.4", "0.55", "0.75"))])
     bench.write("table.md", f"Held-out error of hidden latents (1: the mean image), {args.data}, seed {args.seed}.\n\n"
-                + markdown(["arm", "minutes", "step", "ratio 0.15", "0.4", "0.55", "0.75"], rows) + "\n")
+                + format_table(["arm", "minutes", "step", "ratio 0.15", "0.4", "0.55", "0.75"], rows) + "\n")
     x = to_float(held_out.take(torch.arange(min(4, len(held_out))))[0])
     for name in arms:
-        picture(reconstruct(bench.model(name), x, 0.75)).save(bench.folder / f"{name}.png")
+        draw_reconstruction(reconstruct(bench.model(name), x, 0.75)).save(bench.folder / f"{name}.png")
     grid(bench.draw("generator-whole", 16, steps=10)).save(bench.folder / "faces.png")
     print(f"wrote {', '.join(f'{name}.png' for name in (*arms, 'faces'))} in {bench.folder}")
 
 
 # --- the command -------------------------------------------------------------------------------------------------------------------------
 
-CLAIMS = {"maskdm": maskdm, "ddm": ddm, "tasks": tasks, "maskdit": maskdit, "lmd": lmd}
+CLAIMS = {"maskdm": run_maskdm, "ddm": run_ddm, "tasks": run_tasks, "maskdit": run_maskdit, "lmd": run_lmd}
 
 
 def parser():
-    p = command_line("Reproduce a claim as a small, fair experiment: a table and pictures below --out.")
+    p = build_parser("Reproduce a claim as a small, fair experiment: a table and pictures below --out.")
     p.add_argument("claim", choices=CLAIMS, help="which: maskdm (a tenth of the tokens), ddm (ten analytic steps), tasks (image-conditioned, ten calls), maskdit (half of the tokens), lmd (a rising mask)")
     p.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu", help="smoke: a minute; cpu: hours on two cores; gpu: for one GPU")
     p.add_argument("--data", default="faces", help="a folder, a .zip, cifar-10-python.tar.gz, or faces for the built-in ones")
@@ -381,4 +381,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -27,55 +27,54 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import newest, read_checkpoint
-from console import UserError, command_line, reason, run
-from data import seeded, to_uint8
-from inputs import Inputs
-from machine import amp_type, pick_device
-from pictures import Trace, Writer
-from reconstruct import inpaint_hole, picture, reconstruct, report
+from plumbing.checkpoint import newest_checkpoint, read_checkpoint
+from plumbing.console import UserError, build_parser, describe_error, run_command
+from plumbing.inputs import UserPictures
+from plumbing.machine import amp_type, pick_device
+from plumbing.writer import ImageWriter
 from schedules import SCHEDULES
-from tasks import TASKS, fold, strip
-from vae import SPACES
+from tasks import TASKS, place_side_by_side
 from vit import ViT
+from plumbing.images import seeded, to_uint8
+from plumbing.trace import Trace
+from spaces import SPACES
 
 
 # --- time grids: (schedule, start, steps) -> steps + 1 times, falling from start to 0 -------------------------------------------
 
-def uniform(schedule, start, steps):
+def uniform_grid(schedule, start, steps):
     """Equal steps of t."""
     return torch.linspace(start, 0, steps + 1, dtype=torch.float64)
 
 
-def quadratic(schedule, start, steps):
+def quadratic_grid(schedule, start, steps):
     """t = (i / steps)^2: small steps near the image, where b = sqrt t changes fastest."""
     return start * torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** 2
 
 
-def angle(schedule, start, steps):
+def angle_grid(schedule, start, steps):
     """Equal steps of theta = arctan(b / (a s)): smooth in every schedule, so first order with the right constant."""
     top = schedule.angle(start)
     return torch.cat([schedule.time_at(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] * top), torch.zeros(1, dtype=torch.float64)])
 
 
-def split(schedule, start, steps):
+def split_grid(schedule, start, steps):
     """[DDM, released code] uniform, but with the last interval cut once more, 1e-4 before the end."""
-    grid = uniform(schedule, start, max(steps - 1, 1))
+    grid = uniform_grid(schedule, start, max(steps - 1, 1))
     return grid if steps == 1 else torch.cat([grid[:-1], grid[-2:-1].div(2).clamp(max=1e-4), grid[-1:]])
 
 
-def edm(schedule, start, steps, low=0.002, high=80.0, rho=7):
+def edm_grid(schedule, start, steps, low=0.002, high=80.0, rho=7):
     """[EDM] noise levels b / a from 80 (or where `start` lies) to .002, equally spaced in their seventh root, then 0."""
     start = torch.tensor(start, dtype=torch.float64)
     high = min(high, float(schedule.b(start) / schedule.a(start)))
     sigma = torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64) ** rho
-    return torch.cat([schedule.time_at(torch.atan(sigma / schedule.s)), torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([schedule.time_at(torch.atan(sigma / schedule.data_std)), torch.zeros(1, dtype=torch.float64)])
 
 
-GRIDS = {"uniform": uniform, "quadratic": quadratic, "angle": angle, "split": split, "edm": edm}
+GRIDS = {"uniform": uniform_grid, "quadratic": quadratic_grid, "angle": angle_grid, "split": split_grid, "edm": edm_grid}
 
 
 # --- solvers: a better x0 for the same step -----------------------------------------------------------------------------------------
@@ -93,7 +92,7 @@ def heun(look, schedule, zt, x0, slopes, t, s, before):
     there = schedule.step(zt, x0, t, s, slopes=slopes)
     x0_there, slopes_there = look(there, s)
     eps = schedule.eps(there, x0_there, s, slopes_there)
-    a, b, *e = schedule.at(t, zt)
+    a, b, *e = schedule.coefficients(t, zt)
     return (x0 + (zt - b * eps - sum(ej * Kj for ej, Kj in zip(e, slopes))) / a) / 2
 
 
@@ -108,13 +107,13 @@ def dpm(look, schedule, zt, x0, slopes, t, s, before):
 SOLVERS = {"analytic": (1, analytic), "heun": (2, heun), "dpm++": (1, dpm)}     # calls per step, refine
 
 
-def way(solver, time_grid, churn, steps):
+def resolve_auto(solver, time_grid, churn, steps):
     """What "auto" stands for: the best of eighteen at ten calls, measured on a model of CIFAR-10 (README). Fresh noise wants the analytic step, and
     few calls the uniform grid: of two on EDM's the second is at noise .002, and nothing is left for it to do."""
     return ("analytic" if churn else "dpm++") if solver == "auto" else solver, ("uniform" if churn or steps < 5 else "edm") if time_grid == "auto" else time_grid
 
 
-def intervals(solver, schedule, start, calls):
+def count_steps(solver, schedule, start, calls):
     """How many steps of the grid `calls` network calls are good for. Where sigma is infinite (a = 0) and at the last step, to 0, only the
     analytic step is defined, so a two-call solver takes single calls there, and one more where the number would not come out even."""
     if SOLVERS[solver][0] == 1:
@@ -126,9 +125,9 @@ def intervals(solver, schedule, start, calls):
 # --- the loop ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class Loaded:
+class DiffusionModel:
     """A model and all that is needed to sample from it. `meta` is the checkpoint's: class names, grid size, prediction, ..."""
-    model: torch.nn.Module
+    net: torch.nn.Module
     schedule: object
     space: object
     predict: str
@@ -154,37 +153,6 @@ def denoise(look, zt, ts, schedule, solver="analytic", calls=None, churn=0.0, no
     return zt
 
 
-class Tiled:
-    """A network for images of one side as a network for larger ones: overlapping tiles, each seen as if it were alone, and their outputs
-    averaged under a window that falls off towards a tile's border [MultiDiffusion, 2302.08113]. One call for all tiles, so that a whole
-    picture is sampled at once: tiles that were sampled one by one would not fit together. side: of a tile, in places of z; batch: tiles at once."""
-
-    def __init__(self, model, side, batch=64):
-        self.model, self.side, self.batch = model, side, batch
-        edge = torch.arange(1, side + 1, dtype=torch.float32).minimum(torch.arange(side, 0, -1, dtype=torch.float32))
-        self.window = edge[:, None] * edge[None, :]                                                                  # (side, side)
-
-    def starts(self, length):
-        """Where tiles begin along an axis: they overlap by at least half and end with the picture."""
-        steps = math.ceil(2 * (length - self.side) / self.side)
-        return [round(i * (length - self.side) / max(steps, 1)) for i in range(steps + 1)]
-
-    def __call__(self, zt, t, y=None, m=None, cond=None):
-        """As ViT.forward without a mask: zt (B, C, H, W), H and W at least `side` -> (B, C_out, H, W)."""
-        places = [(b, i, j) for b in range(len(zt)) for i in self.starts(zt.shape[2]) for j in self.starts(zt.shape[3])]
-        total, weight, window = 0, zt.new_zeros(zt.shape[0], 1, *zt.shape[2:]), self.window.to(zt)
-        for lo in range(0, len(places), self.batch):
-            some = places[lo:lo + self.batch]
-            tiles = lambda u: torch.stack([u[b, :, i:i + self.side, j:j + self.side] for b, i, j in some])
-            rows = torch.tensor([b for b, _, _ in some])                        # on the CPU, where it may index tensors of any device
-            out = self.model(tiles(zt), t[rows], None if y is None else y[rows], None, None if cond is None else tiles(cond))
-            total = total if torch.is_tensor(total) else zt.new_zeros(len(zt), out.shape[1], *zt.shape[2:])
-            for tile, (b, i, j) in zip(out, some):
-                total[b, :, i:i + self.side, j:j + self.side] += tile * window
-                weight[b, :, i:i + self.side, j:j + self.side] += window
-        return total / weight
-
-
 @torch.no_grad()
 def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="auto", solver="auto", labels=None, cfg=1.0, batch=64, first=0,
            cond=None, watch=None, amp=None, cfg_interval=(0.0, math.inf)):
@@ -196,12 +164,11 @@ def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="auto", solver="
     noise is a function of (seed, number) alone. cond (n, C', h, w): a task's condition at the size of z, at least that of the training (`restore`
     pads and folds it). watch(t, zt, x0) is told of every network call. amp: the type for autocast of the network, None for float32; the
     steps between its calls are in float32 in any case. The model runs in evaluation mode on the whole, unmasked image."""
-    model, schedule, space = loaded.model.eval(), loaded.schedule, loaded.space
-    start, (solver, time_grid) = schedule.start(loaded.predict), way(solver, time_grid, churn, steps)
-    ts = GRIDS[time_grid](schedule, start, intervals(solver, schedule, start, steps))
+    model, schedule, space = loaded.net.eval(), loaded.schedule, loaded.space
+    start, (solver, time_grid) = schedule.start_time(loaded.predict), resolve_auto(solver, time_grid, churn, steps)
+    ts = GRIDS[time_grid](schedule, start, count_steps(solver, schedule, start, steps))
     side = loaded.meta["size"] // space.factor
     shape = (space.channels, side, side) if cond is None else (space.channels, *cond.shape[2:])
-    model = model if shape[1:] == (side, side) else Tiled(model, side, batch)
     done = []
     for lo in range(0, n, batch):
         generators = [seeded(seed, first + i) for i in range(lo, min(lo + batch, n))]
@@ -236,21 +203,11 @@ def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="auto", solver="
     return torch.cat(done)
 
 
-def restore(loaded, cond, **how):
-    """A task's results for conditions of one size, whatever size: cond (n, C', H, W) in [-1, 1], as tasks.py makes it -> (n, C, H, W), maps
-    (n, 1, H, W). how: steps, seed, churn, ... of `sample`. What is known for certain is kept: inpainting changes the holes alone."""
-    H, W = cond.shape[2:]
-    f, side = loaded.space.factor, loaded.meta["size"]
-    bottom, right = max(side, -(-H // f) * f) - H, max(side, -(-W // f) * f) - W
-    whole = F.pad(cond, (0, right, 0, bottom), mode="replicate")                # a picture smaller than a tile goes on with its border
-    return TASKS[loaded.meta["task"]].finish(sample(loaded, len(cond), cond=fold(whole, f), **how)[:, :, :H, :W], cond)
-
-
 # --- from a checkpoint to a model ------------------------------------------------------------------------------------------------------------------
 
-def build(meta):
+def build_model(meta):
     """(model, schedule, space) from a checkpoint's meta: the one place that turns its names into objects."""
-    schedule = replace(SCHEDULES[meta["schedule"]], s=meta["data_std"])
+    schedule = replace(SCHEDULES[meta["schedule"]], data_std=meta["data_std"])
     if meta["vae"] and not Path(meta["vae"]).expanduser().exists():
         raise UserError(f"the autoencoder of this model is not at {meta['vae']} any more: say with --vae where it is")
     space = SPACES[meta["space"]](meta["channels"], meta["vae"])
@@ -259,31 +216,31 @@ def build(meta):
     return ViT(schedule, **meta["model"]), schedule, space
 
 
-def put(model, weights):
+def load_weights(model, weights):
     """Load a checkpoint's weights into the network that was built for it. UserError when they are of another version of this program."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"the checkpoint's weights do not fit its network as this version of the program builds it ({reason(error)[:200]} ...): train again") from None
+        raise UserError(f"the checkpoint's weights do not fit its network as this version of the program builds it ({describe_error(error)[:200]} ...): train again") from None
 
 
 def load(path=None, weights="ema", device="auto", vae=None):
     """A checkpoint ready for `sample`. path: a .pt file, a run's folder, or None for the newest run; weights: "ema" or "model"; vae: where
     the autoencoder of a model of latents is, when it has moved."""
-    ckpt = read_checkpoint(path or newest())
+    ckpt = read_checkpoint(path or newest_checkpoint())
     if vae and not ckpt["meta"]["vae"]:
         raise UserError(f"--vae {vae}: this model works on pixels; leave it out")
-    model, schedule, space = build(ckpt["meta"] | (dict(vae=vae) if vae else {}))
-    put(model, ckpt[weights])
+    model, schedule, space = build_model(ckpt["meta"] | (dict(vae=vae) if vae else {}))
+    load_weights(model, ckpt[weights])
     device = pick_device(device)
     meta = dict(task="generate", objective="denoise") | ckpt["meta"] | dict(step=ckpt["step"])
-    return Loaded(model.to(device).eval(), schedule, space, meta["predict"], meta, device)
+    return DiffusionModel(model.to(device).eval(), schedule, space, meta["predict"], meta, device)
 
 
 # --- the command -------------------------------------------------------------------------------------------------------------------
 
 def parser():
-    p = command_line("Sample images from a trained model, or restore your own with one that was trained for a task.")
+    p = build_parser("Sample images from a trained model, or restore your own with one that was trained for a task.")
     p.add_argument("--ckpt", default=None, help="a checkpoint or a run's folder; the newest run when left out")
     p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights or the raw ones")
     p.add_argument("--vae", default=None, help="the autoencoder of a model of latents, when it is no longer where it was in training")
@@ -311,7 +268,7 @@ def parser():
     return p
 
 
-def class_number(name, classes):
+def find_class(name, classes):
     """`--label` as a number: a class's name, or its place in the list."""
     if name in classes:
         return classes.index(name)
@@ -321,7 +278,7 @@ def class_number(name, classes):
     raise UserError(f"--label {name}: " + (f"the classes are {known}" if classes else "this model was trained without labels"))
 
 
-def check(args):
+def check_arguments(args):
     """Refuse, before any work, what cannot be."""
     for name in ("n", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -352,13 +309,13 @@ def check(args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    check(args)
+    check_arguments(args)
     loaded = load(args.ckpt, args.weights, args.device, args.vae)
     classes, task = loaded.meta["classes"], loaded.meta["task"]
-    label = None if args.label is None else class_number(args.label, classes)
+    label = None if args.label is None else find_class(args.label, classes)
     seed = args.seed if args.seed >= 0 else int(torch.seed() % 2**31)
     if loaded.meta["objective"] == "reconstruct":
-        return fill_in(args, loaded, label, seed)
+        return reconstruct_to_file(args, loaded, label, seed)
     if args.task not in (None, task):
         raise UserError(f"--task {args.task}: this model was trained for {task}; give --ckpt of one that was trained with "
                         + ("--objective reconstruct" if args.task == "reconstruct" else f"train.py --task {args.task}"))
@@ -376,8 +333,8 @@ def main(argv=None):
     how = dict(steps=args.steps, seed=seed, churn=args.churn, time_grid=args.time_grid, solver=args.solver, cfg=args.cfg, batch=args.batch,
                amp=amp_type(args.amp, loaded.device), cfg_interval=args.cfg_interval)
     watch, seen = Trace(loaded, args.trace, 2), []                              # seen: images per pass through the network: counted, not computed
-    loaded.model.register_forward_hook(lambda module, given, out: seen.append(len(out)))
-    n, batches = generate(args, loaded, label, watch, how) if task == "generate" else work_on(args, loaded, label, watch, how)
+    loaded.net.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    n, batches = generate_to_file(args, loaded, label, watch, how) if task == "generate" else restore_to_file(args, loaded, label, watch, how)
     if args.trace:
         watch.save(args.trace)
         print(f"wrote {args.trace}: above x_t, scaled to the images' contrast, below the network's guess of x0, at every call")
@@ -385,11 +342,12 @@ def main(argv=None):
     if args.cfg not in (0, 1) and sum(seen) <= n * calls:
         print(f"note: no call fell between the noise levels of --cfg-interval {' '.join(map(str, args.cfg_interval))}: nothing was guided")
     passes = f", {sum(seen) / n:g} passes (a guided call takes two, each tile of a large picture its own)" if sum(seen) > n * calls else ""
-    print(f"wrote {n} images to {args.out}: {calls} network calls each ({', '.join(way(args.solver, args.time_grid, args.churn, args.steps))} grid){passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
+    print(f"wrote {n} images to {args.out}: {calls} network calls each ({', '.join(resolve_auto(args.solver, args.time_grid, args.churn, args.steps))} grid){passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
 
 
-def fill_in(args, loaded, label, seed):
+def reconstruct_to_file(args, loaded, label, seed):
     """--task reconstruct (or inpaint) with a model of --objective reconstruct: hide tokens (or what lies in a hole) of pictures, guess them in one pass."""
+    from restore import describe_reconstruction, draw_reconstruction, inpaint_hole, reconstruct
     if args.task not in (None, "reconstruct", "inpaint") or args.input is None:
         raise UserError("this model was trained to reconstruct hidden patches and makes nothing of noise: give --task reconstruct (or inpaint) and --input "
                         "FOLDER, or train one without --objective reconstruct")
@@ -402,23 +360,23 @@ def fill_in(args, loaded, label, seed):
         raise UserError("--ratio is the share of the tokens that --task reconstruct hides; --holes belong to --task inpaint")
     if not args.out.lower().endswith(".png"):
         raise UserError(f"--out {args.out}: a reconstruction is one sheet of pictures beside their originals, a .png")
-    inputs = list(Inputs(args.input, args.n, loaded.meta["channels"] == 1, args.holes, None, inpaint, side=loaded.meta["size"], seed=seed))
+    inputs = list(UserPictures(args.input, args.n, loaded.meta["channels"] == 1, args.holes, None, inpaint, side=loaded.meta["size"], seed=seed))
     x, labels = torch.cat([one.x for one in inputs]), None if label is None else torch.full((len(inputs),), label)
     if inpaint:
         done = inpaint_hole(loaded, x, torch.cat([one.hole for one in inputs]), labels, names=[one.name for one in inputs])
     else:
         done = reconstruct(loaded, x, loaded.meta["ratio"] if args.ratio is None else args.ratio, seed, labels=labels, batch=args.batch)
-    with Writer(args.out) as writer:
-        writer.sheet = picture(done)
-    print(f"{report(done)}; wrote {args.out}, seed {seed}")
+    with ImageWriter(args.out) as writer:
+        writer.sheet = draw_reconstruction(done)
+    print(f"{describe_reconstruction(done)}; wrote {args.out}, seed {seed}")
 
 
-def generate(args, loaded, label, watch, how):
+def generate_to_file(args, loaded, label, watch, how):
     """From nothing: --n images to --out. -> (how many, in how many batches)."""
     classes, n = loaded.meta["classes"], args.n or 16
     labels = torch.full((n,), label) if label is not None else torch.arange(n) % len(classes) if classes else None
     begins = range(0, n, args.batch)
-    with Writer(args.out, columns=len(classes) if classes and label is None and len(classes) <= 16 else None) as writer:
+    with ImageWriter(args.out, columns=len(classes) if classes and label is None and len(classes) <= 16 else None) as writer:
         for lo in tqdm(begins, desc="sampling", unit="batch", disable=len(begins) == 1 or None):
             hi = min(lo + args.batch, n)
             images = sample(loaded, hi - lo, labels=None if labels is None else labels[lo:hi], first=lo, watch=watch, **how)
@@ -427,18 +385,19 @@ def generate(args, loaded, label, watch, how):
     return n, len(begins)
 
 
-def work_on(args, loaded, label, watch, how):
+def restore_to_file(args, loaded, label, watch, how):
     """A task on the user's own pictures, one by one: condition | result (| target), and scores where there are targets.
     -> (how many, the same)."""
+    from restore import restore_pictures
     task, scores, baseline = TASKS[loaded.meta["task"]], {}, {}
-    inputs = Inputs(args.input, args.n, loaded.meta["channels"] == 1, args.holes, args.targets, loaded.meta["task"] == "inpaint", task.zoom, seed=how["seed"])
+    inputs = UserPictures(args.input, args.n, loaded.meta["channels"] == 1, args.holes, args.targets, loaded.meta["task"] == "inpaint", task.zoom, seed=how["seed"])
     labels = None if label is None else torch.tensor([label])
-    with Writer(args.out, columns=2 + bool(args.targets)) as writer:
+    with ImageWriter(args.out, columns=2 + bool(args.targets)) as writer:
         for i, one in enumerate(tqdm(inputs, desc=loaded.meta["task"], unit="picture", disable=len(inputs) == 1 or None)):
             cond = task.ask(one.x, one.hole)
-            result = restore(loaded, cond, first=i, labels=labels, watch=watch, **how)
+            result = restore_pictures(loaded, cond, first=i, labels=labels, watch=watch, **how)
             watch.done(result)
-            row = strip(cond, result, *([one.truth] if args.targets else []))
+            row = place_side_by_side(cond, result, *([one.truth] if args.targets else []))
             if writer.kind == ".png":
                 writer.add(row)
             else:                                                               # the result by itself, and side by side
@@ -452,4 +411,4 @@ def work_on(args, loaded, label, watch, how):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

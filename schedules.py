@@ -32,33 +32,33 @@ class Schedule:
 
     a, b map float64 tensors of times to float64 tensors. `law` says which process carries the noise ("wiener" or "markov"):
     it changes the posterior, never the marginals. `slopes` are the e_j of DDM's random attenuations, e_j(0) = e_j(1) = 0.
-    `s` is the data's root mean square, measured once by train.py: `dataclasses.replace(SCHEDULES["ddm"], s=0.5)`."""
+    `s` is the data's root mean square, measured once by train.py: `dataclasses.replace(SCHEDULES["ddm"], data_std=0.5)`."""
     a: Callable
     b: Callable
     law: str = "wiener"
     slopes: tuple = ()
-    s: float = 1.0
+    data_std: float = 1.0
 
     # -- coefficients ---------------------------------------------------------------------------------------------------------
 
-    def at(self, t, like):
+    def coefficients(self, t, like):
         """(a, b, e_1, ...) at times t, shaped to multiply the images `like` (B, C, H, W), in their type and on their device."""
-        t = _float64(t)
+        t = to_float64(t)
         return [per_image(f(t), like) for f in (self.a, self.b, *self.slopes)]
 
-    def scale(self, t):
+    def input_scale(self, t):
         """1 / sqrt V, float64: the network's input `scale(t) * x_t` has unit variance at every t. [EDM] c_in."""
-        t = _float64(t)
-        return (self.a(t) ** 2 * self.s ** 2 + self.b(t) ** 2).rsqrt()
+        t = to_float64(t)
+        return (self.a(t) ** 2 * self.data_std ** 2 + self.b(t) ** 2).rsqrt()
 
     def angle(self, t):
         """theta = arctan(b / (a s)) in [0, pi/2], float64: the noise level as an angle, finite everywhere and smooth."""
-        t = _float64(t)
-        return torch.atan2(self.b(t), self.a(t) * self.s)
+        t = to_float64(t)
+        return torch.atan2(self.b(t), self.a(t) * self.data_std)
 
     def time_at(self, angle):
         """The inverse of `angle`, by bisection: works for any monotone pair (a, b), to the last bit of float64."""
-        angle = _float64(angle)
+        angle = to_float64(angle)
         lo, hi = torch.zeros_like(angle), torch.ones_like(angle)
         for _ in range(60):
             mid = (lo + hi) / 2
@@ -66,12 +66,12 @@ class Schedule:
             lo, hi = torch.where(early, mid, lo), torch.where(early, hi, mid)
         return hi
 
-    def start(self, predict, sigma=200.0):
+    def start_time(self, predict, sigma=200.0):
         """Where sampling begins: t = 1, but for a raw noise head the largest t with b / a <= sigma, since x0 = (x_t - b eps) / a
         does not exist where the image has faded to nothing."""
         if not PREDICTIONS[predict].needs_image:
             return 1.0
-        return float(self.time_at(torch.tensor(math.atan(sigma / self.s), dtype=torch.float64)))
+        return float(self.time_at(torch.tensor(math.atan(sigma / self.data_std), dtype=torch.float64)))
 
     # -- forward --------------------------------------------------------------------------------------------------------------
 
@@ -84,36 +84,36 @@ class Schedule:
 
     def corrupt(self, z, n, t):
         """x_t = a z + b eps + sum e_j K_j. z (B, C, H, W), n from `noise`, t (B,) -> (B, C, H, W).   [DDM] forward"""
-        a, b, *e = self.at(t, z)
+        a, b, *e = self.coefficients(t, z)
         eps, *K = n.split(z.shape[1], 1)
         return a * z + b * eps + sum(ej * Kj for ej, Kj in zip(e, K))
 
     # -- network output <-> image and noise ---------------------------------------------------------------------------------
 
-    def heads(self, predict):
+    def head_count(self, predict):
         """How many image-shaped fields the network must output: the prediction's own, then one per random slope."""
         return PREDICTIONS[predict].heads + len(self.slopes)
 
     def target(self, z, n, t, predict):
         """What the network should output: a list of fields (B, C, H, W), `heads(predict)` of them."""
-        a, b, *_ = self.at(t, z)
+        a, b, *_ = self.coefficients(t, z)
         eps, *K = n.split(z.shape[1], 1)
-        return [*PREDICTIONS[predict].target(z, eps, a, b, self.s), *K]
+        return [*PREDICTIONS[predict].target(z, eps, a, b, self.data_std), *K]
 
     def split(self, out, zt, t, predict):
         """Network output (B, heads C, H, W) at x_t -> (x0, n): the image and the noise (eps, then slopes, as in `noise`)."""
-        a, b, *e = self.at(t, zt)
+        a, b, *e = self.coefficients(t, zt)
         fields = out.to(zt.dtype).split(zt.shape[1], 1)
         own, K = fields[:PREDICTIONS[predict].heads], fields[PREDICTIONS[predict].heads:]
         zt = zt - sum(ej * Kj for ej, Kj in zip(e, K))                          # [DDM] take the slopes away, then as usual
-        x0, eps = PREDICTIONS[predict].split(own, zt, a, b, self.s)
+        x0, eps = PREDICTIONS[predict].split(own, zt, a, b, self.data_std)
         return x0, torch.cat([eps, *K], 1)
 
     # -- backward ---------------------------------------------------------------------------------------------------------------
 
-    def kept(self, t, s, churn):
+    def kept_share(self, t, s, churn):
         """1 - k: the share of the noise's variance that a step t -> s keeps, the rest is drawn afresh. float64, in [0, 1]."""
-        t, s = _float64(t), _float64(s)
+        t, s = to_float64(t), to_float64(s)
         posterior = (self.b(s) / self.b(t)) ** 2                                               # [DDM] Brownian bridge
         if self.law == "markov":
             posterior = posterior * (self.a(t) / self.a(s)) ** 2                               # [DDPM] ancestral posterior
@@ -123,17 +123,17 @@ class Schedule:
         """The analytic transition x_t -> x_s for any 0 <= s < t <= 1, given the image x0 (and slopes K_j, if the schedule has any).
 
         Exact for the true x0: a step to s = 0 returns x0, from any t. churn in [0, 1]; churn > 0 needs `noise` ~ N(0, I)."""
-        a_t, _, *e_t = self.at(t, zt)
-        a_s, b_s, *e_s = self.at(s, zt)
-        kept = self.kept(t, s, churn)
+        a_t, _, *e_t = self.coefficients(t, zt)
+        a_s, b_s, *e_s = self.coefficients(s, zt)
+        kept = self.kept_share(t, s, churn)
         # b_s sqrt(1-k) eps with eps = (x_t - a_t x0) / b_t: the ratio b_s / b_t in float64, for b_t may be too small for float32
-        ratio = per_image(self.b(_float64(s)) / self.b(_float64(t)) * kept.sqrt(), zt)
+        ratio = per_image(self.b(to_float64(s)) / self.b(to_float64(t)) * kept.sqrt(), zt)
         zs = a_s * x0 + ratio * (zt - a_t * x0 - sum(e * K for e, K in zip(e_t, slopes))) + sum(e * K for e, K in zip(e_s, slopes))
         return zs + b_s * per_image((1 - kept).sqrt(), zt) * noise if churn > 0 else zs
 
     def eps(self, zt, x0, t, slopes=()):
         """The noise that makes x_t of this image: (x_t - a x0 - sum e_j K_j) / b, for t > 0."""
-        a, b, *e = self.at(t, zt)
+        a, b, *e = self.coefficients(t, zt)
         return (zt - a * x0 - sum(ej * Kj for ej, Kj in zip(e, slopes))) / b
 
 
@@ -142,7 +142,7 @@ def per_image(v, like):
     return v.reshape((-1,) + (1,) * (like.dim() - 1)).to(like.dtype).to(like.device)         # type first: MPS has no float64
 
 
-def _float64(t):
+def to_float64(t):
     """Times as float64 (a plain number must not pass through float32), on the CPU where the device, Apple's MPS, has no such type."""
     if not torch.is_tensor(t):
         return torch.tensor(t, dtype=torch.float64)
@@ -206,24 +206,24 @@ def times(kind, schedule, B, generator=None):
     kind: a name in TIMES, or "zero": no time at all, for reconstruction. There a = 1 and b = 0, so x_t is the image, bit for bit [LMD]."""
     device = generator.device if generator is not None else "cpu"
     if kind == "zero":
-        return _float64(torch.zeros(B, device=device))
+        return to_float64(torch.zeros(B, device=device))
     u = torch.rand(1, generator=generator, device=device)
-    u = _float64((u + torch.arange(B, device=device) / B) % 1)
+    u = to_float64((u + torch.arange(B, device=device) / B) % 1)
     return TIMES[kind](schedule, u).clamp(T_MIN, 1)
 
 
-def uniform(schedule, u):
+def uniform_times(schedule, u):
     """Uniform in t."""
     return T_MIN + (1 - T_MIN) * u
 
 
-def lognormal(schedule, u):
+def lognormal_times(schedule, u):
     """[EDM] ln sigma ~ N(-1.2, 1.2^2) with sigma = b / a, whatever the schedule."""
     sigma = (-1.2 + 1.2 * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))).exp()
-    return schedule.time_at(torch.atan(sigma / schedule.s))
+    return schedule.time_at(torch.atan(sigma / schedule.data_std))
 
 
-TIMES = {"uniform": uniform, "lognormal": lognormal}
+TIMES = {"uniform": uniform_times, "lognormal": lognormal_times}
 
 
 # --- the schedules -------------------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ SCHEDULES = {
 
 # --- the picture ---------------------------------------------------------------------------------------------------------------------
 
-def picture(side=64, columns=9, seed=0):
+def draw_schedules(side=64, columns=9, seed=0):
     """One row per schedule: a drawing at times 0 to 1, and the curves a (blue), b (red), log-SNR (grey), as a PIL image."""
     from PIL import Image, ImageDraw
     big = Image.new("RGB", (4 * side, 4 * side), (70, 120, 170))                # a small drawing, made large and shrunk: smooth
@@ -289,7 +289,7 @@ def picture(side=64, columns=9, seed=0):
         top = 24 + i * (side + 4)
         ink.text((6, top + side // 2 - 6), name, fill="black")
         xt = schedule.corrupt(x0.expand(columns, -1, -1, -1), schedule.noise(x0, generator).expand(columns, -1, -1, -1), t)
-        xt = xt * schedule.scale(t)[:, None, None, None].clamp(max=1)           # what the network sees: edm's 80 would be all white
+        xt = xt * schedule.input_scale(t)[:, None, None, None].clamp(max=1)           # what the network sees: edm's 80 would be all white
         tiles = (xt * 127.5 + 127.5).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         for j in range(columns):
             canvas.paste(Image.fromarray(tiles[j]), (90 + j * (side + 4), top))
@@ -305,5 +305,5 @@ def picture(side=64, columns=9, seed=0):
 
 
 if __name__ == "__main__":
-    from console import picture_command
-    picture_command("Draw one image along every schedule.", picture, "schedules.png", seed=(0, "which noise"))
+    from plumbing.console import run_picture_command
+    run_picture_command("Draw one image along every schedule.", draw_schedules, "schedules.png", seed=(0, "which noise"))

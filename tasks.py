@@ -25,7 +25,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
-from data import to_uint8
+from plumbing.images import to_float, to_uint8
 
 ZOOM = 4                                                                        # of super-resolution: [DDM] DIV2K x4
 
@@ -42,7 +42,7 @@ def enlarge(x, zoom=ZOOM):
     return F.interpolate(x.float(), scale_factor=zoom, mode="bicubic").clamp(-1, 1)
 
 
-def small_of(cond, zoom=ZOOM, rounds=8):
+def recover_small(cond, zoom=ZOOM, rounds=8):
     """The small picture that `enlarge` made cond of, by repeated correction: (B, C, H, W) -> (B, C, H / zoom, W / zoom)."""
     small = shrink(cond, zoom)
     for _ in range(rounds):
@@ -66,12 +66,12 @@ def draw_holes(B, H, W, g, strokes=4):
     return (box | (away < radius))[:, None]
 
 
-def cut(x, hole):
+def cut_hole(x, hole):
     """Picture and hole (B, 1, H, W) bool -> the condition of inpainting (B, C + 1, H, W): grey in the hole, then 1 in it and -1 outside."""
     return torch.cat([x.masked_fill(hole, 0.0), torch.where(hole, 1.0, -1.0).to(x)], 1)
 
 
-def gradient(x, gain=3.0):
+def sobel_edges(x, gain=3.0):
     """The edges of a picture as the size of its gradient: Sobel on the mean of the channels, (B, C, H, W) -> (B, 1, H, W) in [-1, 1].
     A step of a third of the whole range is an edge at full strength."""
     grey = F.pad((x.float().mean(1, keepdim=True) + 1) / 2, (1, 1, 1, 1), mode="replicate")
@@ -82,7 +82,7 @@ def gradient(x, gain=3.0):
 
 # --- measures, in float64 ------------------------------------------------------------------------------------------------------------
 
-def image_psnr(a, b, where=None):
+def psnr_per_image(a, b, where=None):
     """Peak signal to noise in dB of pictures (B, C, H, W) in [-1, 1] (peak 2), each image by itself -> (B,) on the CPU. where: (B, 1, H, W)
     bool, the pixels that count; default all."""
     a, b = a.cpu(), b.cpu()
@@ -94,7 +94,7 @@ def image_psnr(a, b, where=None):
 
 def psnr(a, b, where=None):
     """The mean of `image_psnr`, a number."""
-    return image_psnr(a, b, where).mean().item()
+    return psnr_per_image(a, b, where).mean().item()
 
 
 def mae(a, b):
@@ -134,20 +134,20 @@ class Task:
     needs_map: bool = False
 
 
-def hole_of(cond):
+def read_hole(cond):
     """The hole (B, 1, H, W) bool that a condition of inpainting speaks of."""
     return cond[:, -1:] > 0
 
 
-def paste(result, cond):
+def paste_known(result, cond):
     """Known pixels are kept, bit for bit; only the hole is the network's."""
-    return torch.where(hole_of(cond), result, cond[:, :-1].to(result))
+    return torch.where(read_hole(cond), result, cond[:, :-1].to(result))
 
 
-def agree(result, cond, rounds=3):
+def back_project(result, cond, rounds=3):
     """The small picture is known, so the large one must shrink to it: what is missing is added, enlarged (back-projection, Irani & Peleg
     1991). On photographs at 64 px this alone turns bicubic's 25.5 dB into 26.1: no merit of a network."""
-    small = small_of(cond)
+    small = recover_small(cond)
     for _ in range(rounds):
         result = result + enlarge(small - shrink(result))
     return result.clamp(-1, 1)
@@ -155,9 +155,9 @@ def agree(result, cond, rounds=3):
 
 def fill_with_mean(cond):
     """Every hole in the mean colour of what is left of its picture."""
-    known = (~hole_of(cond)).to(cond)
+    known = (~read_hole(cond)).to(cond)
     mean = (cond[:, :-1] * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp(min=1)
-    return torch.where(hole_of(cond), mean, cond[:, :-1])
+    return torch.where(read_hole(cond), mean, cond[:, :-1])
 
 
 def one_channel(result, cond):
@@ -170,11 +170,11 @@ def _superres(x, map, g):
 
 
 def _inpaint(x, map, g):
-    return x, cut(x, draw_holes(len(x), *x.shape[2:], g).to(x.device))
+    return x, cut_hole(x, draw_holes(len(x), *x.shape[2:], g).to(x.device))
 
 
 def _edges(x, map, g):
-    return (gradient(x) if map is None else map).expand_as(x), x
+    return (sobel_edges(x) if map is None else map).expand_as(x), x
 
 
 def _saliency(x, map, g):
@@ -183,31 +183,31 @@ def _saliency(x, map, g):
 
 TASKS = {
     "generate": Task(lambda x, map, g: (x, None), lambda C: 0),
-    "superres": Task(_superres, lambda C: C, lambda x, hole: enlarge(x), agree, plain=lambda cond: cond, scores={"PSNR": lambda r, x, cond: psnr(r, x)}, zoom=ZOOM),
-    "inpaint": Task(_inpaint, lambda C: C + 1, cut, paste, fill_with_mean, {"PSNR in the hole": lambda r, x, cond: psnr(r, x, hole_of(cond))}),
-    "edges": Task(_edges, lambda C: C, finish=one_channel, plain=gradient, exact="edges", scores={
+    "superres": Task(_superres, lambda C: C, lambda x, hole: enlarge(x), back_project, plain=lambda cond: cond, scores={"PSNR": lambda r, x, cond: psnr(r, x)}, zoom=ZOOM),
+    "inpaint": Task(_inpaint, lambda C: C + 1, cut_hole, paste_known, fill_with_mean, {"PSNR in the hole": lambda r, x, cond: psnr(r, x, read_hole(cond))}),
+    "edges": Task(_edges, lambda C: C, finish=one_channel, plain=sobel_edges, exact="edges", scores={
         "max-F": lambda r, x, cond: max_f(r[:, :1], x[:, :1], 1, 1.0), "MAE": lambda r, x, cond: mae(r[:, :1], x[:, :1])}),
     "saliency": Task(_saliency, lambda C: C, finish=one_channel, plain=lambda cond: torch.ones_like(cond[:, :1]), exact="saliency", needs_map=True, scores={
         "max-F": lambda r, x, cond: max_f(r[:, :1], x[:, :1]), "MAE": lambda r, x, cond: mae(r[:, :1], x[:, :1])}),
 }
 
 
-def pose(task, x, maps=0, factor=1, g=None):
+def make_condition(task, x, maps=0, factor=1, g=None):
     """Pictures x (B, C + maps, S, S) in [-1, 1] -> (target (B, C, S, S), cond (B, C' f f, S / f, S / f) or None).
 
     task: a name in TASKS. maps: 1 if the last channel is a map. factor: f, pixels per place of z along a side. g: the generator of
     what is drawn (holes)."""
     C = x.shape[1] - maps
     target, cond = TASKS[task].make(x[:, :C], x[:, C:] if maps else None, g)
-    return target, fold(cond, factor)
+    return target, fold_condition(cond, factor)
 
 
-def fold(cond, factor):
+def fold_condition(cond, factor):
     """The condition at the size of z: (B, C', H, W) -> (B, C' f f, H / f, W / f), every f x f pixels in the channels. None stays None."""
     return cond if cond is None or factor == 1 else F.pixel_unshuffle(cond, factor)
 
 
-def strip(*columns):
+def place_side_by_side(*columns):
     """Conditions, results, truths (B, 1 or more, H, W) in [-1, 1] -> uint8 (B columns, 3, H, W), side by side for data.grid: what has
     more channels than a picture (inpainting's) shows its first."""
     shown = [to_uint8(u[:, :3] if u.shape[1] >= 3 else u[:, :1].expand(-1, 3, -1, -1)) for u in columns]
@@ -216,25 +216,25 @@ def strip(*columns):
 
 # --- the picture -------------------------------------------------------------------------------------------------------------------------
 
-def picture(side=96, n=6, seed=0):
+def draw_tasks(side=96, n=6, seed=0):
     """Two rows per task: the conditions, and the targets below them, on built-in faces, as a PIL image."""
     from PIL import Image, ImageDraw
-    from data import load_images, to_float
+    from data import load_images
     g = torch.Generator().manual_seed(seed)
     names = [name for name in TASKS if name != "generate"]
     canvas = Image.new("RGB", (86 + n * (side + 4), len(names) * (2 * side + 16)), "white")
     ink = ImageDraw.Draw(canvas)
     for i, name in enumerate(names):
         x = to_float(load_images("faces", side, count=n, seed=seed, targets=TASKS[name].exact).take(range(n))[0])
-        target, cond = pose(name, x, int(bool(TASKS[name].exact)), g=g)
+        target, cond = make_condition(name, x, int(bool(TASKS[name].exact)), g=g)
         for row, (what, images) in enumerate((("condition", cond), ("target", target))):
             top = i * (2 * side + 16) + row * (side + 4) + 4
             ink.text((6, top + side // 2 - 12), f"{name}\n{what}", fill="black")
-            for j, image in enumerate(strip(images)):
+            for j, image in enumerate(place_side_by_side(images)):
                 canvas.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (86 + j * (side + 4), top))
     return canvas
 
 
 if __name__ == "__main__":
-    from console import picture_command
-    picture_command("Draw condition and target of every task.", picture, "tasks.png", seed=(0, "which faces and which holes"))
+    from plumbing.console import run_picture_command
+    run_picture_command("Draw condition and target of every task.", draw_tasks, "tasks.png", seed=(0, "which faces and which holes"))

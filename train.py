@@ -32,35 +32,36 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import VERSION, claim, draw_loss, keep_copy, name_newest, open_log, save_atomic
-from console import UserError, run
-from cost import report
-from data import holdout, load_images, seeded, to_float
-from evaluate import look_at
-from latents import encode_once
+from plumbing.checkpoint import VERSION, open_run_folder, keep_copy, name_newest, save_atomic
+from plumbing.console import UserError, run_command
+from running.cost import describe_cost
+from data import holdout, load_images
+from running.evaluate import evaluate_model
+from spaces import encode_once, SPACES
 from losses import OBJECTIVES
-from machine import amp_type, start_machine
+from plumbing.machine import amp_type, start_machine
 from mask import draw, ratio_at, visible_count
-from options import Options, check, make_parser, merge
-from sample import Loaded, build, put
+from running.options import Options, check, options_parser, resolve_options
+from sample import DiffusionModel, build_model, load_weights
 from schedules import SCHEDULES, times
-from tasks import TASKS, pose
-from vae import SPACES
+from tasks import TASKS, make_condition
 from vit import ECONOMIES, MODELS
+from plumbing.images import seeded, to_float
+from running.journal import draw_loss, open_log
 
 
 # --- the order of the images ---------------------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
+def epoch_order(n, seed, epoch):
     """The order of all n images in one epoch. seed: a tuple of whole numbers. -> (n,)"""
     return torch.randperm(n, generator=seeded(*seed, epoch))
 
 
-def shard(n, seed, first, count):
+def shard_indices(n, seed, first, count):
     """Images number first ... first + count of an endless sequence of epochs, each a permutation of all n by itself. -> (count,)"""
     i = torch.arange(first, first + count)
-    return torch.cat([permutation(n, seed, epoch)[i[i // n == epoch] % n] for epoch in range(first // n, (first + count - 1) // n + 1)])
+    return torch.cat([epoch_order(n, seed, epoch)[i[i // n == epoch] % n] for epoch in range(first // n, (first + count - 1) // n + 1)])
 
 
 # --- the run -------------------------------------------------------------------------------------------------------------------------
@@ -71,9 +72,9 @@ LOG_EVERY = 10
 TOO_MANY = 20                                                                   # non-finite steps in a row that end a run
 
 
-def network(o, channels, space, classes):
+def network_options(o, channels, space, classes):
     """The options of the ViT that options `o` ask for: images of `channels`, in a space (its .channels and .factor), with so many classes."""
-    return dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].heads(o.predict), patch=o.patch, skips=o.skips, decoder=o.decoder,
+    return dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].head_count(o.predict), patch=o.patch, skips=o.skips, decoder=o.decoder,
                 economy=o.economy, classes=classes, cond_channels=TASKS[o.task].channels(channels) * space.factor ** 2, **MODELS[o.model])
 
 
@@ -83,7 +84,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     if o.objective == "reconstruct":
         o = dataclasses.replace(o, predict="x0")
     if o.dry_run:
-        return print(report(o, network, f"{stage}.py", sys.argv[1:]))
+        return print(describe_cost(o, network_options, f"{stage}.py", sys.argv[1:]))
     machine = start_machine(o.device, o.threads)
     rank, world, device = machine.rank, machine.world, machine.device
     micro = o.micro_batch or max(1, o.batch // world)
@@ -106,7 +107,7 @@ def train(o, ckpt=None, first=None, stage="train"):
 
     # Model: all that a reader of the checkpoint needs to rebuild it is in meta.
     torch.manual_seed(o.seed)
-    space = build(ckpt["meta"] | dict(vae=o.vae))[2] if ckpt else SPACES[o.space](images.channels, o.vae)
+    space = build_model(ckpt["meta"] | dict(vae=o.vae))[2] if ckpt else SPACES[o.space](images.channels, o.vae)
     if o.size % (space.factor * o.patch):
         raise UserError(f"--size {o.size}: must be a multiple of {space.factor * o.patch}, the autoencoder's factor {space.factor} times --patch {o.patch}")
     if first and space.sha != first[1]["vae_sha"]:
@@ -115,9 +116,9 @@ def train(o, ckpt=None, first=None, stage="train"):
     ratio_of = lambda progress: ratio_at(o.ramp, progress, o.mask if o.mask_from is None else o.mask_from, o.mask, share=o.ramp_share)
     if o.objective == "reconstruct" and visible_count(h * w, min(ratio_of(0), ratio_of(1))) == h * w:
         raise UserError(f"--mask, --mask-from: {min(ratio_of(0), ratio_of(1))} hides none of {h * w} tokens, and --objective reconstruct needs one")
-    if not machine.agree(len(images), ckpt["step"] if ckpt else 0):
+    if not machine.all_equal(len(images), ckpt["step"] if ckpt else 0):
         raise UserError("the processes see different images, or checkpoints of different steps: --data must hold the same everywhere, --out must be one shared folder")
-    out, config = machine.by_first(lambda: claim(o.out)) or (None, None)        # the run's folder: one process writes
+    out, config = machine.run_on_first(lambda: open_run_folder(o.out)) or (None, None)        # the run's folder: one process writes
     o = dataclasses.replace(o, out=str(out))
     shown, _ = held_out.take(torch.arange(min(len(held_out), 8)))               # as pictures, for the grid of a reconstruction
     if o.space == "latent" and o.cache_latents and o.task == "generate":   # (a condition is made of pixels)
@@ -127,15 +128,15 @@ def train(o, ckpt=None, first=None, stage="train"):
         meta = ckpt["meta"] | dict(vae=vae)
     else:
         some, _ = images.take(torch.arange(min(len(images), 1024)))
-        some, _ = pose(o.task, to_float(some), images.maps, g=seeded(o.seed, 8))                # what diffusion runs on: its size is measured
+        some, _ = make_condition(o.task, to_float(some), images.maps, g=seeded(o.seed, 8))                # what diffusion runs on: its size is measured
         same_kind = first and TASKS[first[1].get("task", "generate")].exact == TASKS[o.task].exact     # pictures then and now, or one kind of map
         meta = dict(stage=stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
                     schedule=o.schedule, predict=o.predict, space=o.space, task=o.task, channels=images.channels, size=o.size, classes=classes, vae=vae, vae_sha=space.sha,
                     data_std=first[1]["data_std"] if same_kind else space.encode(some.to(device)).cpu().double().square().mean().sqrt().item(),
-                    model=network(o, images.channels, space, len(classes)), plan=None, skipped=0, shards=world * accumulate)
-    net, schedule, whole_space = build(meta)                                    # with an encoder, whatever `space` has instead
+                    model=network_options(o, images.channels, space, len(classes)), plan=None, skipped=0, shards=world * accumulate)
+    net, schedule, whole_space = build_model(meta)                                    # with an encoder, whatever `space` has instead
     if first:
-        fit(net, first[0], first[1]["classes"], classes)
+        load_first_stage(net, first[0], first[1]["classes"], classes)
     net.checkpoint_blocks = o.checkpoint_blocks
     net.to(device)
     averaged = copy.deepcopy(net).eval().requires_grad_(False)                  # the EMA is a model of its own: it is what gets sampled
@@ -144,8 +145,8 @@ def train(o, ckpt=None, first=None, stage="train"):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, seconds, skipped = 0, 0.0, meta["skipped"]
     if ckpt:
-        put(net, ckpt["model"])
-        put(averaged, ckpt["ema"])
+        load_weights(net, ckpt["model"])
+        load_weights(averaged, ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"])
         torch.set_rng_state(ckpt["rng"])                                        # ours need none: this is for your own dropout
@@ -172,8 +173,8 @@ def train(o, ckpt=None, first=None, stage="train"):
 
     def evaluate():
         """Validation loss, and a grid of samples on fixed noise, both from the averaged weights."""
-        loaded = Loaded(averaged, schedule, space, o.predict, meta, device)
-        return look_at(loaded, held_out, shown, whole_space, o, out / "samples" / f"{step:06d}.png", dtype)
+        loaded = DiffusionModel(averaged, schedule, space, o.predict, meta, device)
+        return evaluate_model(loaded, held_out, shown, whole_space, o, out / "samples" / f"{step:06d}.png", dtype)
 
     looked = 0.0                                                                # seconds that one look at the model costs: for the plan
     if rank == 0:
@@ -207,7 +208,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     begun = time.monotonic() - seconds
     since = time.monotonic()
     stream = STAGES.index(stage)
-    batches = images.batches((shard(len(images), (o.seed, stream), k * o.batch + (rank * accumulate + j) * micro, micro)
+    batches = images.batches((shard_indices(len(images), (o.seed, stream), k * o.batch + (rank * accumulate + j) * micro, micro)
                               for k in itertools.count(step) for j in range(accumulate)), o.workers)
     bar = tqdm(total=plan, initial=step, desc=stage, unit="step", disable=None if rank == 0 else True, dynamic_ncols=True)
 
@@ -228,7 +229,7 @@ def train(o, ckpt=None, first=None, stage="train"):
             x = to_float(x.to(device, non_blocking=True))
             x = torch.where(coin(0.5)[:, None, None, None], x.flip(3), x) if o.flip else x
             y = torch.where(coin(o.label_dropout), -1, y.to(device)) if classes else None
-            x, cond = pose(o.task, x, images.maps, space.factor, g)         # tasks.py      what is predicted, and from what
+            x, cond = make_condition(o.task, x, images.maps, space.factor, g)         # tasks.py      what is predicted, and from what
             # Gradients are averaged over processes once per step: the last shard's forward and backward do it, the others must not.
             with model.no_sync() if world > 1 and j < accumulate - 1 else nullcontext():
                 with amp():
@@ -270,7 +271,7 @@ def train(o, ckpt=None, first=None, stage="train"):
             cost = lambda p: visible_count(h * w, ratio_of(p)) + h * w * (light + 1 / 16)
             each = sorted(durations)[TIMED // 2] * sum(cost(i / 100) for i in range(101)) / 101 / cost(0)
             left = (60 * minutes - seconds - looked) / (each + looked / o.sample_every)
-            plan = step + max(1, int(machine.from_first(left)))
+            plan = step + max(1, int(machine.broadcast_first(left)))
             bar.total = plan
         late = minutes is not None and rank == 0 and seconds > 66 * minutes
         asked = machine.reduce(2 if stop else int(late), dist.ReduceOp.MAX)     # 2: by a signal, and soon a harder one follows
@@ -308,7 +309,7 @@ def train(o, ckpt=None, first=None, stage="train"):
     return out
 
 
-def fit(net, weights, classes_there, classes_here):
+def load_first_stage(net, weights, classes_there, classes_here):
     """Load a first stage's weights. Classes keep their embedding by name; inputs that the first stage did not have (other classes, a
     condition of another shape) start fresh. UserError when anything else differs."""
     mine = net.state_dict()
@@ -330,7 +331,7 @@ def fit(net, weights, classes_there, classes_here):
     net.load_state_dict(mine | weights)
 
 
-def resume(o, ckpt, stage):
+def continue_run(o, ckpt, stage):
     """Continue a run, unless its plan is fulfilled (so that torchrun --max-restarts may repeat the command)."""
     if ckpt["step"] >= (o.steps or ckpt["meta"]["plan"] or math.inf):
         print(f"{o.out} is finished: {ckpt['step']} steps; a larger --steps continues it")
@@ -339,13 +340,13 @@ def resume(o, ckpt, stage):
 
 
 def main(argv=None):
-    given = vars(make_parser(Options, __doc__.split("\n")[0]).parse_args(argv))
-    o, ckpt = merge(Options, given, "train")
+    given = vars(options_parser(Options, __doc__.split("\n")[0]).parse_args(argv))
+    o, ckpt = resolve_options(Options, given, "train")
     if ckpt:
-        resume(o, ckpt, "train")
+        continue_run(o, ckpt, "train")
     else:
         train(o)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -26,9 +26,10 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from console import UserError, command_line, reason, replacing, run
-from data import grid, holdout, load_images, to_float, to_uint8
-from machine import pick_device
+from plumbing.console import UserError, build_parser, describe_error, replacing, run_command
+from data import holdout, load_images
+from plumbing.machine import pick_device
+from plumbing.images import grid, to_float, to_uint8
 
 
 # --- the autoencoder: names as in diffusers, so that its files load --------------------------------------------------------------
@@ -133,22 +134,6 @@ PRESETS = {"sd": dict(widths=[128, 256, 512, 512], layers=2, groups=32, scaling=
 
 # --- spaces ------------------------------------------------------------------------------------------------------------------------
 
-class PixelSpace:
-    """Images as they are. `factor` pixels of the image make one place of z."""
-    name, factor, sha = "pixel", 1, ""
-
-    def __init__(self, channels):
-        self.channels = channels
-
-    def encode(self, x):
-        """(B, C, H, W) in [-1, 1] -> the same."""
-        return x
-
-    def decode(self, z):
-        """(B, C, H, W) -> the same, in [-1, 1] up to the network's errors."""
-        return z
-
-
 class LatentSpace(nn.Module):
     """The standardised latents of an autoencoder. Follows the device of what it is given and computes in float32.
     vae: an AutoencoderKL, frozen from here on.  mean, std (L,): of its latents, kept here because vae's tensors are Stable Diffusion's;
@@ -179,20 +164,6 @@ class LatentSpace(nn.Module):
         return self.passing(lambda part: self.vae.decode(part * self.std + self.mean), z)
 
 
-def latent_space(channels, weights):
-    """The LatentSpace of a file of weights, for images of so many channels. UserError when it was made for others."""
-    space = load_vae(weights)
-    if space.vae.channels != channels:
-        raise UserError(f"--vae {weights}: takes images of {space.vae.channels} channel(s), these have {channels}: "
-                        f"{'give --gray' if channels == 3 else 'leave --gray out'}, or train another one with python vae.py")
-    return space
-
-
-SPACES = {                                                                      # (channels of the images, file of weights) -> a space
-    "pixel": lambda channels, weights=None: PixelSpace(channels),
-    "latent": latent_space}
-
-
 # --- files of weights --------------------------------------------------------------------------------------------------------------
 
 RENAMES = [                                                                     # names of CompVis and of early diffusers -> today's
@@ -203,7 +174,7 @@ RENAMES = [                                                                     
     (r"\.(q|k|v)(?:uery|ey|alue)\.", r".to_\1."), (r"\.proj_attn\.", ".to_out.0.")]
 
 
-def rename(state, stages):
+def rename_keys(state, stages):
     """Weights {name: tensor} with names of CompVis, of early diffusers or of today's -> the same tensors with today's names. Only
     the 1x1 convolutions of CompVis' attention, (c, c, 1, 1), become matrices (c, c)."""
     prefix, done = "first_stage_model.", {}                                     # a whole Stable Diffusion also has a U-Net and a text encoder
@@ -239,7 +210,7 @@ def load_vae(path, config="sd"):
         config = PRESETS[config] if isinstance(config, str) else config
         with torch.device("meta"):                                              # no time and no random numbers for weights to be replaced
             vae = AutoencoderKL(**config)
-        state, wanted = rename({k: v for k, v in state.items() if torch.is_tensor(v)}, len(config["widths"])), vae.state_dict()
+        state, wanted = rename_keys({k: v for k, v in state.items() if torch.is_tensor(v)}, len(config["widths"])), vae.state_dict()
         faults = {"missing": wanted.keys() - state, "unexpected": state.keys() - wanted,
                   "misshapen": {k for k in wanted.keys() & state if wanted[k].shape != state[k].shape}}
         if any(faults.values()):
@@ -251,12 +222,12 @@ def load_vae(path, config="sd"):
         raise UserError(f"{path}: reading .safetensors needs one more package: pip install safetensors; or give the .bin file") from None
     except Exception as error:                                                  # damage: pickle, zipfile and safetensors each have their own
         raise error if isinstance(error, UserError) else UserError(
-            f"{path}: holds no autoencoder that can be read ({type(error).__name__}: {reason(error)[:90]})") from None
+            f"{path}: holds no autoencoder that can be read ({type(error).__name__}: {describe_error(error)[:90]})") from None
 
 
 # --- the command: train the tiny one -------------------------------------------------------------------------------------------------
 
-def train(vae, images, o, device):
+def train_vae(vae, images, o, device):
     """Train vae in place on data.Images with the command's options o -> steps taken. --minutes becomes a number of steps after ten timed
     ones, for the learning rate must know its end. UserError when the loss stops being finite."""
     generator = torch.Generator().manual_seed(o.seed)                           # on the CPU: the same draws for every device
@@ -302,7 +273,7 @@ def patch_pca(fit, x, f, latent):
 
 
 def parser():
-    p = command_line("Train a tiny autoencoder.")
+    p = build_parser("Train a tiny autoencoder.")
     p.add_argument("--data", default="faces", help="a folder, a .zip, cifar-10-python.tar.gz, or faces for the built-in ones")
     p.add_argument("--size", type=int, default=32, help="pixels along a side, a multiple of 4")
     p.add_argument("--gray", action="store_true", help="one channel instead of three")
@@ -318,7 +289,7 @@ def parser():
     return p
 
 
-def make(o):
+def run_training(o):
     """The command's work, from parsed arguments: check, train, write, measure, draw."""
     out, f = Path(o.out), 2 ** (len(PRESETS["tiny"]["widths"]) - 1)
     picture = Path(o.picture or o.out.removesuffix(".pt") + ".png")
@@ -340,7 +311,7 @@ def make(o):
     torch.manual_seed(o.seed)                                                   # of the first weights
     vae = AutoencoderKL(**PRESETS["tiny"], channels=images.channels).to(device)
     with replacing(out) as file:
-        steps = train(vae, images, o, device)
+        steps = train_vae(vae, images, o, device)
         mean, std = latent_statistics(vae, (to_float(images.take(some)[0]).to(device) for some in torch.arange(min(len(images), 4096)).split(256)))
         torch.save(dict(config=vae.config, model={k: v.cpu() for k, v in vae.state_dict().items()}, mean=mean, std=std), file)
     space = LatentSpace(vae, mean, std)
@@ -355,8 +326,8 @@ def make(o):
 
 
 def main(argv=None):
-    make(parser().parse_args(argv))
+    run_training(parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -107,13 +107,13 @@ def drop(net, see, c, m):
 def route(net, see, c, m):
     """[TREAD] Hidden tokens skip blocks i ... j - 1 and re-join as they were before block i. Nothing is lost, so all tokens are scored; without
     a mask, as at sampling, nobody skips. -> (B, N, D)"""
-    i, j = way(len(net.blocks))
+    i, j = route_span(len(net.blocks))
     u = net.encode(see(None), c, 0, i)
     u = net.encode(u, c, i, j) if m is None else m.scatter(net.encode(m.gather(u), c, i, j), fill=u)
     return net.encode(u, c, j)
 
 
-def way(depth):
+def route_span(depth):
     """(i, j): all tokens meet in the first two and in the last three blocks (TREAD's best; in shallow networks in a quarter at each end)."""
     return min(2, (depth + 1) // 4), depth - min(3, (depth + 1) // 4)
 
@@ -150,7 +150,7 @@ ECONOMIES = {
 class ViT(nn.Module):
     """Encoder on the visible tokens, optional light decoder on all tokens.
 
-    channels, heads_out: image channels C in and number of image-shaped fields out (`schedule.heads(predict)`), C_out = C heads_out.
+    channels, heads_out: image channels C in and number of image-shaped fields out (`schedule.head_count(predict)`), C_out = C heads_out.
     patch: p. width, depth, heads: the encoder. skips: U-ViT's long skips. decoder: its depth, 0 for none. decoder_width: of the light
     blocks, those of the decoder and of the mixer. classes: number of labels, 0 for none. cond_channels: channels of the condition image,
     0 for none. economy: a name in ECONOMIES. schedule: gives c_in and the time angle."""
@@ -225,7 +225,7 @@ class ViT(nn.Module):
         """zt (B, C, H, W) at times t (B,), labels y (B,) int64 with -1 for "no label", mask m or None, condition (B, C', H, W)
         in [-1, 1] or None  ->  (B, C_out, H, W), zero at dropped patches unless there is a decoder."""
         h, w = zt.shape[2] // self.p, zt.shape[3] // self.p
-        c_in = per_image(self.schedule.scale(t), zt)
+        c_in = per_image(self.schedule.input_scale(t), zt)
 
         def see(m):
             """Tokens at their places, all of them or the visible ones: embedded after they are gathered, for that is cheaper."""

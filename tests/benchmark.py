@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from losses import build_objective  # noqa: E402
-from machine import pick_device  # noqa: E402
+from plumbing.machine import pick_device  # noqa: E402
 from mask import draw  # noqa: E402
 from schedules import SCHEDULES, times  # noqa: E402
 from vit import MODELS, ViT  # noqa: E402
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def synchronised(device):
@@ -43,7 +44,7 @@ def peak(dtype, device, n=2048):
 
 def make_step(args, device, ratio, dtype):
     torch.manual_seed(0)
-    schedule = replace(SCHEDULES["ddm"], s=0.5)
+    schedule = replace(SCHEDULES["ddm"], data_std=0.5)
     side = args.size // args.patch
     net = ViT(schedule, patch=args.patch, **MODELS[args.model]).to(device)
     if args.compile:

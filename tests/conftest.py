@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from console import run  # noqa: E402  (found from the line above)
+from plumbing.console import run_command  # noqa: E402  (found from the line above)
 
 # The same examples on every machine and no deadline: a test must not depend on time.
 settings.register_profile("glimpse", deadline=None, derandomize=True, max_examples=25,
@@ -35,5 +35,5 @@ def pytest_configure(config):
 def status(module, argv):
     """Run a module's command as a shell does -> its exit status."""
     with pytest.raises(SystemExit) as stop:
-        run(lambda: module.main(argv))
+        run_command(lambda: module.main(argv))
     return stop.value.code or 0

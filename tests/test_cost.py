@@ -4,7 +4,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cost import forward_cost, memory, parameters
+from running.cost import forward_cost, estimate_memory, count_parameters
 from mask import draw
 from schedules import SCHEDULES
 from vit import ECONOMIES, MODELS, ViT
@@ -53,13 +53,13 @@ def test_the_published_costs_come_out():
 def test_the_published_sizes_come_out():
     """730.5 M with 0.43 M of fixed positions, which are computed here: 256 tokens x (1152 + 512)."""
     net = on_meta(channels=4, patch=2, classes=1000, decoder=8, **MODELS["xl"])
-    fixed, mine = 256 * (1152 + 512), parameters(net)
+    fixed, mine = 256 * (1152 + 512), count_parameters(net)
     assert fixed / 1e6 == pytest.approx(0.43, abs=0.005)
     assert (sum(mine.values()) + fixed) / 1e6 == pytest.approx(730.5, abs=0.05)
     assert sum(q.numel() for q in net.decoder.parameters()) / 1e6 == pytest.approx(53.5, abs=0.05)
     assert sum(q.numel() for layer in (net.connect, net.connect_ada) for q in layer.parameters()) / 1e6 == pytest.approx(3.2, abs=0.05)
     plain = on_meta(channels=4, patch=2, classes=1000, **MODELS["xl"])
-    assert (sum(parameters(plain).values()) + 256 * 1152) / 1e6 == pytest.approx(675.1, abs=0.05)
+    assert (sum(count_parameters(plain).values()) + 256 * 1152) / 1e6 == pytest.approx(675.1, abs=0.05)
 
 
 def test_the_memory_of_a_block_is_what_autograd_keeps():
@@ -76,7 +76,7 @@ def test_the_memory_of_a_block_is_what_autograd_keeps():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = net(torch.randn(2, 3, 32, 32), torch.rand(2))
     held = sum(x.untyped_storage().nbytes() for x in kept.values())
-    assert memory(net, forward_cost(on_meta(width=128, depth=4, heads=4, patch=2), 16, 16)[1], 2, half=False)[1] == pytest.approx(held, rel=0.05)
+    assert estimate_memory(net, forward_cost(on_meta(width=128, depth=4, heads=4, patch=2), 16, 16)[1], 2, half=False)[1] == pytest.approx(held, rel=0.05)
     assert out.requires_grad
 
 
@@ -86,14 +86,14 @@ def test_the_memory_of_maskdit_is_near_its_published_bars():
     dit = on_meta(channels=4, heads_out=2, patch=2, classes=1001, **MODELS["xl"])
     for net, visible, images, half, published in ((maskdit, 128, 32, True, 26), (maskdit, 128, 128, True, 49), (maskdit, 128, 32, False, 28),
                                                   (maskdit, 128, 128, False, 65), (dit, None, 32, False, 39), (dit, None, 128, False, 109)):
-        assert sum(memory(net, forward_cost(net, 16, 16, visible)[1], images, half)) / 1e9 == pytest.approx(published, rel=0.12)
+        assert sum(estimate_memory(net, forward_cost(net, 16, 16, visible)[1], images, half)) / 1e9 == pytest.approx(published, rel=0.12)
 
 
 def test_recomputing_keeps_one_input_per_block():
     net = on_meta(**SMALL)
     blocks = forward_cost(net, 4, 4)[1]
     assert blocks == [16 * 32] * 4
-    assert memory(net, blocks, 1, half=False, recompute=True)[1] == 4 * 4 * 512 + 76 * 512
+    assert estimate_memory(net, blocks, 1, half=False, recompute=True)[1] == 4 * 4 * 512 + 76 * 512
 
 
 def test_masks_make_the_encoder_cheaper_and_nothing_else():

@@ -15,10 +15,11 @@ from hypothesis import given, strategies as st
 from PIL import Image, ImageOps
 
 import data
-from console import UserError
-from data import grid, holdout, load_images, to_float, to_uint8
-from faces import EXPRESSIONS, PARTS, STYLES, draw_chunk, draw_faces
-from sources import flatten, square
+from plumbing.console import UserError
+from data import holdout, load_images
+from plumbing.faces import EXPRESSIONS, PARTS, STYLES, draw_chunk, draw_faces
+from plumbing.sources import to_8_bit, crop_square
+from plumbing.images import grid, to_float, to_uint8
 
 
 def noise(h, w, c=3, seed=0):
@@ -93,8 +94,8 @@ def test_an_image_is_its_largest_centred_square_resized_with_lanczos(h, w):
     picture = Image.fromarray(noise(h, w))
     side, (left, top) = min(h, w), ((w - min(h, w)) // 2, (h - min(h, w)) // 2)
     reference = picture.crop((left, top, left + side, top + side)).resize((8, 8), Image.Resampling.LANCZOS)
-    assert (square(picture, 8) == np.asarray(reference).transpose(2, 0, 1)).all()
-    assert square(picture, 8, gray=True).shape == (1, 8, 8)
+    assert (crop_square(picture, 8) == np.asarray(reference).transpose(2, 0, 1)).all()
+    assert crop_square(picture, 8, gray=True).shape == (1, 8, 8)
 
 
 def test_a_turned_photograph_is_turned_upright(tmp_path):
@@ -117,17 +118,17 @@ ramp = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)  # all the
     Image.fromarray(ramp).convert("YCbCr"),
 ], ids=lambda picture: picture.mode)
 def test_every_mode_shows_the_same_greys(picture):
-    flat = flatten(picture)
+    flat = to_8_bit(picture)
     assert flat.mode in ("L", "RGB")
     assert np.abs(np.asarray(flat.convert("L")).astype(int) - ramp).max() <= 1
 
 
 def test_a_dark_16_bit_image_stays_dark():
-    assert np.asarray(flatten(Image.fromarray(ramp.astype(np.uint16) * 64))).max() == round(255 * 64 / 257)
+    assert np.asarray(to_8_bit(Image.fromarray(ramp.astype(np.uint16) * 64))).max() == round(255 * 64 / 257)
 
 
 def test_a_bilevel_image_is_black_and_white():
-    assert np.asarray(flatten(Image.fromarray(ramp > 99)).convert("L")).tolist() == ((ramp > 99) * 255).tolist()
+    assert np.asarray(to_8_bit(Image.fromarray(ramp > 99)).convert("L")).tolist() == ((ramp > 99) * 255).tolist()
 
 
 def test_transparency_is_laid_over_white(tmp_path):
@@ -136,9 +137,9 @@ def test_transparency_is_laid_over_white(tmp_path):
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 9, 9, 9])
     palette.save(tmp_path / "p.png", transparency=1)
-    assert np.asarray(flatten(clear)).min() == 255
-    assert np.unique(flatten(half)).tolist() == [127]
-    assert np.asarray(flatten(Image.open(tmp_path / "p.png"))).min() == 255
+    assert np.asarray(to_8_bit(clear)).min() == 255
+    assert np.unique(to_8_bit(half)).tolist() == [127]
+    assert np.asarray(to_8_bit(Image.open(tmp_path / "p.png"))).min() == 255
 
 
 # --- folders and archives ----------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def test_a_messy_folder_loses_only_its_broken_files_and_names_them_in_one_line(t
     x, y = images.take(range(images.n))
     assert x.shape == (7, 3, 8, 8) and x.dtype == torch.uint8 and y.tolist() == [0] * 7 and images.classes == []
     for i, name in enumerate(sorted(fine)):                            # each image stands at the place of its own name
-        assert (x[i].numpy() == square(Image.open(tmp_path / name), 8)).all()
+        assert (x[i].numpy() == crop_square(Image.open(tmp_path / name), 8)).all()
 
 
 @pytest.mark.parametrize("total,broken,survives", [(20, 10, True), (20, 11, False), (1200, 12, True), (1200, 13, False), (3, 3, False)])

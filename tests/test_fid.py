@@ -13,7 +13,8 @@ from PIL import Image
 
 import fid
 from conftest import status
-from console import UserError
+from plumbing.console import UserError
+import plumbing.inception
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -111,7 +112,7 @@ def test_a_covariance_of_one_image_or_of_nan_is_refused():
 def net():
     """Random weights that keep the scale: with torch's own, which shrink it, features are 1e-7 and any test of them passes."""
     torch.manual_seed(0)
-    net = fid.Inception().eval()
+    net = plumbing.inception.Inception().eval()
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
@@ -133,7 +134,7 @@ def weights(net, tmp_path_factory):
 def test_the_network_has_the_published_layout(net):
     state = net.state_dict()
     assert len(state) == 566 and sum("num_batches_tracked" not in name for name in state) == 472
-    assert sum(isinstance(m, fid.BasicConv2d) for m in net.modules()) == 94
+    assert sum(isinstance(m, plumbing.inception.BasicConv2d) for m in net.modules()) == 94
     assert sum(p.numel() for p in net.parameters()) == 23_850_960
     assert sum(p.numel() for name, p in net.named_parameters() if not name.startswith("fc.")) == 21_785_568
     golden = {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Conv2d_4a_3x3.bn.running_var": (192,),
@@ -188,7 +189,7 @@ def test_the_branches_of_the_last_block_stand_in_the_published_order(net):
 @pytest.mark.parametrize("size", [(7, 11), (32, 32), (400, 310)])
 def test_the_tf1_resize_is_a_brute_force_loop(size):
     x = torch.randint(0, 256, (1, 3, *size), generator=rng(0), dtype=torch.uint8)
-    got, v = fid.tf1(x)[0], x[0].numpy().astype(np.float64)
+    got, v = fid.resize_tf1(x)[0], x[0].numpy().astype(np.float64)
     for i, j in [(0, 0), (1, 2), (150, 149), (298, 298), (298, 0), (77, 291)]:
         y, z = i * size[0] / 299, j * size[1] / 299
         i0, j0 = int(y), int(z)
@@ -200,15 +201,15 @@ def test_the_tf1_resize_is_a_brute_force_loop(size):
 
 def test_the_two_protocols_scale_as_published():
     white = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
-    assert fid.pytorch_fid(white).shape == (1, 3, 299, 299)
-    for protocol, top in ((fid.pytorch_fid, 1.0), (fid.tf1, 127 / 128)):
+    assert fid.resize_pytorch_fid(white).shape == (1, 3, 299, 299)
+    for protocol, top in ((fid.resize_pytorch_fid, 1.0), (fid.resize_tf1, 127 / 128)):
         assert torch.allclose(protocol(white), torch.tensor(top)) and torch.allclose(protocol(0 * white), torch.tensor(-1.0))
 
 
 def test_weights_load_with_a_hash_a_warning_and_no_touch_of_the_global_generator(net, weights):
     before = torch.get_rng_state()
     with pytest.warns(UserWarning, match="not the published"):
-        loaded, sha = fid.load_inception(weights)
+        loaded, sha = plumbing.inception.load_inception(weights)
     assert torch.equal(before, torch.get_rng_state())
     assert len(sha) == 8 and not loaded.training
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in net.state_dict().items() if "num_batches" not in k)
@@ -221,14 +222,14 @@ def test_wrong_weights_are_refused(net, tmp_path, monkeypatch):
                    state | {"fc.weight": torch.zeros(1000, 2048)}):
         torch.save({k: torch.zeros(()).expand(v.shape) for k, v in broken.items()}, path)    # right shapes in a small file
         with pytest.raises(UserError, match="not FID's Inception; 1 tensors"):
-            fid.load_inception(path)
+            plumbing.inception.load_inception(path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="cannot be read"):
-        fid.load_inception(path)
+        plumbing.inception.load_inception(path)
     monkeypatch.chdir(tmp_path)                                         # a wrong file under the published name is no published file
-    torch.save({}, tmp_path / fid.NAME)
+    torch.save({}, tmp_path / plumbing.inception.NAME)
     with pytest.raises(UserError, match="not the published"):
-        fid.load_inception()
+        plumbing.inception.load_inception()
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ def pictures(n, seed, c=3, size=16):
 
 
 def ratios(a, b):
-    return {name: value / floor for name, (value, floor) in fid.proxy(a, b).items()}
+    return {name: value / floor for name, (value, floor) in fid.proxy_distances(a, b).items()}
 
 
 def distances(a, b):
@@ -319,9 +320,9 @@ def test_shuffled_tiles_are_seen_by_the_pixel_distance(reference):
 def test_a_gray_image_and_its_rgb_copy_have_the_same_random_features_and_one_channel_works():
     a, b = pictures(12, 0, c=1), pictures(30, 1, c=1)
     assert torch.allclose(fid.random_conv(a), fid.random_conv(a.expand(-1, 3, -1, -1)), atol=1e-6)
-    result = fid.proxy(a, b)
+    result = fid.proxy_distances(a, b)
     assert all(value > 0 and floor > 0 for value, floor in result.values())
-    assert result == fid.proxy(a, b, seed=0) and result != fid.proxy(a, b, seed=1)
+    assert result == fid.proxy_distances(a, b, seed=0) and result != fid.proxy_distances(a, b, seed=1)
 
 
 def test_each_distance_of_a_set_to_itself_is_zero():
@@ -334,7 +335,7 @@ def test_proxy_refuses_what_it_cannot_compare():
     for a, b in ((x, pictures(8, 0, size=32)), (x, pictures(8, 0, c=1)), (x.float(), x), (x, x[:3]), (x[:1], x),
                  (x[..., :7], x[..., :7])):
         with pytest.raises(UserError, match="proxy"):
-            fid.proxy(a, b)
+            fid.proxy_distances(a, b)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------------------
@@ -354,14 +355,14 @@ def folder(tmp_path):
 
 
 def test_folder_zip_and_both_npz_layouts_are_the_same_images(folder):
-    sources = [fid.open_source(folder / name) for name in ("images", "images.zip", "nhwc.npz", "nchw.npz")]
+    sources = [fid.open_measured(folder / name) for name in ("images", "images.zip", "nhwc.npz", "nchw.npz")]
     for source in sources:
         assert len(source) == 8 and source[0].shape == (3, 16, 16) and source[0].dtype == torch.uint8
         assert all(torch.equal(source[i], sources[0][i]) for i in range(8))
-    assert fid.open_source(folder / "images", 3, seed=1).names == fid.open_source(folder / "images.zip", 3, seed=1).names
+    assert fid.open_measured(folder / "images", 3, seed=1).names == fid.open_measured(folder / "images.zip", 3, seed=1).names
     gray = np.zeros((2, 1, 8, 8), np.uint8)
     np.savez(folder / "gray.npz", images=gray)
-    assert fid.open_source(folder / "gray.npz")[0].shape == (3, 8, 8)
+    assert fid.open_measured(folder / "gray.npz")[0].shape == (3, 8, 8)
 
 
 def test_sixteen_bits_are_scaled_and_a_proxy_sees_what_training_sees(tmp_path):
@@ -370,11 +371,11 @@ def test_sixteen_bits_are_scaled_and_a_proxy_sees_what_training_sees(tmp_path):
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     clear.save(tmp_path / "glass.png")
     for flat, glass in ((False, 0), (True, 255)):
-        deep, clear = (fid.open_source(tmp_path, flat=flat)[i] for i in (0, 1))
+        deep, clear = (fid.open_measured(tmp_path, flat=flat)[i] for i in (0, 1))
         assert deep.unique().tolist() == [128] and clear.unique().tolist() == [glass]
     with zipfile.ZipFile(tmp_path / "A.ZIP", "w") as archive:
         archive.write(tmp_path / "deep.png", "deep.png")
-    assert len(fid.open_source(tmp_path / "A.ZIP")) == 1
+    assert len(fid.open_measured(tmp_path / "A.ZIP")) == 1
 
 
 def test_end_to_end_with_random_weights(folder, weights, capsys, monkeypatch):
@@ -389,7 +390,7 @@ def test_end_to_end_with_random_weights(folder, weights, capsys, monkeypatch):
 
     saved = str(folder / "stats.npz")
     assert status(fid, [str(folder / "images"), "--save", saved, *common]) == 0
-    kept = fid.open_source(saved)
+    kept = fid.open_measured(saved)
     assert kept.n == 8 and kept.protocol == "pytorch-fid" and kept.mu.shape == (2048,) and kept.sigma.dtype == np.float64
     assert np.allclose(kept.sigma, kept.sigma.T) and np.linalg.norm(kept.sigma) > 0
     capsys.readouterr()
@@ -400,7 +401,7 @@ def test_end_to_end_with_random_weights(folder, weights, capsys, monkeypatch):
 @torch.no_grad()
 def test_statistics_of_a_tensor_are_numpys_of_all_features_at_once(net):
     x = pictures(3, 0, size=20)
-    got, features = fid.statistics(x, net, "none", batch=2), net(fid.pytorch_fid(x)).double().numpy()
+    got, features = fid.statistics(x, net, "none", batch=2), net(fid.resize_pytorch_fid(x)).double().numpy()
     assert features.std(0).max() > 1e-2                                 # there is something to get wrong
     assert np.allclose(got.mu, features.mean(0), atol=1e-5) and got.n == 3
     assert np.allclose(got.sigma, np.cov(features, rowvar=False), rtol=1e-3, atol=1e-5)
@@ -415,7 +416,7 @@ def test_without_weights_and_network_two_lines_say_what_to_do(folder, capsys, mo
     assert status(fid, ["images", "nhwc.npz"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) <= 2 and "Traceback" not in err
-    for needed in (fid.NAME, fid.URL, "Name or service not known", "--inception", "--proxy", str(folder / "hub")):
+    for needed in (plumbing.inception.NAME, plumbing.inception.URL, "Name or service not known", "--inception", "--proxy", str(folder / "hub")):
         assert needed in err
 
 

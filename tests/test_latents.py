@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-import latents
-from console import UserError
-from data import Images, holdout, to_float
-from latents import CachedSpace, Latents, encode_once
+import spaces
+from plumbing.console import UserError
+from data import Images, holdout
+from spaces import CachedSpace, Latents, encode_once
 from vae import AutoencoderKL, LatentSpace
+from plumbing.images import to_float
 
 N, SIDE = 45, 8
 
@@ -27,7 +28,7 @@ def images(seed=0, n=N):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(latents, "CHUNK", 8)
+    monkeypatch.setattr(spaces, "CHUNK", 8)
 
 
 def files(folder):
@@ -169,7 +170,7 @@ def test_a_damaged_file_is_named(tmp_path):
 @pytest.mark.parametrize("locks", [True, False])
 def test_without_locks_the_file_is_the_same(tmp_path, monkeypatch, locks):
     if not locks:
-        monkeypatch.setattr(latents, "fcntl", None)                             # as on Windows
+        monkeypatch.setattr(spaces, "fcntl", None)                             # as on Windows
     encode_once([images()], space(), tmp_path / "a", True)
     assert [p.suffix for p in (tmp_path / "a").iterdir()] == [".npy"]
 
@@ -181,9 +182,9 @@ def test_images_left_on_disk_are_known_by_their_files(tmp_path):
     for i in range(3):
         Image.fromarray(np.full((8, 8, 3), 80 * i, np.uint8)).save(tmp_path / "a" / f"{i}.png")
     load, keys = lambda: load_images(tmp_path / "a", 8, cache_gb=0), []
-    keys += [latents.key_of(load(), space(), True), latents.key_of(load(), space(), True)]
+    keys += [spaces.cache_key(load(), space(), True), spaces.cache_key(load(), space(), True)]
     (cached,), outer = encode_once([load()], space(), tmp_path / "latents", True)
     torch.testing.assert_close(outer.encode(cached.take([1])[0]), space().encode(to_float(load().take([1])[0])), atol=1e-5, rtol=1e-5)
     Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(tmp_path / "a" / "1.png")
-    keys.append(latents.key_of(load(), space(), True))
+    keys.append(spaces.cache_key(load(), space(), True))
     assert keys[0] == keys[1] != keys[2]

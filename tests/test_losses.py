@@ -3,15 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from data import to_float
-from faces import draw_faces
-from losses import RECON_TARGETS, WEIGHTS, build_objective, build_reconstruction, normalise
+from plumbing.faces import draw_faces
+from losses import RECON_TARGETS, WEIGHTS, build_objective, build_reconstruction, normalise_patches
 from mask import Mask, draw, patchify, unpatchify
 from schedules import PREDICTIONS, SCHEDULES, times
 from vit import ViT
+from plumbing.images import to_float
 
 every_schedule, every_prediction = pytest.mark.parametrize("name", SCHEDULES), pytest.mark.parametrize("predict", PREDICTIONS)
 
@@ -21,7 +20,7 @@ def scene(schedule, predict, ratio=0.6, seed=0):
     z = torch.randn(4, 2, 8, 8, generator=g)
     n = schedule.noise(z, g)
     t = torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
-    out = torch.randn(4, 2 * schedule.heads(predict), 8, 8, generator=g, requires_grad=True)
+    out = torch.randn(4, 2 * schedule.head_count(predict), 8, 8, generator=g, requires_grad=True)
     return out, z, n, t, draw("patch", 4, 4, 4, ratio, g)
 
 
@@ -72,7 +71,7 @@ def test_visible_tokens_get_no_gradient_from_reconstruction(target):
 
 
 def test_reconstruction_is_the_mean_over_hidden_tokens_of_the_raw_output():
-    schedule = replace(SCHEDULES["edm"], s=0.5)
+    schedule = replace(SCHEDULES["edm"], data_std=0.5)
     out, z, n, t, m = scene(schedule, "unit")
     both = build_objective(schedule, "unit", 2, recon=0.1, recon_target="clean")(out, z, n, t, m)
     alone = build_objective(schedule, "unit", 2)(out, z, n, t, m)
@@ -97,7 +96,7 @@ def test_reconstruction_reads_the_raw_output_and_not_the_preconditioned_one(targ
     c_skip x_t, the released reading, the noisy patch would be part of the prediction."""
     losses = []
     for name in ("edm", "flow"):
-        schedule = replace(SCHEDULES[name], s=0.5)
+        schedule = replace(SCHEDULES[name], data_std=0.5)
         out, z, n, t, m = scene(schedule, "unit")
         at = schedule.time_at(torch.full((4,), 0.7, dtype=torch.float64))       # one angle, two schedules: x_t differs by a factor, which
         both = build_objective(schedule, "unit", 2, recon=1.0, recon_target=target)(out, z, n, at, m)           # per-patch normalisation removes
@@ -108,7 +107,7 @@ def test_reconstruction_reads_the_raw_output_and_not_the_preconditioned_one(targ
 def test_the_whole_of_maskdits_loss_is_as_published_with_the_raw_output_in_place_of_d():
     """[MaskDiT 1.3 to 1.6] w = (s^2 + sd^2) / (s sd)^2 on |D - y|^2 over visible tokens, plus 0.1 |F - T|^2 over hidden ones, from EDM's formulas."""
     sd = 0.5
-    schedule = replace(SCHEDULES["edm"], s=sd)
+    schedule = replace(SCHEDULES["edm"], data_std=sd)
     F, y, n, _, m = scene(schedule, "unit")
     sigma = torch.tensor([0.05, 0.3, 1.0, 20.0], dtype=torch.float64)
     loss = build_objective(schedule, "unit", 2, recon=0.1, recon_target="noisy")(F, y, n, (sigma / 80) ** (1 / 7), m)
@@ -172,7 +171,7 @@ def test_weights_are_applied_to_each_image_before_the_mean():
 
 
 def test_normalised_patches_have_mean_0_and_variance_1():
-    u = normalise(torch.randn(2, 3, 16) * 5 + 2)
+    u = normalise_patches(torch.randn(2, 3, 16) * 5 + 2)
     assert u.mean(-1).abs().max() < 1e-5 and (u.var(-1) - 1).abs().max() < 1e-3
 
 
@@ -187,7 +186,7 @@ def test_a_perfect_prediction_costs_nothing():
 def test_two_heads_learn_different_things():
     """One head twice would be no gain. Trained together for a moment, each is the better guess of the image where the other is poor: the
     noise head, through (x_t - b eps) / a, while there is little noise, the image head when the image has nearly faded."""
-    schedule, g = replace(SCHEDULES["ddm"], s=0.5), torch.Generator().manual_seed(0)
+    schedule, g = replace(SCHEDULES["ddm"], data_std=0.5), torch.Generator().manual_seed(0)
     x = to_float(draw_faces(256, 8, 0).pixels)
     torch.manual_seed(0)
     net = ViT(schedule, channels=3, heads_out=2, patch=4, width=64, depth=2, heads=2)
@@ -204,7 +203,7 @@ def test_two_heads_learn_different_things():
         zt = schedule.corrupt(x, n, t)
         with torch.no_grad():
             image, eps = net(zt, t).chunk(2, 1)
-        a, b = schedule.at(t, zt)
+        a, b = schedule.coefficients(t, zt)
         return ((image - x) ** 2).mean().item(), (((zt - b * eps) / a - x) ** 2).mean().item()
 
     early, late = errors(0.02), errors(0.9)
@@ -216,15 +215,15 @@ def test_two_heads_learn_different_things():
 @every_schedule
 def test_at_time_zero_what_the_network_sees_is_the_image_bit_for_bit(name):
     """So an objective without noise and time needs no other loop: any schedule at t = 0 is none."""
-    schedule = replace(SCHEDULES[name], s=0.5)
+    schedule = replace(SCHEDULES[name], data_std=0.5)
     z = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     t = times("zero", schedule, 4, torch.Generator().manual_seed(1))
     assert torch.equal(schedule.corrupt(z, schedule.noise(z), t), z)
-    assert (schedule.angle(t) == 0).all() and torch.equal(schedule.scale(t), torch.full((4,), 2.0, dtype=torch.float64))
+    assert (schedule.angle(t) == 0).all() and torch.equal(schedule.input_scale(t), torch.full((4,), 2.0, dtype=torch.float64))
 
 
 def test_the_objective_of_reconstruction_is_the_mean_over_hidden_tokens_and_nothing_else():
-    schedule = replace(SCHEDULES["ddm"], s=0.5)
+    schedule = replace(SCHEDULES["ddm"], data_std=0.5)
     out, z, n, t, m = scene(schedule, "x0")
     hidden, patches = ~m.visible, patchify(z, 2)
     whitened = (patches - patches.mean(-1, keepdim=True)) / patches.std(-1, keepdim=True)

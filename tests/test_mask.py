@@ -1,10 +1,9 @@
 """Laws of masking, over every policy and every ratio schedule."""
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from mask import ARRIVES, POLICIES, RATIOS, Mask, draw, patchify, ratio_at, unpatchify, visible_count
+from mask import RAMP_END, POLICIES, RATIOS, Mask, draw, patchify, ratio_at, unpatchify, visible_count
 
 ratios = st.floats(0, 0.999)
 grids = st.integers(1, 9)
@@ -157,12 +156,12 @@ def test_lmds_ramps_are_at_the_top_after_two_thirds_of_training_and_stay_there(r
     assert all(r == 0.75 for r in used[600:]) and used[450] < 0.75 and RATIOS[ramp](0.66, 0.15, 0.75) < 0.75
 
 
-@pytest.mark.parametrize("ramp", ARRIVES)
+@pytest.mark.parametrize("ramp", RAMP_END)
 @given(st.floats(0.05, 1))
 def test_a_share_stretches_a_ramp_and_changes_nothing_else(ramp, share):
     for i in range(101):
         u = i / 100
-        assert ratio_at(ramp, u * share, 0.15, 0.75, 1000, share) == pytest.approx(ratio_at(ramp, u * ARRIVES[ramp], 0.15, 0.75, 1000), abs=2e-3)
+        assert ratio_at(ramp, u * share, 0.15, 0.75, 1000, share) == pytest.approx(ratio_at(ramp, u * RAMP_END[ramp], 0.15, 0.75, 1000), abs=2e-3)
     assert ratio_at(ramp, share, 0.15, 0.75, share=share) == ratio_at(ramp, 1, 0.15, 0.75, share=share) == 0.75
     assert ratio_at(ramp, 0.4 * share, 0.15, 0.75, share=share) < 0.75
 

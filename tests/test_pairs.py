@@ -9,15 +9,17 @@ import torch
 
 from losses import OBJECTIVES, RECON_TARGETS, WEIGHTS
 from mask import POLICIES, RATIOS, draw, ratio_at
-from sample import GRIDS, SOLVERS, Loaded, restore, sample
+from sample import GRIDS, SOLVERS, DiffusionModel, sample
 from schedules import PREDICTIONS, SCHEDULES, TIMES, times
-from tasks import TASKS, pose
-from vae import SPACES, AutoencoderKL, LatentSpace, PixelSpace
+from tasks import TASKS, make_condition
+from vae import AutoencoderKL, LatentSpace
 from vit import ECONOMIES, ViT
+import spaces
+import restore
 
 AXES = {
     "policy": list(POLICIES), "ramp": list(RATIOS), "ratio": [(0.9, 0.9), (0.25, 0.75), (0.5, 0.0)], "schedule": list(SCHEDULES),
-    "predict": list(PREDICTIONS), "weighting": list(WEIGHTS), "time": list(TIMES), "space": list(SPACES), "skips": [False, True],
+    "predict": list(PREDICTIONS), "weighting": list(WEIGHTS), "time": list(TIMES), "space": list(spaces.SPACES), "skips": [False, True],
     "objective": list(OBJECTIVES), "decoder": [0, 2], "economy": list(ECONOMIES), "recon": [None, *RECON_TARGETS], "classes": [0, 3], "task": list(TASKS), "grid": list(GRIDS), "churn": [0.0, 0.5, 1.0],
     "solver": list(SOLVERS),
 }
@@ -66,10 +68,10 @@ RUNS = covering_set()
 
 def one_run(run):
     torch.manual_seed(0)
-    schedule = replace(SCHEDULES[run["schedule"]], s=0.5)
+    schedule = replace(SCHEDULES[run["schedule"]], data_std=0.5)
     task = TASKS[run["task"]]
-    space = PixelSpace(2) if run["space"] == "pixel" else LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=2, channels=2))
-    net = ViT(schedule, channels=space.channels, heads_out=schedule.heads(run["predict"]), patch=2, width=32, depth=2, heads=1,
+    space = spaces.PixelSpace(2) if run["space"] == "pixel" else LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=2, channels=2))
+    net = ViT(schedule, channels=space.channels, heads_out=schedule.head_count(run["predict"]), patch=2, width=32, depth=2, heads=1,
               skips=run["skips"], decoder=run["decoder"], decoder_width=32, classes=run["classes"], cond_channels=task.channels(2) * space.factor ** 2, economy=run["economy"])
     objective = OBJECTIVES[run["objective"]](schedule, run["predict"], 2, run["weighting"], 0.1 if run["recon"] else 0.0, run["recon"] or "clean",
                                              ECONOMIES[run["economy"]].all_scored)
@@ -78,7 +80,7 @@ def one_run(run):
     pictures = torch.rand(3, 2 + bool(task.exact), 8 * space.factor, 8 * space.factor, generator=g) * 2 - 1
     y = torch.tensor([-1, 0, 2]) if run["classes"] else None
     for progress in (0.0, 1.0):
-        x, cond = pose(run["task"], pictures, int(bool(task.exact)), space.factor, g)
+        x, cond = make_condition(run["task"], pictures, int(bool(task.exact)), space.factor, g)
         z = space.encode(x)
         m = draw(run["policy"], 3, 4, 4, ratio_at(run["ramp"], progress, *run["ratio"]), g, 2)
         n = schedule.noise(z, g)
@@ -87,16 +89,16 @@ def one_run(run):
         out = net(zt, t, y, m, cond)
         loss = objective(out, z, n, t, m)
         loss.backward()
-        assert torch.isfinite(loss) and out.shape == (3, 2 * schedule.heads(run["predict"]), 8, 8)
+        assert torch.isfinite(loss) and out.shape == (3, 2 * schedule.head_count(run["predict"]), 8, 8)
         assert all(q.grad is not None and torch.isfinite(q.grad).all() for q in net.parameters()), "every parameter takes part"
         optimizer.step()
         optimizer.zero_grad()
-    loaded = Loaded(net, schedule, space, run["predict"], dict(size=8 * space.factor, task=run["task"]), torch.device("cpu"))
+    loaded = DiffusionModel(net, schedule, space, run["predict"], dict(size=8 * space.factor, task=run["task"]), torch.device("cpu"))
     how = dict(steps=2, churn=run["churn"], time_grid=run["grid"], solver=run["solver"], labels=torch.tensor([0, 2]) if run["classes"] else None)
     if cond is None:
         images = sample(loaded, 2, **how)
     else:
-        images = restore(loaded, pose(run["task"], pictures[:2], int(bool(task.exact)), 1, g)[1], **how)
+        images = restore.restore_pictures(loaded, make_condition(run["task"], pictures[:2], int(bool(task.exact)), 1, g)[1], **how)
     assert torch.isfinite(images).all() and images.shape == (2, 1 if task.exact else 2, 8 * space.factor, 8 * space.factor)
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 import finetune
 import probe
 import train
-from console import UserError
-from data import load_images, to_float
+from plumbing.console import UserError
+from data import load_images
 from sample import load
+from plumbing.images import to_float
 
 TINY = ["--size", "16", "--patch", "4", "--batch", "8", "--threads", "1", "--val", "0.25", "--workers", "0", "--steps", "2"]
 
@@ -69,26 +70,26 @@ def test_the_classifier_is_the_minimum_of_its_convex_loss_whatever_the_scale_of_
         return (np.log(np.exp(logits).sum(1)) - logits[np.arange(120), y]).mean() + 1e-3 / 2 * (w[:5] ** 2).sum()
 
     w = minimize(loss, np.random.default_rng(0).normal(size=18), tol=1e-4).x.reshape(6, 3)
-    answers = probe.classify(f, y, held, 3)
+    answers = probe.fit_classifier(f, y, held, 3)
     assert (answers.numpy() == (b @ w[:5] + w[5]).argmax(1)).mean() > 0.98
     scale = torch.tensor([1e-3, 1.0, 1e3, 7.0, 0.1])
-    assert (probe.classify(f * scale + 5 * scale, y, held * scale + 5 * scale, 3) == answers).double().mean() > 0.98
+    assert (probe.fit_classifier(f * scale + 5 * scale, y, held * scale + 5 * scale, 3) == answers).double().mean() > 0.98
 
 
 def test_a_feature_that_never_changes_does_no_harm():
     f, y = clouds(60)
-    assert torch.equal(probe.classify(torch.cat([f, torch.ones(60, 1)], 1), y, torch.cat([f, torch.ones(60, 1)], 1), 3), probe.classify(f, y, f, 3))
+    assert torch.equal(probe.fit_classifier(torch.cat([f, torch.ones(60, 1)], 1), y, torch.cat([f, torch.ones(60, 1)], 1), 3), probe.fit_classifier(f, y, f, 3))
 
 
 def test_features_are_the_mean_over_all_tokens_of_the_encoders_last_block(colours, run):
     loaded, images = load(run("reconstruct"), device="cpu"), load_images(colours, 16, labels=True)
-    f, y = probe.encode(loaded.model, loaded, images)
+    f, y = probe.extract_features(loaded.net, loaded, images)
     assert f.shape == (60, 192) and torch.equal(y, images.take(range(60))[1])
-    net, x = loaded.model, to_float(images.take([7])[0])
+    net, x = loaded.net, to_float(images.take([7])[0])
     from mask import patchify
     from vit import positions, sincos
     with torch.no_grad():
-        u = net.embed(patchify(x / loaded.schedule.s, 4)) + positions(4, 4, 192, x.device)
+        u = net.embed(patchify(x / loaded.schedule.data_std, 4)) + positions(4, 4, 192, x.device)
         c = net.embed_time(sincos(torch.zeros(1), 256))
         for block in net.blocks:
             u = block(u, c)

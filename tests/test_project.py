@@ -96,7 +96,7 @@ def test_every_flag_of_the_other_commands_is_read(module):
     assert not unread
 
 
-PARSERS = {"train.py": lambda: train.make_parser(train.Options, ""), "finetune.py": lambda: train.make_parser(finetune.TuneOptions, ""),
+PARSERS = {"train.py": lambda: train.options_parser(train.Options, ""), "finetune.py": lambda: train.options_parser(finetune.TuneOptions, ""),
            "sample.py": sample.parser, "fid.py": fid.parser, "vae.py": vae.parser, "reproduce.py": reproduce.parser}
 
 
@@ -155,6 +155,6 @@ def test_an_unknown_flag_is_exit_2_without_a_traceback(script, tmp_path):
 
 
 def test_the_command_line_keeps_false_and_none_apart_from_absent():
-    given = vars(train.make_parser(train.Options, "").parse_args(["--no-flip", "--mask", "0"]))
+    given = vars(train.options_parser(train.Options, "").parse_args(["--no-flip", "--mask", "0"]))
     assert given == {"flip": False, "mask": 0.0}
-    assert isinstance(train.make_parser(train.Options, ""), argparse.ArgumentParser)
+    assert isinstance(train.options_parser(train.Options, ""), argparse.ArgumentParser)

@@ -5,15 +5,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from console import UserError
-from data import Images, to_float
+from plumbing.console import UserError
+from data import Images
 from mask import patchify
-from reconstruct import RATIOS, complete, hole_mask, inpaint_hole, masked_errors, masks, picture, reconstruct, report
-from sample import Loaded
+from restore import RATIOS, fill_hidden, hole_mask, inpaint_hole, reconstruction_errors, draw_masks, draw_reconstruction, reconstruct, describe_reconstruction
+from sample import DiffusionModel
 from schedules import SCHEDULES
-from tasks import image_psnr
-from vae import AutoencoderKL, LatentSpace, PixelSpace
+from tasks import psnr_per_image
+from vae import AutoencoderKL, LatentSpace
 from vit import ViT
+from plumbing.images import to_float
+import spaces
 
 N = 5
 
@@ -21,13 +23,13 @@ N = 5
 def model(kind, recon_target="clean", objective="reconstruct", decoder=2):
     """A network of random weights, gates and head too, in the space `kind`: 16 places along a side of z or x, tokens of 2."""
     torch.manual_seed(0)
-    space = PixelSpace(3) if kind == "pixel" else LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=4, channels=3), std=torch.ones(4) * 0.2)
-    schedule = replace(SCHEDULES["ddm"], s=0.5)
+    space = spaces.PixelSpace(3) if kind == "pixel" else LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=4, channels=3), std=torch.ones(4) * 0.2)
+    schedule = replace(SCHEDULES["ddm"], data_std=0.5)
     net = ViT(schedule, channels=space.channels, heads_out=1, patch=2, width=32, depth=2, heads=1, decoder=decoder, decoder_width=32)
     for p in [*net.parameters(), *getattr(getattr(space, "vae", None), "parameters", lambda: [])()]:
         p.data += 0.1 * torch.randn_like(p)
     meta = dict(size=16 * space.factor, objective=objective, recon_target=recon_target, classes=[])
-    return Loaded(net.eval(), schedule, space, "x0", meta, torch.device("cpu"))
+    return DiffusionModel(net.eval(), schedule, space, "x0", meta, torch.device("cpu"))
 
 
 def images(loaded, n=N, seed=0):
@@ -53,11 +55,11 @@ both_spaces = pytest.mark.parametrize("kind", ["pixel", "latent"])
 def test_visible_tokens_pass_through_and_hidden_ones_are_the_networks(kind):
     loaded = model(kind)
     x = images(loaded)
-    z, m = loaded.space.encode(x), masks(loaded, N, 0.7)
-    full = complete(loaded, z, m)
+    z, m = loaded.space.encode(x), draw_masks(loaded, N, 0.7)
+    full = fill_hidden(loaded, z, m)
     seen = m.visible
     assert torch.equal(patchify(full, 2)[seen], patchify(z, 2)[seen])
-    guess = 0.5 * loaded.model(z, torch.zeros(N, dtype=torch.float64), None, m)
+    guess = 0.5 * loaded.net(z, torch.zeros(N, dtype=torch.float64), None, m)
     torch.testing.assert_close(patchify(full, 2)[~seen], patchify(guess, 2)[~seen])
 
 
@@ -65,27 +67,27 @@ def test_visible_tokens_pass_through_and_hidden_ones_are_the_networks(kind):
 def test_what_is_hidden_has_no_influence(kind):
     """Tokens of z that are hidden may be anything: z' is the same, bit for bit."""
     loaded = model(kind)
-    z, m = loaded.space.encode(images(loaded)), masks(loaded, N, 0.7)
-    hidden = ~upscaled(m.visible, replace(loaded, meta=dict(size=16), space=PixelSpace(3)))
-    assert torch.equal(complete(loaded, z, m), complete(loaded, torch.where(hidden, 99.0, z), m))
+    z, m = loaded.space.encode(images(loaded)), draw_masks(loaded, N, 0.7)
+    hidden = ~upscaled(m.visible, replace(loaded, meta=dict(size=16), space=spaces.PixelSpace(3)))
+    assert torch.equal(fill_hidden(loaded, z, m), fill_hidden(loaded, torch.where(hidden, 99.0, z), m))
 
 
 @both_spaces
 def test_pictures_and_numbers_are_what_they_are_called(kind):
     loaded = model(kind)
-    x, m = images(loaded), masks(loaded, N, 0.7, 3)
+    x, m = images(loaded), draw_masks(loaded, N, 0.7, 3)
     done = reconstruct(loaded, x, 0.7, seed=3)
     z, hidden = loaded.space.encode(x), ~upscaled(m.visible, loaded)
     assert torch.equal(done["original"], x) and torch.equal(done["masked"], torch.where(hidden, 0.0, x))
     torch.testing.assert_close(done["ceiling"], loaded.space.decode(z).clamp(-1, 1))
-    full = complete(loaded, z, m)
+    full = fill_hidden(loaded, z, m)
     torch.testing.assert_close(done["reconstructed"], loaded.space.decode(full).clamp(-1, 1))
     for i in range(N):
         mse = ((done["reconstructed"][i].double() - x[i]) ** 2).mean()
         assert done["psnr"][i].item() == pytest.approx((10 * torch.log10(4 / mse)).item(), abs=1e-4)
         error = ((patchify(full, 2) - patchify(z, 2))[i][~m.visible[i]] ** 2).mean() / 0.25
         assert done["latent_mse"][i].item() == pytest.approx(error.item(), rel=1e-4)
-    assert done["psnr"].shape == done["latent_mse"].shape == (N,) and "PSNR" in report(done) and picture(done).width > 300
+    assert done["psnr"].shape == done["latent_mse"].shape == (N,) and "PSNR" in describe_reconstruction(done) and draw_reconstruction(done).width > 300
     if kind == "pixel":
         assert torch.equal(done["reconstructed"][~hidden.expand_as(x)], x[~hidden.expand_as(x)]) and (done["ceiling_psnr"] > 90).all()
 
@@ -119,7 +121,7 @@ def test_images_that_differ_only_inside_the_hole_give_the_same_result_bit_for_bi
     assert not torch.equal(x, other) and torch.equal(done["inpainted"], again["inpainted"]) and torch.equal(done["masked"], again["masked"])
     known = ~holes.expand_as(x)
     assert torch.equal(done["inpainted"][known], x[known])                      # known pixels are pasted back
-    naive = [loaded.space.decode(complete(loaded, loaded.space.encode(v[:1]), hole_mask(holes[0, 0], 2 * loaded.space.factor, 0))) for v in (x, other)]
+    naive = [loaded.space.decode(fill_hidden(loaded, loaded.space.encode(v[:1]), hole_mask(holes[0, 0], 2 * loaded.space.factor, 0))) for v in (x, other)]
     if kind == "latent":
         assert not torch.equal(*naive)                                          # the leak: encoding the hole's content, as training does
 
@@ -140,7 +142,7 @@ def test_a_square_in_the_middle_is_filled_and_reported():
     holes[:, :, 4:12, 4:12] = True
     loaded = model("pixel")
     done = inpaint_hole(loaded, images(loaded), holes)
-    assert list(done) == ["masked", "inpainted", "original"] and "inpainted" in report(done) and picture(done).width > 300
+    assert list(done) == ["masked", "inpainted", "original"] and "inpainted" in describe_reconstruction(done) and draw_reconstruction(done).width > 300
 
 
 def test_no_hole_changes_nothing_and_a_hole_over_everything_is_refused():
@@ -176,17 +178,17 @@ def test_held_out_errors_are_the_masked_mse_at_fixed_ratios_and_masks(kind, targ
     loaded = model(kind, target)
     pixels = (images(loaded) * 127.5 + 127.5).round().byte()
     data = Images(loaded.meta["size"], 3, torch.zeros(N, dtype=torch.int64), pixels=pixels)
-    errors = masked_errors(loaded, data, batch=2)
+    errors = reconstruction_errors(loaded, data, batch=2)
     assert tuple(errors) == RATIOS == (0.15, 0.4, 0.55, 0.75)
     z = loaded.space.encode(to_float(pixels))
     for ratio, error in errors.items():
-        m = masks(loaded, N, ratio, 1)
-        out = patchify(loaded.model(z, torch.zeros(N, dtype=torch.float64), None, m), 2)
+        m = draw_masks(loaded, N, ratio, 1)
+        out = patchify(loaded.net(z, torch.zeros(N, dtype=torch.float64), None, m), 2)
         u = patchify(z, 2)
         wanted = u / 0.5 if target == "clean" else (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + 1e-6).sqrt()
         assert error == pytest.approx(((out - wanted)[~m.visible] ** 2).mean().item(), rel=1e-4)
         assert len(m.keep[0]) == round(64 * (1 - ratio))
-    assert masked_errors(loaded, data) == masked_errors(loaded, data)
+    assert reconstruction_errors(loaded, data) == reconstruction_errors(loaded, data)
 
 
 @pytest.mark.parametrize("decoder", [1, 3])
@@ -196,4 +198,4 @@ def test_any_split_of_encoder_and_decoder_reconstructs(decoder):
 
 
 def test_psnr_of_an_error_of_a_tenth_of_the_range_is_20_db():
-    assert image_psnr(torch.full((1, 1, 2, 2), 0.2), torch.zeros(1, 1, 2, 2)).item() == pytest.approx(20, abs=1e-5)
+    assert psnr_per_image(torch.full((1, 1, 2, 2), 0.2), torch.zeros(1, 1, 2, 2)).item() == pytest.approx(20, abs=1e-5)

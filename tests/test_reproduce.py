@@ -4,12 +4,12 @@ import json
 import pytest
 from PIL import Image
 
-import bench
+import claims.bench
 import data
 import reproduce
 import train
 import vae
-from console import UserError
+from plumbing.console import UserError
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def tiny_world(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_images", few)
     monkeypatch.setattr(reproduce, "load_images", few)
     monkeypatch.setattr(vae, "load_images", few)
-    monkeypatch.setattr(bench, "proxy", lambda a, b: {name: (abs(float(a.float().mean() - b.float().mean())), 0.0) for name in ("pixel", "random-conv", "swd")})
+    monkeypatch.setattr(claims.bench, "proxy_distances", lambda a, b: {name: (abs(float(a.float().mean() - b.float().mean())), 0.0) for name in ("pixel", "random-conv", "swd")})
     monkeypatch.chdir(tmp_path)
     train_flags = ["--batch", 2, "--sample-every", 4]
     monkeypatch.setitem(reproduce.DDM_SCALES, "smoke", dict(steps=4, half=2, model="tiny", train=train_flags, n=8, few=8, calls=[1, 2], long=[3], ddpm=[2], batch=8))
@@ -43,7 +43,7 @@ def test_a_claim_makes_a_table_and_pictures_and_a_second_call_trains_and_measure
     assert list(folder.glob("*.png"))
     (folder / "table.md").unlink()
     monkeypatch.setattr(train, "train", None)                                   # a step of training would fail, a measurement too
-    monkeypatch.setattr(bench, "proxy", None)
+    monkeypatch.setattr(claims.bench, "proxy_distances", None)
     reproduce.main(command)
     assert (folder / "table.md").read_text() == table and json.loads((folder / "cells.json").read_text()) == cells
 

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 import sample as S
-from console import UserError
-from data import seeded
-from sample import GRIDS, SOLVERS, Loaded, denoise, intervals, load
+from plumbing.console import UserError
+from sample import GRIDS, SOLVERS, DiffusionModel, denoise, count_steps, load
 from schedules import PREDICTIONS, SCHEDULES
-from vae import PixelSpace
 from vit import ViT
+from plumbing.images import seeded
+import spaces
 
 f64 = torch.float64
 
@@ -22,24 +22,24 @@ f64 = torch.float64
 def error_of(schedule, steps, grid, churn=0.0):
     """|final standard deviation - s|, exactly. The network that knows zero-mean Gaussian data says 0 in the `unit` prediction, so every
     step is linear: follow one unit of x and one unit of each fresh noise."""
-    ts = GRIDS[grid](schedule, schedule.start("unit"), steps)
+    ts = GRIDS[grid](schedule, schedule.start_time("unit"), steps)
     t, s = ts[:-1], ts[1:]                                                      # all steps at once, as a batch
     one, zero = torch.ones(steps, 1, 1, 1, dtype=f64), torch.zeros(steps, 1, 1, 1, dtype=f64)
-    x0, n = schedule.split(torch.zeros(steps, schedule.heads("unit"), 1, 1, dtype=f64), one, t, "unit")
+    x0, n = schedule.split(torch.zeros(steps, schedule.head_count("unit"), 1, 1, dtype=f64), one, t, "unit")
     slopes = n.split(1, 1)[1:]
     kept = schedule.step(one, x0, t, s, churn, zero, slopes).flatten()
     fresh = schedule.step(zero, zero, t, s, churn, one, slopes).flatten()
     variance = float(schedule.b(ts[0])) ** 2
     for k, f in zip(kept.tolist(), fresh.tolist()):
         variance = k ** 2 * variance + f ** 2
-    return abs(math.sqrt(variance) - schedule.s)
+    return abs(math.sqrt(variance) - schedule.data_std)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("churn", [0.0, 0.5, 1.0])
 def test_on_gaussian_data_the_error_halves_when_the_steps_double(name, churn):
     """First order on a grid that is smooth in the angle."""
-    schedule = replace(SCHEDULES[name], s=0.5)
+    schedule = replace(SCHEDULES[name], data_std=0.5)
     coarse, fine, finest = (error_of(schedule, n, "angle", churn) for n in (50, 100, 200))
     assert fine < coarse and finest < 0.02
     assert coarse / fine == pytest.approx(2, abs=0.35) and fine / finest == pytest.approx(2, abs=0.2)
@@ -47,12 +47,12 @@ def test_on_gaussian_data_the_error_halves_when_the_steps_double(name, churn):
 
 def test_the_deterministic_constant_is_a_quarter_turn_squared_over_two_n():
     """In the angle every step multiplies by cos(step): the product is 1 - (pi/2)^2 / (2 n)."""
-    schedule = replace(SCHEDULES["ddm"], s=0.5)
-    assert error_of(schedule, 400, "angle") / schedule.s == pytest.approx((math.pi / 2) ** 2 / 800, rel=0.02)
+    schedule = replace(SCHEDULES["ddm"], data_std=0.5)
+    assert error_of(schedule, 400, "angle") / schedule.data_std == pytest.approx((math.pi / 2) ** 2 / 800, rel=0.02)
 
 
 def test_for_ddm_a_quadratic_grid_beats_a_uniform_one():
-    schedule = replace(SCHEDULES["ddm"], s=0.5)
+    schedule = replace(SCHEDULES["ddm"], data_std=0.5)
     for n in (20, 100, 400):
         assert error_of(schedule, n, "quadratic") < error_of(schedule, n, "uniform")
     order = math.log2(error_of(schedule, 400, "quadratic") / error_of(schedule, 800, "quadratic"))
@@ -62,7 +62,7 @@ def test_for_ddm_a_quadratic_grid_beats_a_uniform_one():
 def oracle(schedule):
     """A network call that knows zero-mean Gaussian data: it says 0 in the `unit` prediction."""
     def look(zt, t):
-        x0, n = schedule.split(torch.zeros(1, schedule.heads("unit"), 1, 1, dtype=f64), zt, t, "unit")
+        x0, n = schedule.split(torch.zeros(1, schedule.head_count("unit"), 1, 1, dtype=f64), zt, t, "unit")
         return x0, n.split(1, 1)[1:]
     return look
 
@@ -70,10 +70,10 @@ def oracle(schedule):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_solver_converges_and_at_least_with_first_order(name, solver):
-    schedule = replace(SCHEDULES[name], s=0.5)
+    schedule = replace(SCHEDULES[name], data_std=0.5)
 
     def error(calls):
-        ts = GRIDS["angle"](schedule, 1.0, intervals(solver, schedule, 1.0, calls))
+        ts = GRIDS["angle"](schedule, 1.0, count_steps(solver, schedule, 1.0, calls))
         return abs(denoise(oracle(schedule), schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls).item() - 0.5)
 
     assert error(320) < 0.01 and error(80) / error(320) > 3.5
@@ -83,10 +83,10 @@ def test_every_solver_converges_and_at_least_with_first_order(name, solver):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_second_order_solvers_quarter_the_error_when_the_calls_double(name, solver):
     """On a grid that is smooth in ln sigma at both ends. (Equal steps of angle cost a logarithm: the ratio there is 3.1.)"""
-    schedule = replace(SCHEDULES[name], s=0.5)
+    schedule = replace(SCHEDULES[name], data_std=0.5)
 
     def error(grid, calls):
-        ts = GRIDS[grid](schedule, 1.0, intervals(solver, schedule, 1.0, calls))
+        ts = GRIDS[grid](schedule, 1.0, count_steps(solver, schedule, 1.0, calls))
         end = denoise(oracle(schedule), schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls)
         return abs(end.item() - 0.5)
 
@@ -98,16 +98,16 @@ def test_second_order_solvers_quarter_the_error_when_the_calls_double(name, solv
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("calls", [1, 2, 3, 9, 10, 79])
 def test_every_solver_makes_exactly_the_stated_number_of_calls(solver, name, calls):
-    schedule, made = replace(SCHEDULES[name], s=0.5), []
-    ts = GRIDS["angle"](schedule, 1.0, intervals(solver, schedule, 1.0, calls))
+    schedule, made = replace(SCHEDULES[name], data_std=0.5), []
+    ts = GRIDS["angle"](schedule, 1.0, count_steps(solver, schedule, 1.0, calls))
     look = oracle(schedule)
     denoise(lambda zt, t: (made.append(1), look(zt, t))[1], torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls)
     assert len(made) == calls
 
 
 def test_edms_forty_points_are_seventy_nine_calls():
-    schedule = replace(SCHEDULES["edm"], s=0.5)
-    assert intervals("heun", schedule, 1.0, 79) == 40
+    schedule = replace(SCHEDULES["edm"], data_std=0.5)
+    assert count_steps("heun", schedule, 1.0, 79) == 40
     sigma = schedule.b(GRIDS["edm"](schedule, 1.0, 40))
     i = torch.arange(40, dtype=f64)
     assert torch.allclose(sigma[:-1], (80 ** (1 / 7) + i / 39 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, rtol=1e-6) and sigma[-1] == 0
@@ -116,7 +116,7 @@ def test_edms_forty_points_are_seventy_nine_calls():
 @pytest.mark.parametrize("predict", ["x0"])
 def test_heun_on_the_edm_schedule_is_edms_algorithm(predict):
     """[EDM] Algorithm 2 with S_churn = 0, written out, on a curved denoiser."""
-    schedule = replace(SCHEDULES["edm"], s=0.5)
+    schedule = replace(SCHEDULES["edm"], data_std=0.5)
     D = lambda x, sigma: torch.tanh(x / (1 + sigma ** 2))
     ts = GRIDS["edm"](schedule, 1.0, 6)
     x = torch.linspace(-80, 80, 5, dtype=f64).view(5, 1, 1, 1)
@@ -134,7 +134,7 @@ def test_heun_on_the_edm_schedule_is_edms_algorithm(predict):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_loop_computes_what_the_propagation_says(name):
     """`denoise` itself, on one number, against the exact propagation above."""
-    schedule = replace(SCHEDULES[name], s=0.5)
+    schedule = replace(SCHEDULES[name], data_std=0.5)
     ts = GRIDS["angle"](schedule, 1.0, 20)
     start = schedule.b(ts[0]).item() * torch.ones(1, 1, 1, 1, dtype=f64)
     end = denoise(oracle(schedule), start, ts, schedule)
@@ -145,28 +145,28 @@ def test_the_loop_computes_what_the_propagation_says(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 10, 20_000])
 def test_grids_fall_from_the_start_to_zero_in_the_stated_number_of_steps(grid, name, steps):
-    schedule = replace(SCHEDULES[name], s=0.5)
+    schedule = replace(SCHEDULES[name], data_std=0.5)
     ts = GRIDS[grid](schedule, 1.0, steps)
     assert len(ts) == steps + 1 and ts.dtype == f64 and ts[-1] == 0 and (ts.diff() < 0).all()
-    assert float(schedule.b(ts[0]) / (schedule.a(ts[0]) * schedule.s)) > 50
+    assert float(schedule.b(ts[0]) / (schedule.a(ts[0]) * schedule.data_std)) > 50
 
 
 def tiny(classes=0, predict="unit", schedule="ddm", channels=1):
     """A small random network, awake, ready to sample 8 x 8 images."""
     torch.manual_seed(0)
-    schedule = replace(SCHEDULES[schedule], s=0.5)
-    net = ViT(schedule, channels=channels, heads_out=schedule.heads(predict), patch=4, width=32, depth=1, heads=1, classes=classes)
+    schedule = replace(SCHEDULES[schedule], data_std=0.5)
+    net = ViT(schedule, channels=channels, heads_out=schedule.head_count(predict), patch=4, width=32, depth=1, heads=1, classes=classes)
     with torch.no_grad():
         for q in net.parameters():
             q.add_(0.1 * torch.randn_like(q))
     meta = dict(size=8, classes=[f"class{i}" for i in range(classes)], step=7)
-    return Loaded(net, schedule, PixelSpace(channels), predict, meta, torch.device("cpu"))
+    return DiffusionModel(net, schedule, spaces.PixelSpace(channels), predict, meta, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_steps_are_network_calls(steps):
     loaded, calls = tiny(), []
-    loaded.model.register_forward_hook(lambda *_: calls.append(1))
+    loaded.net.register_forward_hook(lambda *_: calls.append(1))
     S.sample(loaded, n=3, steps=steps, batch=3)
     assert len(calls) == steps
 
@@ -200,7 +200,7 @@ def test_the_grid_and_the_solver_matter():
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_sampling_starts_from_noise_of_the_schedules_own_size(name):
     loaded, seen = tiny(schedule=name), []
-    loaded.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    loaded.net.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     S.sample(loaded, n=16, steps=1)
     assert seen[0].std().item() == pytest.approx(loaded.schedule.b(torch.tensor(1.0, dtype=f64)).item(), rel=0.1)
 
@@ -210,7 +210,7 @@ def test_auto_is_dpm_on_edms_grid_and_with_churn_the_analytic_step_on_a_uniform_
     assert torch.equal(S.sample(loaded, 2, 5), S.sample(loaded, 2, 5, solver="dpm++", time_grid="edm"))
     assert torch.equal(S.sample(loaded, 2, 4), S.sample(loaded, 2, 4, solver="dpm++", time_grid="uniform"))
     assert torch.equal(S.sample(loaded, 2, 4, churn=0.5), S.sample(loaded, 2, 4, churn=0.5, solver="analytic", time_grid="uniform"))
-    assert S.way("heun", "auto", 0.0, 10) == ("heun", "edm") and S.way("auto", "split", 1.0, 10) == ("analytic", "split")
+    assert S.resolve_auto("heun", "auto", 0.0, 10) == ("heun", "edm") and S.resolve_auto("auto", "split", 1.0, 10) == ("analytic", "split")
 
 
 def test_neighbouring_seeds_are_unrelated():
@@ -222,7 +222,7 @@ def test_neighbouring_seeds_are_unrelated():
 
 def test_guidance_1_is_conditional_and_0_unconditional_bit_for_bit_each_in_one_pass():
     loaded, sizes = tiny(classes=3), []
-    loaded.model.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    loaded.net.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     labels = torch.tensor([0, 1, 2])
     conditional = S.sample(loaded, 3, 4, labels=labels, cfg=1.0)
     unconditional = S.sample(loaded, 3, 4, labels=labels, cfg=0.0)
@@ -247,7 +247,7 @@ def test_guidance_extrapolates_from_the_unconditional_guess():
 def test_outside_of_the_interval_a_guided_call_is_one_conditional_pass(name, solver):
     """Twice the batch where low < b / a <= high and once elsewhere, in whatever order a solver calls."""
     loaded, calls = tiny(classes=2, schedule=name), []
-    loaded.model.register_forward_pre_hook(lambda module, args: calls.append((float(loaded.schedule.b(args[1][0]) / loaded.schedule.a(args[1][0])), len(args[0]))))
+    loaded.net.register_forward_pre_hook(lambda module, args: calls.append((float(loaded.schedule.b(args[1][0]) / loaded.schedule.a(args[1][0])), len(args[0]))))
     labels = torch.tensor([0, 1])
     S.sample(loaded, 2, 9, labels=labels, cfg=2.0, solver=solver, time_grid="angle", cfg_interval=(0.3, 3.0))
     assert all(size == (4 if 0.3 < level <= 3 else 2) for level, size in calls) and {size for _, size in calls} == {2, 4} and len(calls) == 9
@@ -268,7 +268,7 @@ def test_every_schedule_and_prediction_samples_finite_images(name, predict):
 def test_the_written_formats_hold_the_same_pixels(tmp_path):
     images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     for out in ("many", "many.zip", "many.npz", "many.png"):
-        with S.Writer(tmp_path / out) as writer:
+        with S.ImageWriter(tmp_path / out) as writer:
             writer.add(images[:2])
             writer.add(images[2:])
     read = lambda file: np.asarray(Image.open(file)).transpose(2, 0, 1)
@@ -281,7 +281,7 @@ def test_the_written_formats_hold_the_same_pixels(tmp_path):
     assert (np.load(tmp_path / "many.npz")["images"] == images.permute(0, 2, 3, 1).numpy()).all()
     assert Image.open(tmp_path / "many.png").size[0] >= 16
     with pytest.raises(UserError, match="not an empty folder"):
-        S.Writer(tmp_path / "many")
+        S.ImageWriter(tmp_path / "many")
 
 
 def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
@@ -303,10 +303,10 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
 
 
 def test_labels_are_given_by_name_or_number():
-    assert S.class_number("cat", ["dog", "cat"]) == 1 and S.class_number("0", ["dog", "cat"]) == 0
+    assert S.find_class("cat", ["dog", "cat"]) == 1 and S.find_class("0", ["dog", "cat"]) == 0
     for name, classes in (("cow", ["dog", "cat"]), ("2", ["dog", "cat"]), ("²", ["dog", "cat"]), ("dog", [])):
         with pytest.raises(UserError, match="--label"):
-            S.class_number(name, classes)
+            S.find_class(name, classes)
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--n", "0"], ["--churn", "1.5"], ["--churn", "0.5", "--solver", "heun"], ["--ckpt", "nowhere"], ["--device", "cuda:77"], ["--device", "foo"], ["--cfg", "nan"], ["--cfg", "2", "--cfg-interval", "3", "0.3"], ["--cfg", "2", "--cfg-interval", "nan", "1"], ["--cfg-interval", "0.3", "3"],
@@ -314,6 +314,6 @@ def test_labels_are_given_by_name_or_number():
 def test_bad_arguments_are_one_line_and_exit_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        S.run(lambda: S.main(arguments))
+        S.run_command(lambda: S.main(arguments))
     assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from schedules import PREDICTIONS, SCHEDULES, T_MIN, TIMES, times
 
@@ -21,7 +20,7 @@ def t_(*values):
 
 def draw(schedule, shape=(3, 2, 4, 4), seed=0):
     g = torch.Generator().manual_seed(seed)
-    z = torch.randn(shape, generator=g, dtype=f64) * schedule.s
+    z = torch.randn(shape, generator=g, dtype=f64) * schedule.data_std
     return z, schedule.noise(z, g)
 
 
@@ -52,12 +51,12 @@ def test_coefficients_are_smooth_inside(name, t):
 @pytest.mark.parametrize("predict", PREDICTIONS)
 @given(t=time, s=scale)
 def test_split_inverts_target(name, predict, t, s):
-    schedule = replace(SCHEDULES[name], s=s)
+    schedule = replace(SCHEDULES[name], data_std=s)
     z, n = draw(schedule)
     t = t_(t, t / 2, min(0.999, t * 1.5))
     zt = schedule.corrupt(z, n, t)
     out = torch.cat(schedule.target(z, n, t, predict), 1)
-    assert out.shape[1] == schedule.heads(predict) * z.shape[1]
+    assert out.shape[1] == schedule.head_count(predict) * z.shape[1]
     x0, noise = schedule.split(out, zt, t, predict)
     tolerance = 1e-9 * max(1, *[float(schedule.b(u) / schedule.a(u)) for u in t], *[float(schedule.a(u) / schedule.b(u)) for u in t])
     assert torch.allclose(x0, z, atol=tolerance, rtol=1e-9)
@@ -69,25 +68,25 @@ def test_split_inverts_target(name, predict, t, s):
 @given(t=st.floats(0, 1), s=scale)
 def test_the_unit_target_has_variance_one_and_no_correlation_with_the_input(name, t, s):
     """Exact second moments: F and x_t are linear in x0 (variance s^2) and eps (variance 1), so read off their coefficients."""
-    schedule = replace(SCHEDULES[name], s=s)
+    schedule = replace(SCHEDULES[name], data_std=s)
     a, b = schedule.a(t_(t)), schedule.b(t_(t))
     one, zero = torch.ones(1, 1, 1, 1, dtype=f64), torch.zeros(1, 1, 1, 1, dtype=f64)
     target = PREDICTIONS["unit"].target
     F_x, F_eps = target(one, zero, a, b, s)[0].item(), target(zero, one, a, b, s)[0].item()
     assert F_x ** 2 * s ** 2 + F_eps ** 2 == pytest.approx(1, abs=1e-9)
-    assert (F_x * a.item() * s ** 2 + F_eps * b.item()) * schedule.scale(t).item() == pytest.approx(0, abs=1e-9)
-    assert (a ** 2 * s ** 2 + b ** 2).item() * schedule.scale(t).item() ** 2 == pytest.approx(1)
+    assert (F_x * a.item() * s ** 2 + F_eps * b.item()) * schedule.input_scale(t).item() == pytest.approx(0, abs=1e-9)
+    assert (a ** 2 * s ** 2 + b ** 2).item() * schedule.input_scale(t).item() ** 2 == pytest.approx(1)
 
 
 @given(sigma=st.floats(0.002, 79), s=scale)
 def test_unit_is_edms_preconditioning_when_a_is_one(sigma, s):
     """[EDM] D = c_skip x + c_out F with c_skip = s^2/(sigma^2+s^2), c_out = sigma s/sqrt(sigma^2+s^2), c_in = 1/sqrt(sigma^2+s^2)."""
-    schedule = replace(SCHEDULES["edm"], s=s)
+    schedule = replace(SCHEDULES["edm"], data_std=s)
     t = (sigma / 80) ** (1 / 7)
     x, F = torch.randn(1, 1, 2, 2, dtype=f64), torch.randn(1, 1, 2, 2, dtype=f64)
     D = s ** 2 / (sigma ** 2 + s ** 2) * x + sigma * s / math.sqrt(sigma ** 2 + s ** 2) * F
     assert torch.allclose(schedule.split(F, x, t, "unit")[0], D, rtol=1e-8)
-    assert schedule.scale(t).item() == pytest.approx(1 / math.sqrt(sigma ** 2 + s ** 2))
+    assert schedule.input_scale(t).item() == pytest.approx(1 / math.sqrt(sigma ** 2 + s ** 2))
     assert (schedule.angle(t).tan() * s).log().item() / 4 == pytest.approx(math.log(sigma) / 4, abs=1e-9)       # c_noise, told as an angle
 
 
@@ -138,7 +137,7 @@ def test_two_steps_have_the_law_of_one(name, t, p, q, churn):
     """t -> u -> s: the old noise that survives is the product, so with equal marginals the joint law of (x_t, x_s) is equal."""
     schedule, u = SCHEDULES[name], t * p
     s = u * q
-    keep = lambda a, b: schedule.kept(a, b, churn).item()
+    keep = lambda a, b: schedule.kept_share(a, b, churn).item()
     assert keep(t, u) * keep(u, s) == pytest.approx(keep(t, s), rel=1e-6, abs=1e-12)
 
 
@@ -194,7 +193,7 @@ def test_churn_1_is_ddpms_ancestral_posterior_on_vp_schedules(name, t, part):
 @every
 @given(s=scale)
 def test_time_at_inverts_angle(name, s):
-    schedule = replace(SCHEDULES[name], s=s)
+    schedule = replace(SCHEDULES[name], data_std=s)
     t = torch.linspace(0.001, 0.999, 50, dtype=f64)
     assert torch.allclose(schedule.time_at(schedule.angle(t)), t, atol=1e-6)
 
@@ -202,10 +201,10 @@ def test_time_at_inverts_angle(name, s):
 @every
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_sampling_starts_where_the_image_can_be_read_and_little_of_it_is_left(name, predict):
-    schedule = replace(SCHEDULES[name], s=0.5)
-    start = schedule.start(predict)
+    schedule = replace(SCHEDULES[name], data_std=0.5)
+    start = schedule.start_time(predict)
     a, b = schedule.a(t_(start)), schedule.b(t_(start))
-    assert 0 < start <= 1 and b / (a * schedule.s) > 50
+    assert 0 < start <= 1 and b / (a * schedule.data_std) > 50
     z, n = draw(schedule)
     out = torch.cat(schedule.target(z, n, t_(start), predict), 1)
     assert torch.isfinite(schedule.split(out, schedule.corrupt(z, n, t_(start)), t_(start), predict)[0]).all()
@@ -214,7 +213,7 @@ def test_sampling_starts_where_the_image_can_be_read_and_little_of_it_is_left(na
 @pytest.mark.parametrize("kind", TIMES)
 @every
 def test_training_times_lie_inside_and_are_reproducible(kind, name):
-    schedule = replace(SCHEDULES[name], s=0.5)
+    schedule = replace(SCHEDULES[name], data_std=0.5)
     t = times(kind, schedule, 64, torch.Generator().manual_seed(0))
     assert t.shape == (64,) and t.dtype == f64 and t.min() >= T_MIN and t.max() <= 1
     assert torch.equal(t, times(kind, schedule, 64, torch.Generator().manual_seed(0)))
@@ -228,7 +227,7 @@ def test_uniform_times_cover_every_bin_of_the_batch_once():
 
 @pytest.mark.parametrize("name", ["ddm", "edm"])
 def test_lognormal_times_have_edms_noise_levels(name):
-    schedule = replace(SCHEDULES[name], s=0.5)
+    schedule = replace(SCHEDULES[name], data_std=0.5)
     t = times("lognormal", schedule, 4000, torch.Generator().manual_seed(0))
     log_sigma = (schedule.b(t) / schedule.a(t)).log()
     assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.02) and log_sigma.std().item() == pytest.approx(1.2, abs=0.03)

@@ -4,20 +4,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 
 import sample as S
 import train
-from console import UserError
-from data import load_images, seeded, to_float, to_uint8
-from faces import draw_faces
-from sample import Loaded, Tiled, restore, sample
+from plumbing.console import UserError
+from data import load_images
+from plumbing.faces import draw_faces
+from sample import DiffusionModel, sample
 from schedules import SCHEDULES
-from tasks import TASKS, agree, cut, draw_holes, enlarge, fill_with_mean, fold, gradient, hole_of, mae, max_f, paste, pose, psnr, shrink, small_of, strip
-from vae import PixelSpace
+from tasks import TASKS, back_project, cut_hole, draw_holes, enlarge, fill_with_mean, fold_condition, sobel_edges, read_hole, mae, max_f, paste_known, make_condition, psnr, shrink, recover_small, place_side_by_side
 from vit import ViT
+from plumbing.images import seeded, to_float, to_uint8
+import spaces
+import restore
 
 CONDITIONED = [name for name in TASKS if name != "generate"]
 
@@ -33,7 +34,7 @@ def pictures(n=3, side=16, channels=3, maps=0, seed=0):
 def test_every_task_makes_a_target_like_the_picture_and_the_condition_it_declares(name, channels):
     maps = int(bool(TASKS[name].exact))
     x = pictures(channels=channels, maps=maps)
-    target, cond = pose(name, x, maps, g=torch.Generator().manual_seed(0))
+    target, cond = make_condition(name, x, maps, g=torch.Generator().manual_seed(0))
     assert target.shape == (3, channels, 16, 16) and target.abs().max() <= 1
     if name == "generate":
         assert cond is None and torch.equal(target, x)
@@ -46,24 +47,24 @@ def test_the_condition_of_inpainting_knows_nothing_of_the_hole():
     """Whatever is in the hole, the condition is bitwise the same: nothing can leak."""
     x, hole = pictures(), draw_holes(3, 16, 16, torch.Generator().manual_seed(1))
     other = torch.where(hole, 99.0, x)
-    assert torch.equal(cut(x, hole), cut(other, hole))
-    assert torch.equal(hole_of(cut(x, hole)), hole)
+    assert torch.equal(cut_hole(x, hole), cut_hole(other, hole))
+    assert torch.equal(read_hole(cut_hole(x, hole)), hole)
 
 
 def test_the_condition_of_super_resolution_is_a_function_of_the_small_picture():
     x = pictures()
-    target, cond = pose("superres", x)
+    target, cond = make_condition("superres", x)
     assert torch.equal(target, x) and torch.equal(cond, enlarge(shrink(x)))
 
 
 def test_a_restored_picture_shrinks_to_the_small_one_and_the_truth_is_left_alone():
     x = to_float(draw_faces(4, 32, 7).pixels)
-    cond = pose("superres", x)[1]
-    assert (small_of(cond) - shrink(x)).abs().mean() < 0.01
+    cond = make_condition("superres", x)[1]
+    assert (recover_small(cond) - shrink(x)).abs().mean() < 0.01
     rough = (x + 0.3 * pictures(4, 32, 3)).clamp(-1, 1)
-    before, after = ((shrink(u) - shrink(x)).abs().mean() for u in (rough, agree(rough, cond)))
-    assert after < before / 4 and psnr(agree(rough, cond), x) > psnr(rough, x)
-    assert psnr(agree(x, cond), x) > 40
+    before, after = ((shrink(u) - shrink(x)).abs().mean() for u in (rough, back_project(rough, cond)))
+    assert after < before / 4 and psnr(back_project(rough, cond), x) > psnr(rough, x)
+    assert psnr(back_project(x, cond), x) > 40
 
 
 def test_shrinking_is_pillows():
@@ -90,7 +91,7 @@ def test_images_of_a_batch_have_holes_of_their_own():
 
 def test_known_pixels_are_kept_bit_for_bit():
     x, hole = to_float(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)), draw_holes(3, 16, 16, torch.Generator().manual_seed(2))
-    out = paste(pictures(seed=5), cut(x, hole))
+    out = paste_known(pictures(seed=5), cut_hole(x, hole))
     known = ~hole.expand_as(x)
     assert torch.equal(out[known], x[known]) and not torch.equal(out, x)
     assert torch.equal(to_uint8(out)[known], to_uint8(x)[known])
@@ -98,7 +99,7 @@ def test_known_pixels_are_kept_bit_for_bit():
 
 def test_the_mean_fill_is_the_mean_of_what_is_known():
     x, hole = pictures(1), draw_holes(1, 16, 16, torch.Generator().manual_seed(2))
-    filled, seen = fill_with_mean(cut(x, hole)), ~hole[0, 0]
+    filled, seen = fill_with_mean(cut_hole(x, hole)), ~hole[0, 0]
     for c in range(3):
         assert torch.allclose(filled[0, c][hole[0, 0]], x[0, c][seen].mean(), atol=1e-6)
     assert torch.equal(filled[~hole.expand_as(x)], x[~hole.expand_as(x)])
@@ -106,22 +107,22 @@ def test_the_mean_fill_is_the_mean_of_what_is_known():
 
 def test_the_gradient_of_a_flat_picture_is_nothing_and_of_a_step_an_edge():
     x = torch.full((1, 3, 8, 8), 0.3)
-    assert (gradient(x) == -1).all()
+    assert (sobel_edges(x) == -1).all()
     x[..., 4:] = -0.6                                                           # a step of .45 of the range, above a third
-    assert (gradient(x)[0, 0, :, 3:5] == 1).all() and (gradient(x)[0, 0, :, :2] == -1).all()
-    assert torch.equal(gradient(x.transpose(2, 3)), gradient(x).transpose(2, 3))
+    assert (sobel_edges(x)[0, 0, :, 3:5] == 1).all() and (sobel_edges(x)[0, 0, :, :2] == -1).all()
+    assert torch.equal(sobel_edges(x.transpose(2, 3)), sobel_edges(x).transpose(2, 3))
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_folding_a_condition_loses_nothing_and_keeps_places(factor):
     cond = pictures(channels=4)
-    folded = fold(cond, factor)
+    folded = fold_condition(cond, factor)
     assert folded.shape == (3, 4 * factor ** 2, 16 // factor, 16 // factor) and torch.equal(torch.pixel_shuffle(folded, factor), cond)
     touched = cond.clone()
     touched[:, :, 0, 0] += 1
-    changed = (fold(touched, factor) != folded).any(1)
+    changed = (fold_condition(touched, factor) != folded).any(1)
     assert changed[:, 0, 0].all() and changed.sum() == 3
-    assert fold(None, factor) is None
+    assert fold_condition(None, factor) is None
 
 
 # --- measures --------------------------------------------------------------------------------------------------------------------------
@@ -175,29 +176,29 @@ def test_max_f_equals_a_brute_force_loop(tolerance, beta2):
 def small(task="superres", channels=1, predict="unit", classes=0, awake=True):
     torch.manual_seed(0)
     schedule = SCHEDULES["ddm"]
-    net = ViT(schedule, channels=channels, heads_out=schedule.heads(predict), patch=4, width=32, depth=1, heads=1, classes=classes,
+    net = ViT(schedule, channels=channels, heads_out=schedule.head_count(predict), patch=4, width=32, depth=1, heads=1, classes=classes,
               cond_channels=TASKS[task].channels(channels))
     if awake:
         with torch.no_grad():
             for q in net.parameters():
                 q.add_(0.1 * torch.randn_like(q))
-    return Loaded(net, schedule, PixelSpace(channels), predict, dict(size=8, task=task, classes=[], channels=channels, step=0), torch.device("cpu"))
+    return DiffusionModel(net, schedule, spaces.PixelSpace(channels), predict, dict(size=8, task=task, classes=[], channels=channels, step=0), torch.device("cpu"))
 
 
 def test_a_new_condition_leaves_the_network_as_it_was():
     """The embedding of the condition starts at zero: fine-tuning to a task starts from exactly the unconditional model."""
     with_cond, without = small("superres"), small("generate")
-    first = {k: v for k, v in without.model.state_dict().items()}
-    net = small("superres", awake=False).model
-    train.fit(net, first, [], [])
+    first = {k: v for k, v in without.net.state_dict().items()}
+    net = small("superres", awake=False).net
+    train.load_first_stage(net, first, [], [])
     x, t = pictures(2, 8, 1), torch.tensor([0.3, 0.9])
-    assert torch.equal(net(x, t, cond=pictures(2, 8, 1, seed=1)), without.model(x, t))
-    assert not torch.equal(with_cond.model(x, t, cond=pictures(2, 8, 1, seed=1)), with_cond.model(x, t, cond=pictures(2, 8, 1, seed=2)))
+    assert torch.equal(net(x, t, cond=pictures(2, 8, 1, seed=1)), without.net(x, t))
+    assert not torch.equal(with_cond.net(x, t, cond=pictures(2, 8, 1, seed=1)), with_cond.net(x, t, cond=pictures(2, 8, 1, seed=2)))
 
 
 def test_a_condition_of_another_task_starts_afresh():
-    first, net = small("superres").model.state_dict(), small("inpaint", awake=False).model
-    train.fit(net, first, [], [])
+    first, net = small("superres").net.state_dict(), small("inpaint", awake=False).net
+    train.load_first_stage(net, first, [], [])
     assert (net.embed_cond.weight == 0).all() and torch.equal(net.embed.weight, first["embed.weight"])
 
 
@@ -277,7 +278,7 @@ def test_what_cannot_be_restored_is_refused_in_one_line(arguments, why, few_face
     (["--task", "edges", "--targets", "x"], "of their own"), (["--task", "superres", "--size", "18", "--patch", "3"], "multiple of 4"),
     (["--latents", "x"], "--space latent"), (["--no-cache-latents"], "--space latent")])
 def test_tasks_that_cannot_be_trained_are_refused(flags, why):
-    o = train.Options(**vars(train.make_parser(train.Options, "").parse_args(flags)))
+    o = train.Options(**vars(train.options_parser(train.Options, "").parse_args(flags)))
     with pytest.raises(UserError, match=why):
         train.check(o)
 
@@ -322,7 +323,7 @@ def test_a_picture_without_a_map_is_named(tmp_path, capsys):
 
 @given(st.integers(8, 60))
 def test_tiles_cover_every_place_and_overlap_by_half(length):
-    starts = Tiled(None, 8).starts(length)
+    starts = restore.Tiled(None, 8).starts(length)
     assert starts[0] == 0 and starts[-1] == length - 8 and all(0 <= b - a <= 4 for a, b in zip(starts, starts[1:]))
 
 
@@ -331,30 +332,30 @@ def test_tiles_of_a_pointwise_network_are_the_network():
     net = lambda zt, t, y, m, cond: torch.cat([zt * t[:, None, None, None] + cond, zt ** 2], 1)
     zt, cond, t = pictures(2, 21, 2), pictures(2, 21, 2, seed=1), torch.tensor([0.2, 0.7])
     for batch in (1, 3, 64):
-        assert torch.allclose(Tiled(net, 8, batch)(zt, t, cond=cond), net(zt, t, None, None, cond), atol=1e-5)
+        assert torch.allclose(restore.Tiled(net, 8, batch)(zt, t, cond=cond), net(zt, t, None, None, cond), atol=1e-5)
 
 
 def test_a_picture_of_the_training_size_is_not_tiled():
     loaded, cond = small("edges"), pictures(2, 8, 1)
-    assert torch.equal(restore(loaded, cond, steps=3), sample(loaded, 2, 3, cond=cond))
+    assert torch.equal(restore.restore_pictures(loaded, cond, steps=3), sample(loaded, 2, 3, cond=cond))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 8), (3, 3), (20, 9), (8, 31)])
 def test_any_size_is_restored_and_a_part_far_away_does_not_matter(size):
     loaded = small("inpaint")
-    cond = cut(pictures(1, 40, 1)[:, :, :size[0], :size[1]], draw_holes(1, 40, 40, seeded(1))[:, :, :size[0], :size[1]])
-    out = restore(loaded, cond, steps=2)
+    cond = cut_hole(pictures(1, 40, 1)[:, :, :size[0], :size[1]], draw_holes(1, 40, 40, seeded(1))[:, :, :size[0], :size[1]])
+    out = restore.restore_pictures(loaded, cond, steps=2)
     assert out.shape == (1, 1, *size) and torch.isfinite(out).all()
     if size == (8, 31):
         touched = cond.clone()
         touched[..., :4] = 0.9
-        again = restore(loaded, touched, steps=1)
-        assert torch.equal(again[..., 20:], restore(loaded, cond, steps=1)[..., 20:])
+        again = restore.restore_pictures(loaded, touched, steps=1)
+        assert torch.equal(again[..., 20:], restore.restore_pictures(loaded, cond, steps=1)[..., 20:])
 
 
 def test_the_condition_is_shown_at_every_call_and_doubled_for_guidance():
     loaded, seen = small("superres", classes=2), []
-    loaded.model.register_forward_pre_hook(lambda module, args: seen.append(args[4]))
+    loaded.net.register_forward_pre_hook(lambda module, args: seen.append(args[4]))
     cond = pictures(2, 8, 1)
     sample(loaded, 2, 3, cond=cond, labels=torch.tensor([0, 1]))
     assert len(seen) == 3 and all(torch.equal(c, cond) for c in seen)
@@ -364,7 +365,7 @@ def test_the_condition_is_shown_at_every_call_and_doubled_for_guidance():
 
 def test_a_strip_lays_condition_result_and_truth_side_by_side():
     a, b = pictures(2, 4, 4), pictures(2, 4, 1, seed=1)
-    rows = strip(a, b)
+    rows = place_side_by_side(a, b)
     assert rows.shape == (4, 3, 4, 4) and torch.equal(rows[0], to_uint8(a[0, :3])) and torch.equal(rows[3], to_uint8(b[1]).expand(3, -1, -1))
 
 
@@ -396,7 +397,7 @@ def test_the_users_own_files_are_never_overwritten_and_an_older_result_survives_
             S.main(["--ckpt", "sr", *flags])
     S.main(["--ckpt", "sr", "--input", "mine", "--out", "good.zip", "--steps", "1"])
     before = (own / "good.zip").read_bytes()
-    with pytest.raises(UserError), S.Writer("good.zip") as writer:
+    with pytest.raises(UserError), S.ImageWriter("good.zip") as writer:
         writer.add(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
         raise UserError("half way")
     assert (own / "good.zip").read_bytes() == before and not list(own.glob("*.part"))
@@ -425,7 +426,7 @@ def test_masks_that_lie_below_the_pictures_are_no_pictures(own, capsys):
 
 
 def test_holes_and_targets_are_checked_before_anything_is_computed(own, monkeypatch):
-    monkeypatch.setattr(S, "restore", None)                                     # a network call would fail
+    monkeypatch.setattr(restore, "restore_pictures", None)                                     # a network call would fail
     for i in range(2):
         mask(own / "holes" / f"f{i}.png")
     for why, flags in (("no mask f2", ["--holes", "holes"]), ("--holes nowhere: there is no such", ["--holes", "nowhere"]), ("no target f0", ["--holes", "random", "--targets", "empty"])):

@@ -15,21 +15,22 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
+import running.evaluate
 import finetune
 import sample as S
 import train
 import vae
-import machine
-from checkpoint import claim, save_atomic
+import plumbing.machine
+from plumbing.checkpoint import open_run_folder, save_atomic
 from conftest import ROOT
-from console import UserError
-from machine import amp_type
-from options import REFUSALS, merge
-from recipes import RECIPES, settings
-from sample import Loaded
-from vae import PixelSpace
+from plumbing.console import UserError
+from plumbing.machine import amp_type
+from running.options import REFUSALS, resolve_options
+from running.recipes import RECIPES, recipe_options
+from sample import DiffusionModel
 from vit import ECONOMIES, ViT
+from plumbing.images import seeded
+import spaces
 
 TINY = ["--size", "16", "--patch", "8", "--batch", "8", "--threads", "1", "--val", "0.2", "--workers", "0"]
 
@@ -150,7 +151,7 @@ def test_training_learns():
 def test_the_average_keeps_no_history(photos, monkeypatch):
     """An average that autograd watched would remember all of its steps: memory would grow until the machine has none."""
     kept = []
-    monkeypatch.setattr(train, "Loaded", lambda averaged, *rest: (kept.append(averaged), Loaded(averaged, *rest))[1])
+    monkeypatch.setattr(train, "DiffusionModel", lambda averaged, *rest: (kept.append(averaged), DiffusionModel(averaged, *rest))[1])
     go(photos, "--steps", 3, "--out", "runs/a")
     assert kept and not any(q.requires_grad or q.grad_fn for q in kept[-1].parameters())
 
@@ -217,13 +218,13 @@ def test_a_resumed_run_of_minutes_does_not_take_its_recipes_steps_for_the_users(
     ckpt["config"] |= dict(recipe="ddm", steps=None, minutes=60.0)
     ckpt["meta"]["plan"] = 10**8                                        # more than the recipe's steps
     save_atomic(ckpt, Path("runs/a/last.pt"))
-    o, _ = merge(train.Options, dict(recipe="ddm", out="runs/a", resume=True), "train")
+    o, _ = resolve_options(train.Options, dict(recipe="ddm", out="runs/a", resume=True), "train")
     assert (o.minutes, o.steps) == (60.0, None)
 
 
 def test_two_runs_never_share_a_folder(photos):
     """Two that begin in the same second get two names; a second one in the folder of a running one is refused before any work."""
-    assert claim()[0] != claim()[0]
+    assert open_run_folder()[0] != open_run_folder()[0]
     process = start(photos, "--steps", "100000", "--out", "runs/busy", "--sample-every", "100000", "--save-every", "20")
     wait_for_step("runs/busy", 20, process)
     try:
@@ -232,7 +233,7 @@ def test_two_runs_never_share_a_folder(photos):
     finally:
         process.kill()
         process.wait()
-    assert claim("runs/busy")[0] == Path("runs/busy")                   # its lock ended with it, however it ended
+    assert open_run_folder("runs/busy")[0] == Path("runs/busy")                   # its lock ended with it, however it ended
 
 
 def test_an_existing_run_is_not_overwritten(photos):
@@ -305,7 +306,7 @@ def test_a_truncated_checkpoint_is_refused_and_an_unfinished_one_is_never_seen(p
 
 
 def test_runs_that_save_at_once_do_not_trip_over_runs_latest(tmp_path):
-    code = "import sys; from checkpoint import name_newest\nfor i in range(2000): name_newest(sys.argv[1])"
+    code = "import sys; from plumbing.checkpoint import name_newest\nfor i in range(2000): name_newest(sys.argv[1])"
     several = [subprocess.Popen([sys.executable, "-c", code, f"runs/{name}"], stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
                for name in "ab"]
     errors = [process.communicate()[1] for process in several]
@@ -324,14 +325,14 @@ def test_every_process_gets_its_own_device_and_set_device_a_number(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: here == "mps")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: torch.cuda._utils._get_device_index(device))
-    monkeypatch.setattr(machine.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(plumbing.machine.dist, "is_initialized", lambda: True)
     for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items() if world > 1 else ():
         monkeypatch.setenv(name, str(value))
     if got.startswith("--"):
         with pytest.raises(UserError, match=got):
-            machine.start_machine(wanted)
+            plumbing.machine.start_machine(wanted)
     else:
-        assert str(machine.start_machine(wanted).device) == got
+        assert str(plumbing.machine.start_machine(wanted).device) == got
 
 
 # --- many processes -------------------------------------------------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def test_shards_of_one_step_draw_different_noise_masks_and_times():
     from schedules import SCHEDULES, times
     schedule, drawn = SCHEDULES["ddm"], []
     for step, rank in ((0, 0), (0, 1), (1, 0)):
-        g = torch.Generator().manual_seed(train.seeded(0, 5, step, rank).initial_seed())
+        g = torch.Generator().manual_seed(seeded(0, 5, step, rank).initial_seed())
         drawn.append((schedule.noise(torch.zeros(4, 1, 8, 8), g), draw("patch", 4, 4, 4, 0.5, g).keep, times("uniform", schedule, 4, g)))
     for a in range(3):
         for b in range(a):
@@ -399,7 +400,7 @@ def test_half_of_the_images_are_mirrored_unless_told_otherwise(monkeypatch):
     Path("half").mkdir()
     for i in range(8):                                                          # black on the left, white on the right
         Image.fromarray(np.tile(np.uint8([[0] * 8 + [255] * 8]), (16, 1))).save(f"half/{i}.png")
-    seen = record(monkeypatch, PixelSpace, "encode", lambda x: x[:, 0, 0, 0])
+    seen = record(monkeypatch, spaces.PixelSpace, "encode", lambda x: x[:, 0, 0, 0])
     for options, low, high in (([], 0.35, 0.65), (["--no-flip"], 0, 0)):
         seen.clear()
         go("half", "--steps", 20, "--out", f"runs/{len(options)}", *options)
@@ -420,7 +421,7 @@ def test_the_stated_share_of_labels_is_dropped(photos, monkeypatch):
 @pytest.mark.parametrize("n, batch, shards", [(10, 4, 2), (7, 8, 4), (3, 8, 1), (100, 6, 3)])
 def test_an_epoch_shows_every_image_once_and_shards_do_not_overlap(n, batch, shards):
     size = batch // shards
-    order = torch.cat([train.shard(n, (5, 0), k * batch + j * size, size) for k in range(2 * n) for j in range(shards)])
+    order = torch.cat([train.shard_indices(n, (5, 0), k * batch + j * size, size) for k in range(2 * n) for j in range(shards)])
     for epoch in range(len(order) // n):
         assert sorted(order[epoch * n:(epoch + 1) * n].tolist()) == list(range(n))
     if n > 5:
@@ -459,7 +460,7 @@ def test_the_average_follows_its_formula(photos):
     go(photos, "--steps", 3, "--save-every", 1, "--out", "runs/a", "--ema", 0.25)
     torch.manual_seed(0)
     meta = read("runs/a/last.pt")["meta"]
-    initial = dict(S.build(meta)[0].named_parameters())["embed.weight"].detach()
+    initial = dict(S.build_model(meta)[0].named_parameters())["embed.weight"].detach()
     expected = initial
     for k in range(3):
         decay = min(0.25, (1 + k) / (10 + k))
@@ -527,7 +528,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(photos, arguments
     places = {"FLAT": str(Path(photos) / "day"), "FILE/x": "file/x"}
     arguments = [places.get(a, a) for a in arguments]
     with pytest.raises(SystemExit) as end:
-        train.run(lambda: train.main(["--data", photos, *TINY, "--steps", "1", "--out", "runs/a", *arguments]))
+        train.run_command(lambda: train.main(["--data", photos, *TINY, "--steps", "1", "--out", "runs/a", *arguments]))
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ")
@@ -536,8 +537,8 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(photos, arguments
 
 def test_every_refusal_of_the_table_can_happen():
     """Each line of the table is reached by one of the cases above."""
-    given = [vars(train.make_parser(train.Options, "").parse_args(arguments)) for arguments in [*REFUSED, ["--recipe", "ddm"]]]
-    cases = [train.Options(**settings(g.get("recipe"), "train", g)) for g in given]
+    given = [vars(train.options_parser(train.Options, "").parse_args(arguments)) for arguments in [*REFUSED, ["--recipe", "ddm"]]]
+    cases = [train.Options(**recipe_options(g.get("recipe"), "train", g)) for g in given]
     for refused, why in REFUSALS:
         assert any(refused(o) for o in cases), why
         assert not refused(train.Options()), why
@@ -548,8 +549,8 @@ def test_every_refusal_of_the_table_can_happen():
 @pytest.mark.parametrize("recipe, stage", [(name, stage) for name, stages in RECIPES.items() for stage in stages])
 def test_a_recipe_sets_known_options_that_fit_together_and_flags_beside_it_win(recipe, stage):
     kind = {"train": train.Options, "finetune": finetune.TuneOptions}[stage]
-    o = kind(**settings(recipe, stage, {"lr": 0.5}))
-    assert o.lr == 0.5 and o.steps and kind(**settings(recipe, stage, {"minutes": 1.0})).steps is None
+    o = kind(**recipe_options(recipe, stage, {"lr": 0.5}))
+    assert o.lr == 0.5 and o.steps and kind(**recipe_options(recipe, stage, {"minutes": 1.0})).steps is None
     train.check(replace(o, data="faces", vae="x" if o.space == "latent" else None))
     if stage == "train":
         with pytest.raises(UserError, match="--data"):
@@ -685,7 +686,7 @@ def test_a_reconstruction_is_logged_drawn_tuned_and_not_sampled(photos):
     assert ckpt["config"]["predict"] == "x0" and ckpt["meta"]["objective"] == "reconstruct"
     loaded = S.load("runs/a", device="cpu")
     _, held_out = train.holdout(train.load_images(photos, 16), "0.2", seed=0)
-    errors = evaluate.masked_errors(loaded, held_out)
+    errors = running.evaluate.reconstruction_errors(loaded, held_out)
     assert float(rows("runs/a")[-1]["val_loss"]) == pytest.approx(sum(errors.values()) / 4, rel=1e-4)
     assert Image.open("runs/a/samples/000003.png").width > 400
     with pytest.raises(UserError, match="--objective reconstruct"):
@@ -732,9 +733,9 @@ def test_classes_move_to_other_data_by_name(photos):
     """A stage two with other classes keeps the embeddings of those it knows; classes may also be dropped or come in fresh."""
     go(photos, "--steps", 3, "--labels", "--out", "runs/a", "--lr", "0.1")
     weights, meta = read("runs/a/last.pt")["model"], read("runs/a/last.pt")["meta"]
-    net = S.build(meta | dict(model=meta["model"] | dict(classes=3)))[0]
+    net = S.build_model(meta | dict(model=meta["model"] | dict(classes=3)))[0]
     fresh = net.embed_class.weight.detach().clone()
-    train.fit(net, weights, ["day", "night"], ["dawn", "night", "dusk"])
+    train.load_first_stage(net, weights, ["day", "night"], ["dawn", "night", "dusk"])
     assert torch.equal(net.embed_class.weight[1], weights["embed_class.weight"][1])
     assert torch.equal(net.embed_class.weight[[0, 2]], fresh[[0, 2]])
     finetune.main(["--from", "runs/a", "--no-labels", "--steps", "1", "--out", "runs/plain"])
@@ -746,7 +747,7 @@ def test_classes_move_to_other_data_by_name(photos):
 def test_stage_two_holds_out_the_same_images_and_draws_other_noise(photos, monkeypatch):
     go(photos, "--steps", 1, "--seed", "5", "--out", "runs/a", "--no-flip")
     with monkeypatch.context() as patch:
-        seen = record(patch, PixelSpace, "encode", lambda x: x)
+        seen = record(patch, spaces.PixelSpace, "encode", lambda x: x)
         go(photos, "--steps", 1, "--seed", "5", "--out", "runs/b", "--no-flip")
         (training, validation), _ = seen[-2:], seen.clear()
         finetune.main(["--from", "runs/a", "--steps", "1", "--out", "runs/c"])
@@ -772,6 +773,6 @@ def test_the_gradient_is_clipped_to_its_largest_norm(photos):
             go(photos, "--steps", 1, "--lr", 1.0, "--warmup", 0, "--clip", clip, "--out", f"runs/{clip}", "--amp", "off")
         torch.manual_seed(0)
         ckpt = read(f"runs/{clip}/last.pt")
-        start = S.build(ckpt["meta"])[0].state_dict()
+        start = S.build_model(ckpt["meta"])[0].state_dict()
         moved.append(math.sqrt(sum(((ckpt["model"][k] - start[k]) ** 2).sum().item() for k in start)))
     assert moved[0] == pytest.approx(1e-3, rel=1e-2) and 1e-2 < moved[1] < 1e3

@@ -13,9 +13,11 @@ from PIL import Image
 
 import vae
 from conftest import ROOT, status
-from console import UserError
-from data import load_images, to_float
-from vae import PRESETS, AutoencoderKL, LatentSpace, PixelSpace, load_vae
+from plumbing.console import UserError
+from data import load_images
+from vae import PRESETS, AutoencoderKL, LatentSpace, load_vae
+from plumbing.images import to_float
+import spaces
 
 FILES = {"a": PRESETS["tiny"], "b": dict(widths=[8, 16], layers=2, groups=4), "c": dict(widths=[8, 8, 16, 16], layers=1, groups=4, latent=3, channels=1)}
 
@@ -145,14 +147,14 @@ def test_the_log_variance_is_clamped():
 # --- latent space ----------------------------------------------------------------------------------------------------------------
 
 def test_a_latent_space_has_the_interface_of_a_pixel_space():
-    pixel, latent, x = PixelSpace(3), LatentSpace(made(), batch=2), images(5, 3, 8, 16)
+    pixel, latent, x = spaces.PixelSpace(3), LatentSpace(made(), batch=2), images(5, 3, 8, 16)
     assert {n for n in dir(pixel) if n[0] != "_"} <= set(dir(latent)) and (pixel.name, latent.name) == ("pixel", "latent")
     for space in (pixel, latent):
         z = space.encode(x)
         assert z.shape == (5, space.channels, 8 // space.factor, 16 // space.factor) and z.dtype == torch.float32 and not z.requires_grad
         assert space.decode(z).shape == x.shape and space.encode(x[:0]).shape[0] == 0
     assert not latent.encode(x.requires_grad_()).requires_grad and not latent.decode(z.requires_grad_()).requires_grad       # frozen both ways
-    assert isinstance(vae.SPACES["pixel"](3, None), PixelSpace) and set(vae.SPACES) == {"pixel", "latent"}
+    assert isinstance(spaces.SPACES["pixel"](3, None), spaces.PixelSpace) and set(spaces.SPACES) == {"pixel", "latent"}
 
 
 def test_encoding_is_deterministic_and_does_not_depend_on_the_batch_or_on_autocast():
@@ -226,7 +228,7 @@ def test_the_names_of_compvis_count_the_decoders_stages_from_the_pixels():
              "encoder.down.1.block.0.nin_shortcut.weight": "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
              "encoder.down.2.downsample.conv.weight": "encoder.down_blocks.2.downsamplers.0.conv.weight", "quant_conv.weight": "quant_conv.weight",
              "encoder.mid.attn_1.proj_out.bias": "encoder.mid_block.attentions.0.to_out.0.bias", "encoder.conv_norm_out.bias": "encoder.conv_norm_out.bias"}
-    assert list(vae.rename(dict.fromkeys(names, torch.zeros(2)), stages=4)) == list(names.values())
+    assert list(vae.rename_keys(dict.fromkeys(names, torch.zeros(2)), stages=4)) == list(names.values())
 
 
 def test_half_precision_files_become_float32(tmp_path):
@@ -365,7 +367,7 @@ def test_bad_options_are_one_line_and_2(folder, capsys, wrong):
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_training(folder, capsys, monkeypatch):
-    monkeypatch.setattr(vae, "train", None)                                     # a step would fail
+    monkeypatch.setattr(vae, "train_vae", None)                                     # a step would fail
     (folder.parent / "folder.pt").mkdir()
     assert status(vae, command(folder, "--steps", "3", "--out", str(folder.parent / "folder.pt"))) == 2
     real = open

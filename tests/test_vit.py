@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from mask import draw
 from schedules import SCHEDULES
-from vit import ECONOMIES, MODELS, Block, ViT, attend, positions, way
+from vit import ECONOMIES, MODELS, Block, ViT, attend, positions, route_span
 
 VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2), "skips+decoder": dict(skips=True, decoder=1),
             "classes": dict(classes=3), "condition": dict(cond_channels=2), "recompute": dict(checkpoint_blocks=True)}
@@ -90,7 +90,7 @@ def test_a_routed_token_is_what_it_was_and_the_blocks_of_the_route_do_not_see_it
     """[TREAD] x_k for k not in S is what it was before block i. With identities around the route, hidden places are those of a network
     without blocks, whatever the route does, and visible places do not know what hidden tokens hold."""
     net = awake(economy="route", depth=6)
-    i, j = way(6)
+    i, j = route_span(6)
     quieten([*net.blocks[:i], *net.blocks[j:]])
     zt, t, _, _ = inputs(net)
     m = draw("patch", 2, 4, 4, 0.5, torch.Generator().manual_seed(0))
@@ -113,7 +113,7 @@ def test_deferred_tokens_are_seen_by_the_mixer_and_by_nothing_else():
 
 @pytest.mark.parametrize("depth, expected", [(1, (0, 1)), (3, (1, 2)), (6, (1, 5)), (12, (2, 9)), (28, (2, 25))])
 def test_the_route_leaves_the_first_two_and_the_last_three_blocks_to_all_tokens(depth, expected):
-    assert way(depth) == expected
+    assert route_span(depth) == expected
 
 
 @pytest.mark.parametrize("name", ECONOMIES)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from console import UserError, reason
+from plumbing.console import UserError, describe_error
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -38,7 +38,7 @@ def open_picture(file):
     return picture
 
 
-def flatten(picture):
+def to_8_bit(picture):
     """PIL picture of any mode -> mode L or RGB: 16 bits scaled to 8, transparency laid over white."""
     if picture.mode[0] in "IF":                                        # 16 and 32 bits, float: convert() would clip them at 255
         v = np.nan_to_num(np.asarray(picture, np.float64)).clip(0)
@@ -50,9 +50,9 @@ def flatten(picture):
     return picture if picture.mode == "L" else picture.convert("RGB")
 
 
-def square(picture, size, gray=False):
+def crop_square(picture, size, gray=False):
     """PIL picture -> uint8 array (C, size, size): its largest centred square, resized with LANCZOS."""
-    picture = flatten(ImageOps.exif_transpose(picture)).convert("L" if gray else "RGB")
+    picture = to_8_bit(ImageOps.exif_transpose(picture)).convert("L" if gray else "RGB")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     picture = picture.crop((left, top, left + side, top + side))       # first: resize(box=...) would look across its border
@@ -88,7 +88,7 @@ class Zip:
             with zipfile.ZipFile(path) as archive:
                 names = images_among(archive.namelist())
         except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: is no readable .zip ({reason(error)}); download or pack it again") from error
+            raise UserError(f"{path}: is no readable .zip ({describe_error(error)}); download or pack it again") from error
         tops = {name.split("/")[0] for name in names}
         self.top = tops.pop() + "/" if len(tops) == 1 and any(name.count("/") > 1 for name in names) else ""
         self.names = [name.removeprefix(self.top) for name in names]
@@ -129,7 +129,7 @@ class Cifar:
             self.names = [f"{label}/{i:05d}" for i, label in enumerate(labels)]
             self.pixels = np.concatenate([batch[b"data"] for batch in batches]).reshape(len(labels), 3, 32, 32).astype(np.uint8)
         except Exception as error:                                     # whatever damage or malice comes up with
-            raise UserError(f"{path}: is not CIFAR-10's python archive ({reason(error)}); download it again") from error
+            raise UserError(f"{path}: is not CIFAR-10's python archive ({describe_error(error)}); download it again") from error
 
     def picture(self, name):
         return Image.fromarray(self.pixels[int(name.split("/")[1])].transpose(1, 2, 0))
@@ -164,16 +164,16 @@ class Paired:
         return self.maps.picture(same[0])
 
 
-def read(source, name, size, gray=False):
+def read_picture(source, name, size, gray=False):
     """Picture `name` of a source -> uint8 (C, size, size); of a Paired one (C + 1, size, size), the map last."""
     with source.picture(name) as picture:
-        x, (width, height) = square(picture, size, gray), ImageOps.exif_transpose(picture).size
+        x, (width, height) = crop_square(picture, size, gray), ImageOps.exif_transpose(picture).size
     if isinstance(source, Paired):
         with source.map(name) as picture:
             w, h = ImageOps.exif_transpose(picture).size
             if abs(w * height - h * width) > 0.02 * w * height:                 # cut to its square it would not fit
                 raise ValueError(f"{width} x {height} pixels, but its {source.what} {w} x {h}")
-            x = np.concatenate([x, square(picture, size, gray=True)])
+            x = np.concatenate([x, crop_square(picture, size, gray=True)])
     return x
 
 

@@ -24,24 +24,24 @@ from torch import nn
 from data import load_images
 from mask import Mask, ratio_at, visible_count
 from schedules import SCHEDULES
-from sources import class_folders, open_images
-from vae import SPACES
+from plumbing.sources import class_folders, open_images
 from vit import Block, ViT
+from spaces import SPACES
 
 PARTS = {"mixer": "mixer", "enter": "mixer", "connect": "decoder", "connect_ada": "decoder", "mask_token": "decoder", "decoder": "decoder"}
 
 
-def part(net, name):
+def part_name(net, name):
     """The part that a parameter or a layer belongs to, by its name: mixer, encoder or decoder (the head is the last one's)."""
     top = name.partition(".")[0]
     return "decoder" if top in ("head", "head_ada") and net.decoder is not None else PARTS.get(top, "encoder")
 
 
-def parameters(net):
+def count_parameters(net):
     """-> {part: number of parameters}."""
     counts = Counter()
     for name, q in net.named_parameters():
-        counts[part(net, name)] += q.numel()
+        counts[part_name(net, name)] += q.numel()
     return counts
 
 
@@ -51,7 +51,7 @@ def forward_cost(net, h, w, visible=None):
     adds, blocks, handles = Counter(), [], []
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear):
-            def count(layer, given, out, where=part(net, name)):
+            def count(layer, given, out, where=part_name(net, name)):
                 adds[where] += out.numel() * layer.in_features
             handles.append(module.register_forward_hook(count))
         elif isinstance(module, Block):
@@ -70,7 +70,7 @@ def forward_cost(net, h, w, visible=None):
     return adds, blocks
 
 
-def memory(net, blocks, images, half=True, recompute=False):
+def estimate_memory(net, blocks, images, half=True, recompute=False):
     """About how many bytes training holds, on each of several GPUs: (for the parameters, for the activations of `images` images)."""
     each = 16 + 16 * (2 if half else 4)
     kept = 4 * sum(blocks) + (each - 4) * max(blocks) if recompute else each * sum(blocks)
@@ -87,7 +87,7 @@ def class_count(o):
     return len(set(class_folders(open_images(path))))
 
 
-def report(o, network, script, arguments):
+def describe_cost(o, network, script, arguments):
     """What `python script arguments` would train and what it would take, as text. network: train.network, the options of a ViT."""
     channels = 1 if o.gray else 3
     if o.space != "pixel" and o.vae is None:                                    # a recipe without its files: Stable Diffusion's
@@ -103,13 +103,13 @@ def report(o, network, script, arguments):
     mean = {name: sum(costs[k][0][name] * share for k, share in shares.items()) / shares.total() for name in ("mixer", "encoder", "decoder", "attention")}
     times = 4 if o.checkpoint_blocks else 3
     micro = o.micro_batch or max(1, o.batch // gpus)
-    fixed, moving = memory(net, costs[max(shares)][1], micro, half, o.checkpoint_blocks)
+    fixed, moving = estimate_memory(net, costs[max(shares)][1], micro, half, o.checkpoint_blocks)
     split = lambda counts, unit: ", ".join(f"{name} {counts[name] / unit:.4g}" for name in ("mixer", "encoder", "decoder", "attention") if counts.get(name))
     missing = [f"--{name} PATH" for name in ("data", "vae") if getattr(o, name) is None and (name == "data" or o.space != "pixel")]
     command = ["torchrun", f"--nproc_per_node={gpus}", script, *(a for a in arguments if a != "--dry-run")]
     total, full = sum(mean.values()), sum(forward_cost(net, side, side)[0].values())
     return "\n".join([
-        f"parameters   {sum(parameters(net).values()) / 1e6:.2f} M: {split(parameters(net), 1e6)}",
+        f"parameters   {sum(count_parameters(net).values()) / 1e6:.2f} M: {split(count_parameters(net), 1e6)}",
         f"tokens       {side * side} of {space.factor * o.patch} x {space.factor * o.patch} pixels, visible {', '.join(map(str, sorted(shares)))}",
         f"forward      {total / 1e9:.4g} G multiply-adds per image" + (" in the mean" if len(shares) > 1 else "")
         + (f", {full / 1e9:.4g} with all tokens, as in a call of sampling" if full != total else ""),

@@ -18,27 +18,27 @@ class UserError(ValueError):
     """Something that the user can mend. The message is one line; commands print it and exit with status 2."""
 
 
-def reason(error):
+def describe_error(error):
     """An exception -> a few words on one line."""
     if type(error).__name__ == "UnidentifiedImageError":
         return "not an image"                                                   # Pillow's own words name a memory address
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def command_line(description, **settings):
+def build_parser(description, **settings):
     """An argument parser as every command here has it: no abbreviations, defaults in --help, bad input is one line and exit status 2."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, **{"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | settings)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     return parser
 
 
-def run(command):
+def run_command(command):
     """Call a command's main: bad input is one line (per machine) and exit status 2, never a traceback."""
     try:
         sys.exit(command())
     except (UserError, OSError) as error:                                       # OSError: a folder that cannot be written, a full disk
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {reason(error)}", file=sys.stderr)
+            print(f"error: {describe_error(error)}", file=sys.stderr)
     except torch.cuda.OutOfMemoryError:
         print("error: the GPU's memory is full: try a smaller --micro-batch or --checkpoint-blocks (train.py, finetune.py), or --batch (sample.py)",
               file=sys.stderr)
@@ -65,13 +65,13 @@ def replacing(path, shared=True):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) or "inline_container" in str(error):      # torch.save makes a RuntimeError of a full disk
-            raise UserError(f"{path} cannot be written ({reason(error).partition(' at: ')[0]}); give another place, or make room") from error
+            raise UserError(f"{path} cannot be written ({describe_error(error).partition(' at: ')[0]}); give another place, or make room") from error
         raise
 
 
-def picture_command(description, draw, out, **numbers):
+def run_picture_command(description, draw, out, **numbers):
     """The command of a module that shows its idea: save the picture draw(**numbers) as --out. numbers: an option each, name=(default, help)."""
-    parser = command_line(description)
+    parser = build_parser(description)
     parser.add_argument("--out", default=out, help="the picture to write")
     for name, (default, text) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
@@ -80,5 +80,5 @@ def picture_command(description, draw, out, **numbers):
     try:
         draw(**given).save(out)
     except (OSError, ValueError, RuntimeError) as error:                        # ValueError: Pillow knows no format of that name
-        parser.error(", ".join(f"--{name} {value}" for name, value in (dict(out=out) | given).items()) + f": {reason(error)}")
+        parser.error(", ".join(f"--{name} {value}" for name, value in (dict(out=out) | given).items()) + f": {describe_error(error)}")
     print(f"wrote {out}")

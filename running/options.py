@@ -14,15 +14,15 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint import LATEST, newest, read_checkpoint
-from console import UserError, command_line
+from plumbing.checkpoint import LATEST, newest_checkpoint, read_checkpoint
+from plumbing.console import UserError, build_parser
 from losses import OBJECTIVES, RECON_TARGETS, WEIGHTS
 from mask import POLICIES, RATIOS
-from recipes import RECIPES, settings
+from running.recipes import RECIPES, recipe_options
 from schedules import PREDICTIONS, SCHEDULES, TIMES
 from tasks import TASKS, ZOOM
-from vae import SPACES
 from vit import ECONOMIES, MODELS
+from spaces import SPACES
 
 
 def option(default, help, kind=None, choices=None, name=None):
@@ -94,23 +94,23 @@ class Options:
     sample_every: int = option(500, "steps between sample grids and validation losses")
 
 
-def flag(f):
+def flag_name(f):
     """The command line's name of a field of Options."""
     return "--" + (f.metadata["name"] or f.name).replace("_", "-")
 
 
-def make_parser(options, description, inherited=()):
+def options_parser(options, description, inherited=()):
     """An argument parser with one flag per field; a field that is not given stays absent, so that "given" can be told from "default".
     inherited: the fields whose default is the first stage's value."""
-    parser = command_line(description, argument_default=argparse.SUPPRESS, formatter_class=argparse.HelpFormatter)
+    parser = build_parser(description, argument_default=argparse.SUPPRESS, formatter_class=argparse.HelpFormatter)
     for f in dataclasses.fields(options):
         kind, choices, default = f.metadata["kind"], f.metadata["choices"], "the first stage's" if f.name in inherited else f.default
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=choices and list(choices))
-        parser.add_argument(flag(f), dest=f.name, help=f"{f.metadata['help']} (default: {default})", **how)
+        parser.add_argument(flag_name(f), dest=f.name, help=f"{f.metadata['help']} (default: {default})", **how)
     return parser
 
 
-def positive(x):
+def is_positive(x):
     return 0 < x < math.inf
 
 
@@ -159,9 +159,9 @@ REFUSALS = [                                                                    
     (lambda o: not 0 < o.fraction <= 1, "--fraction must be in (0, 1]"),
     (lambda o: o.batch < 1 or (o.micro_batch is not None and o.micro_batch < 1), "--batch and --micro-batch must be at least 1"),
     (lambda o: o.steps is not None and o.steps < 1, "--steps must be at least 1"),
-    (lambda o: o.minutes is not None and not positive(o.minutes), "--minutes must be positive"),
+    (lambda o: o.minutes is not None and not is_positive(o.minutes), "--minutes must be positive"),
     (lambda o: o.save_every < 1 or o.sample_every < 1, "--save-every and --sample-every must be at least 1"),
-    (lambda o: not (positive(o.lr) and positive(o.clip)), "--lr and --clip must be positive"),
+    (lambda o: not (is_positive(o.lr) and is_positive(o.clip)), "--lr and --clip must be positive"),
     (lambda o: o.warmup < 0 or not 0 <= o.wd < math.inf, "--warmup and --wd must be at least 0"),
     (lambda o: not (0 <= o.ema < 1 and 0 <= o.beta1 < 1 and 0 <= o.beta2 < 1), "--ema, --beta1 and --beta2 must be in [0, 1)"),
     (lambda o: not 0 <= o.lr_end <= 1, "--lr-end must be in [0, 1]"),
@@ -178,23 +178,23 @@ def check(o):
             raise UserError(why)
 
 
-FREE = {"steps", "out", "resume", "save_every", "sample_every", "device", "threads", "workers", "cache_gb", "cache_latents", "latents", "compile", "checkpoint_blocks",
+MAY_CHANGE = {"steps", "out", "resume", "save_every", "sample_every", "device", "threads", "workers", "cache_gb", "cache_latents", "latents", "compile", "checkpoint_blocks",
         "vae"}                                                                  # wherever it lies now: its hash says whether it is the one
 
 
-def same(one, other):
+def is_same_value(one, other):
     """Whether two values of an option are one, or two spellings of one file or folder."""
     return one == other or (isinstance(one, str) and isinstance(other, str) and Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
-def merge(options, given, stage):
+def resolve_options(options, given, stage):
     """The run's options from defaults and command line or, with --resume, from the run itself. -> (options, checkpoint or None).
 
     A resumed run keeps its own options: one that is given with another value is refused by name, unless it is in FREE. A new run
     without --out has none yet: `checkpoint.claim` names it."""
     o = options(**given)
-    o = options(**settings(o.recipe, stage, given))                             # under what was given lies the recipe, under it the defaults
-    out = Path(o.out) if o.out else newest().parent if o.resume and LATEST.exists() else None
+    o = options(**recipe_options(o.recipe, stage, given))                             # under what was given lies the recipe, under it the defaults
+    out = Path(o.out) if o.out else newest_checkpoint().parent if o.resume and LATEST.exists() else None
     last = out and out / "last.pt"
     if not (last and last.exists()):
         if o.resume:
@@ -207,11 +207,11 @@ def merge(options, given, stage):
         raise UserError(f"--resume: {out} was made by {ckpt['meta']['stage']}.py, not by {stage}.py; give the --out of the run to continue")
     for f in dataclasses.fields(options):
         was = ckpt["config"].get(f.name, f.default)                             # an option that is younger than the run had its default
-        if f.name in given and f.name not in FREE and not same(given[f.name], was):
-            raise UserError(f"{flag(f)} {given[f.name]}: the run in {out} has {was}; resume it without this flag "
+        if f.name in given and f.name not in MAY_CHANGE and not is_same_value(given[f.name], was):
+            raise UserError(f"{flag_name(f)} {given[f.name]}: the run in {out} has {was}; resume it without this flag "
                             f"(--steps makes it longer), or start another run with another --out")
     steps = given.get("steps")                                                  # o.steps may be the recipe's
     if steps is not None and steps < (ckpt["meta"]["plan"] or 0):
         raise UserError(f"--steps {steps}: the run in {out} has a plan of {ckpt['meta']['plan']} steps; a resumed run can only become longer")
     kept = ckpt["config"] | dict(vae=ckpt["meta"]["vae"]) | ({} if steps is None else dict(minutes=None))      # a number of steps replaces the clock
-    return options(**(kept | {k: v for k, v in given.items() if k in FREE} | dict(out=str(out)))), ckpt
+    return options(**(kept | {k: v for k, v in given.items() if k in MAY_CHANGE} | dict(out=str(out)))), ckpt

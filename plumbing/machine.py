@@ -12,10 +12,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional      # DistributedDataParallel would import it once the group exists, its functions would keep the group
+
+from plumbing.console import UserError
+
+
                                             # as a default argument, and gloo's threads outlive destroy_process_group: one in hundreds of runs
                                             # then aborts after its last line
-
-from console import UserError
 
 
 def pick_device(name="auto"):
@@ -46,15 +48,15 @@ class Machine:
             dist.all_reduce(value, how)
         return float(value)
 
-    def from_first(self, value):
+    def broadcast_first(self, value):
         """The first process's number, everywhere."""
         return self.reduce(value if self.rank == 0 else 0.0)
 
-    def agree(self, *values):
+    def all_equal(self, *values):
         """Whether every process has the same numbers."""
         return all(self.reduce(v, dist.ReduceOp.MAX) == -self.reduce(-v, dist.ReduceOp.MAX) for v in values)
 
-    def by_first(self, work):
+    def run_on_first(self, work):
         """What work() gives, in the first process alone; None in the others. If it fails, all end: that one with its error, the others quietly."""
         result, trouble = None, None
         if self.rank == 0:
@@ -62,7 +64,7 @@ class Machine:
                 result = work()
             except (UserError, OSError) as error:
                 trouble = error
-        if self.from_first(trouble is not None):
+        if self.broadcast_first(trouble is not None):
             raise trouble or SystemExit(2)
         return result
 

@@ -8,17 +8,14 @@ a file from a stranger cannot run code. What ran after the last checkpoint runs 
     a checkpoint: version, config, meta (how to rebuild the model, class names, data std, plan), step, images, seconds,
                   model, ema, optimizer, scaler, rng
 """
-import csv
-import math
 import os
 import shutil
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 
-from console import UserError, replacing
+from plumbing.console import UserError, replacing
 
 try:
     import fcntl
@@ -26,15 +23,12 @@ except ImportError:                                                             
     fcntl = None
 
 VERSION = 1                                                                     # of the layout above
-COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible", "images_per_second"]
-
-
 # --- checkpoints -----------------------------------------------------------------------------------------------------------------
 
 LATEST = Path("runs/latest")                                                    # names the newest run that has a checkpoint
 
 
-def newest():
+def newest_checkpoint():
     """The newest run's last.pt. UserError when there is none."""
     name = LATEST.read_text().strip() if LATEST.exists() else ""
     if not name:
@@ -45,7 +39,7 @@ def newest():
 def read_checkpoint(path):
     """The checkpoint's dict, on the CPU; plain data only (weights_only), so a file from a stranger cannot run code."""
     path = Path(path)
-    path = newest() if path == LATEST else path / "last.pt" if path.is_dir() else path
+    path = newest_checkpoint() if path == LATEST else path / "last.pt" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; train one first (python train.py) or give another path")
     try:
@@ -70,7 +64,7 @@ def name_newest(out):
         file.write(str(out).encode())
 
 
-def claim(out=None):
+def open_run_folder(out=None):
     """Make the folder of a run, of a new name when `out` is None, and keep other processes from training there while this one lives.
     -> its path, and its config.json, which is also the lock: keep it open. UserError when another process is there."""
     now, k = f"{datetime.now():%Y%m%d-%H%M%S}", 1
@@ -102,45 +96,3 @@ def keep_copy(path, copy_to):
         os.link(path, copy_to)
     except OSError:
         shutil.copyfile(path, copy_to)
-
-
-# --- the log and its picture ------------------------------------------------------------------------------------------------------
-
-def open_log(path, step):
-    """log.csv for appending, cut back to `step`: what ran after the checkpoint will run again."""
-    rows = []
-    if path.exists():
-        with open(path, newline="") as f:
-            rows = [r for r in csv.DictReader(f) if r["images_per_second"] and int(r["step"]) <= step]     # a torn last line has no last field
-    with open(path.with_suffix(".tmp"), "w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path.with_suffix(".tmp"), path)
-    return open(path, "a", newline="", buffering=1)
-
-
-def draw_loss(log, path, width=640, height=360):
-    """log.csv -> a picture: training loss (grey), validation loss (red), logarithmic, over steps."""
-    with open(log, newline="") as f:
-        rows = list(csv.DictReader(f))
-    curves = {name: [(int(r["step"]), float(r[name])) for r in rows if r[name] and 0 < float(r[name]) < math.inf] for name in ("loss", "val_loss")}
-    points = [p for curve in curves.values() for p in curve]
-    if not points:
-        return
-    left, right, top, bottom = 60, width - 12, 24, height - 30
-    last, lo, hi = max(1, *(p[0] for p in points)), math.log(min(p[1] for p in points)), math.log(max(p[1] for p in points))
-    place = lambda s, v: (left + (right - left) * s / last, bottom - (bottom - top) * (math.log(v) - lo) / max(hi - lo, 1e-9))
-    picture = Image.new("RGB", (width, height), "white")
-    ink = ImageDraw.Draw(picture)
-    for i in range(5):
-        v = math.exp(lo + (hi - lo) * i / 4)
-        ink.line([place(0, v), place(last, v)], fill=(230, 230, 230))
-        ink.text((6, place(0, v)[1] - 6), f"{v:.3g}", fill="black")
-        ink.text((place(last * i / 4, v)[0] - 10, bottom + 8), f"{last * i // 4}", fill="black")
-    for name, colour in (("loss", (150, 150, 150)), ("val_loss", (200, 30, 30))):
-        if len(curves[name]) > 1:
-            ink.line([place(*p) for p in curves[name]], fill=colour, width=2 if name == "val_loss" else 1)
-    ink.text((left, 6), "training loss", fill=(120, 120, 120))
-    ink.text((left + 110, 6), "validation loss", fill=(200, 30, 30))
-    picture.save(path)

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from console import UserError
-from data import grid, to_uint8
+from plumbing.console import UserError
+from plumbing.images import grid
 
 
-def png(pixels):
+def encode_png(pixels):
     """uint8 (C, H, W) -> the bytes of a PNG."""
     array = pixels.permute(1, 2, 0).numpy()
     buffer = BytesIO()
@@ -29,7 +29,7 @@ def png(pixels):
     return buffer.getvalue()
 
 
-class Writer:
+class ImageWriter:
     """Where samples go, by the name of --out: a .png sheet, a .npz, a .zip of PNGs, or a folder of PNGs, written as they come. A file is made
     beside its place and takes it at the end, so that what stood there survives a failure:
 
@@ -60,9 +60,9 @@ class Writer:
         for i, image in enumerate(images):
             name = f"{names[i] if names else f'{self.n:06d}'}.png"
             if self.kind == "folder":
-                (self.out / name).write_bytes(png(image))
+                (self.out / name).write_bytes(encode_png(image))
             elif self.kind == ".zip":
-                self.zip.writestr(name, png(image))
+                self.zip.writestr(name, encode_png(image))
             else:
                 self.kept.append(image)
             self.n += 1
@@ -79,14 +79,14 @@ class Writer:
             self.part.unlink(missing_ok=True)
             return
         if self.kind == ".png":
-            (self.sheet or rows_of(self.kept, self.columns)).save(self.part, "PNG")
+            (self.sheet or stack_rows(self.kept, self.columns)).save(self.part, "PNG")
         elif self.kind == ".npz":
             with open(self.part, "wb") as file:
                 np.savez_compressed(file, images=torch.stack(self.kept).permute(0, 2, 3, 1).numpy())
         os.replace(self.part, self.out)
 
 
-def rows_of(images, columns):
+def stack_rows(images, columns):
     """uint8 images (C, H, W) -> one PIL picture: a grid, or where sizes differ a row for every `columns` of them."""
     if len({image.shape for image in images}) == 1:
         return grid(torch.stack(images), columns)
@@ -97,38 +97,3 @@ def rows_of(images, columns):
     return canvas
 
 
-class Trace:
-    """Counts network calls and, for a picture of the way (--trace), keeps x_t and the network's guess of x0, of the first `keep`
-    images. path: the picture, or None."""
-
-    def __init__(self, loaded, path=None, keep=2):
-        self.loaded, self.keep, self.calls, self.frames, self.result = loaded, keep if path else 0, 0, [], None
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            new = not Path(path).exists()
-            open(path, "ab").close()                                            # what cannot be written is told now, not after the work
-            if new:
-                Path(path).unlink()
-
-    def __call__(self, t, zt, x0):
-        self.calls += 1
-        if self.keep and self.result is None:
-            scale = float(self.loaded.schedule.scale(t)) * self.loaded.schedule.s      # an image keeps its contrast, and edm's 80 is not all white
-            self.frames.append([float(t)] + [to_uint8(self.loaded.space.decode(u[:self.keep]).cpu()) for u in (zt * scale, x0)])
-
-    def done(self, images):
-        """Tell that the images (B, C, H, W) in [-1, 1] of the calls so far are finished: the trace is of the first ones."""
-        self.result = images[:self.keep] if self.result is None else self.result
-
-    def save(self, path):
-        """A picture: two rows an image, x_t and below it the guess, a column per call, then the result."""
-        H, W = self.result.shape[2:]                                            # a small picture was padded on its way
-        frames = [[t, *(u[:, :, :H, :W] for u in pair)] for t, *pair in self.frames]
-        frames.append([0.0] + [to_uint8(self.result).expand_as(frames[0][1])] * 2)
-        rows = torch.stack([torch.stack([frame[1 + k] for frame in frames]) for k in (0, 1)], 2)                # (frames, keep, 2, C, H, W)
-        sheet = grid(rows.permute(1, 2, 0, 3, 4, 5).flatten(0, 2), len(frames))
-        canvas = Image.new("RGB", (sheet.width, sheet.height + 14), "white")
-        canvas.paste(sheet, (0, 14))
-        for i, (t, *_) in enumerate(frames):
-            ImageDraw.Draw(canvas).text((4 + i * sheet.width / len(frames), 1), f"{t:.2g}", fill="black")
-        canvas.save(path)

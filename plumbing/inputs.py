@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from console import UserError, reason
-from data import seeded, to_float
-from sources import Paired, flatten, open_images, square
+from plumbing.console import UserError, describe_error
+from plumbing.sources import Paired, to_8_bit, open_images, crop_square
 from tasks import draw_holes
+from plumbing.images import seeded, to_float
 
 
 @dataclass
-class Input:
+class UserPicture:
     """One picture to work on. `name` is its own, without folders and ending; hole and truth may be None."""
     name: str
     x: torch.Tensor
@@ -32,24 +32,24 @@ class Input:
     truth: torch.Tensor
 
 
-def as_tensor(picture, mode, side=None):
+def picture_to_tensor(picture, mode, side=None):
     """A PIL picture -> (1, C, H, W) in [-1, 1], turned as its EXIF tag says; side: cut to its centred square and resized, as in training."""
     if side:
-        return to_float(torch.from_numpy(square(picture, side, mode == "L"))[None])
-    array = np.array(flatten(ImageOps.exif_transpose(picture)).convert(mode))
+        return to_float(torch.from_numpy(crop_square(picture, side, mode == "L"))[None])
+    array = np.array(to_8_bit(ImageOps.exif_transpose(picture)).convert(mode))
     return to_float(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None].contiguous())
 
 
-def over_black(picture):
+def flatten_over_black(picture):
     """A mask as mode L: what is transparent does not count, so white painted on nothing is white on black."""
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
-    return flatten(picture).convert("L")
+    return to_8_bit(picture).convert("L")
 
 
-class Inputs:
+class UserPictures:
     """The pictures of --input (at most n of them), an iterable of Input with a length. UserError for whatever would fail later.
 
     gray: one channel instead of three. holes: "random", a source of masks, or None for transparency; needed if needs_hole. targets: a
@@ -57,10 +57,10 @@ class Inputs:
 
     def __init__(self, path, n=None, gray=False, holes=None, targets=None, needs_hole=False, zoom=1, side=None, seed=0):
         self.mode, self.needs_hole, self.zoom, self.side, self.seed = "L" if gray else "RGB", needs_hole, zoom, side, seed
-        self.source = opened("--input", path)
+        self.source = open_flag("--input", path)
         self.random = holes == "random"
-        self.holes = Paired(self.source, opened("--holes", holes), "mask", "--holes") if holes and not self.random else None
-        self.targets = Paired(self.source, opened("--targets", targets), "target", "--targets") if targets else None
+        self.holes = Paired(self.source, open_flag("--holes", holes), "mask", "--holes") if holes and not self.random else None
+        self.targets = Paired(self.source, open_flag("--targets", targets), "target", "--targets") if targets else None
         partners = [set(pairs.names) for pairs in (self.holes, self.targets) if pairs]
         names = [name for name in self.source.names if all(name in some for some in partners)]         # masks that lie below the pictures are none
         if not names:
@@ -71,7 +71,7 @@ class Inputs:
                 with self.source.picture(name) as picture:
                     picture.load()
             except Exception as error:                                          # on damaged files decoders raise nearly everything
-                skipped.append(f"{name} ({reason(error)})")
+                skipped.append(f"{name} ({describe_error(error)})")
                 continue
             self.read(name, i)                                                  # holes and targets: a UserError now, not in an hour
             self.names.append((i, name))
@@ -94,17 +94,17 @@ class Inputs:
 
     def __iter__(self):
         for out, (i, name) in zip(self.outs, self.names):
-            yield Input(out, *self.read(name, i))
+            yield UserPicture(out, *self.read(name, i))
 
     def read(self, name, i):
         """Picture `name`, the i-th -> x, hole, truth."""
         with self.source.picture(name) as picture:
-            x = as_tensor(picture, self.mode, self.side)
+            x = picture_to_tensor(picture, self.mode, self.side)
             hole = self.hole(name, picture, i, x.shape[2:]) if self.needs_hole else None
         truth = None
         if self.targets:
             wanted = tuple(self.zoom * k for k in x.shape[2:])
-            truth = self.partner(self.targets, name, wanted, lambda picture: as_tensor(picture, self.mode, self.side and self.side * self.zoom))
+            truth = self.partner(self.targets, name, wanted, lambda picture: picture_to_tensor(picture, self.mode, self.side and self.side * self.zoom))
         return x, hole, truth
 
     def partner(self, pairs, name, size, convert):
@@ -113,7 +113,7 @@ class Inputs:
             with pairs.map(name) as picture:
                 out = convert(picture)
         except Exception as error:
-            raise UserError(f"{name}: {reason(error)}") from None
+            raise UserError(f"{name}: {describe_error(error)}") from None
         if out.shape[2:] != size:
             raise UserError(f"{name}: its {pairs.what} has {out.shape[3]} x {out.shape[2]} pixels, it should have {size[1]} x {size[0]}")
         return out
@@ -123,11 +123,11 @@ class Inputs:
         if self.random:
             return draw_holes(1, *size, seeded(self.seed, i, 1))
         if self.holes:
-            hole = self.partner(self.holes, name, size, lambda mask: as_tensor(over_black(mask), "L", self.side)) > 0
+            hole = self.partner(self.holes, name, size, lambda mask: picture_to_tensor(flatten_over_black(mask), "L", self.side)) > 0
         else:
             picture = ImageOps.exif_transpose(picture)
             alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else Image.new("L", picture.size, 255)
-            hole = as_tensor(alpha, "L", self.side) < 0
+            hole = picture_to_tensor(alpha, "L", self.side) < 0
         if not hole.any():
             raise UserError(f"{name} has no hole: " + ("its mask is nowhere white" if self.holes else
                             "make a part of it transparent, or give --holes FOLDER (white where to paint) or --holes random"))
@@ -136,7 +136,7 @@ class Inputs:
         return hole
 
 
-def opened(flag, path):
+def open_flag(flag, path):
     """A source of pictures, or a UserError that names the flag."""
     try:
         return open_images(path)

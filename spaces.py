@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from console import UserError, reason
-from data import to_float
+from plumbing.console import UserError, describe_error
+from plumbing.images import to_float
+from vae import load_vae
 
 try:
     import fcntl                                                                # POSIX only: elsewhere two processes would both encode, each its own file
@@ -39,6 +40,38 @@ except ImportError:
     fcntl = None
 
 CHUNK = 256                                                                     # images between two visits to the disk
+
+
+# --- spaces ---
+
+class PixelSpace:
+    """Images as they are. `factor` pixels of the image make one place of z."""
+    name, factor, sha = "pixel", 1, ""
+
+    def __init__(self, channels):
+        self.channels = channels
+
+    def encode(self, x):
+        """(B, C, H, W) in [-1, 1] -> the same."""
+        return x
+
+    def decode(self, z):
+        """(B, C, H, W) -> the same, in [-1, 1] up to the network's errors."""
+        return z
+
+
+def build_latent_space(channels, weights):
+    """The LatentSpace of a file of weights, for images of so many channels. UserError when it was made for others."""
+    space = load_vae(weights)
+    if space.vae.channels != channels:
+        raise UserError(f"--vae {weights}: takes images of {space.vae.channels} channel(s), these have {channels}: "
+                        f"{'give --gray' if channels == 3 else 'leave --gray out'}, or train another one with python vae.py")
+    return space
+
+
+SPACES = {                                                                      # (channels of the images, file of weights) -> a space
+    "pixel": lambda channels, weights=None: PixelSpace(channels),
+    "latent": build_latent_space}
 
 
 # --- a data set of strips, and the space that reads them -----------------------------------------------------------------------------
@@ -80,12 +113,12 @@ class CachedSpace:
 
 # --- the file ------------------------------------------------------------------------------------------------------------------------
 
-def strips_of(x, space, flip):
+def encode_both_flips(x, space, flip):
     """x (B, C, H, W) in [-1, 1] -> (B, L, h, 2w) with both flips, (B, L, h, w) without."""
     return torch.cat([space.encode(x), space.encode(x.flip(3)).flip(3)], 3) if flip else space.encode(x)
 
 
-def key_of(images, space, flip):
+def cache_key(images, space, flip):
     """16 hex digits that name these images, seen through this autoencoder.
 
     Pixels in memory speak for themselves. Those left on disk are known by the names, sizes and times of their files."""
@@ -102,7 +135,7 @@ def key_of(images, space, flip):
     return sha.hexdigest()[:16]
 
 
-def fill(path, images, space, flip, device, workers, progress):
+def write_cache(path, images, space, flip, device, workers, progress):
     """Make the file `path`, or wait for the process that is making it. -> how many images this call encoded."""
     side = images.size // space.factor
     shape = (space.channels, side, side * (1 + flip))
@@ -113,7 +146,7 @@ def fill(path, images, space, flip, device, workers, progress):
             try:
                 fcntl.flock(f, fcntl.LOCK_EX)                                   # released with the process, however it ends
             except OSError as error:
-                raise UserError(f"{path.parent} is on a file system without locks ({reason(error)}); give --latents a folder on another one") from None
+                raise UserError(f"{path.parent} is on a file system without locks ({describe_error(error)}); give --latents a folder on another one") from None
         if path.exists():                                                       # another one was faster; our handle is its file, or a new, empty one
             if part.exists() and part.stat().st_size == 0:
                 part.unlink()
@@ -129,7 +162,7 @@ def fill(path, images, space, flip, device, workers, progress):
         with tqdm(desc="encoding", total=len(images), initial=done, unit="image", disable=not progress,
                   mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
             for chunk, (x, _) in zip(chunks, images.batches(chunks, workers)):
-                f.write(strips_of(to_float(x).to(device), space, flip).cpu().numpy().astype("<f4").tobytes())
+                f.write(encode_both_flips(to_float(x).to(device), space, flip).cpu().numpy().astype("<f4").tobytes())
                 f.flush()
                 os.fsync(f.fileno())
                 bar.update(len(chunk))
@@ -150,15 +183,15 @@ def encode_once(parts, space, folder, flip, device="cpu", workers=0, progress=Tr
         kin = [other for other in parts if other.pixels is images.pixels and other.source is images.source]
         everything = copy.copy(images)
         everything.rows = torch.cat([other.rows for other in kin]).unique()     # sorted
-        path = Path(folder) / f"{key_of(everything, space, flip)}.npy"
+        path = Path(folder) / f"{cache_key(everything, space, flip)}.npy"
         if not path.exists():
             begun = perf_counter()
-            n = fill(path, everything, space, flip, device, workers, progress)
+            n = write_cache(path, everything, space, flip, device, workers, progress)
             if progress and n:
                 print(f"encoded {n} images in {perf_counter() - begun:.1f} s, once for this and later runs: {path}, {path.stat().st_size / 1e6:.0f} MB", flush=True)
         try:
             strips = np.load(path, mmap_mode="r")
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({reason(error)}): delete it, it is made again") from None
+            raise UserError(f"{path} is damaged ({describe_error(error)}): delete it, it is made again") from None
         done.append(Latents(images, strips, torch.searchsorted(everything.rows, images.rows)))
     return done, CachedSpace(space)

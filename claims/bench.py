@@ -17,11 +17,11 @@ import torch
 from PIL import Image, ImageDraw
 
 import train
-from console import UserError, replacing
-from data import grid, seeded, to_uint8
-from fid import proxy
-from machine import amp_type
+from plumbing.console import UserError, replacing
+from fid import proxy_distances
+from plumbing.machine import amp_type
 from sample import load, sample
+from plumbing.images import grid, seeded, to_uint8
 
 
 class Bench:
@@ -34,7 +34,7 @@ class Bench:
         self.cells = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.loaded, self.arms = {}, []
 
-    def arm(self, name, command, *flags, before=()):
+    def train_arm(self, name, command, *flags, before=()):
         """Train the arm `name` with train.main or finetune.main, unless that was done; one that was interrupted goes on. before: the arms
         that cannot do without it. A flag that is a function is called only now. -> its folder."""
         self.arms.append(name)
@@ -45,7 +45,7 @@ class Bench:
             command([str(f) for f in (*flags, *common)])
         return self.folder / name
 
-    def pace(self, networks, visits=1):
+    def seconds_per_step(self, networks, visits=1):
         """{name: seconds a step} of train.py with the flags {name: flags}. Each is timed alone for forty steps, in turn and so many times, and its
         fastest ten steps count, since all else that a machine does can only slow it down. Run nothing beside it."""
         if "steps" in self.scale:                                               # the smoke scale knows no clock
@@ -59,7 +59,7 @@ class Bench:
                 rate = max(float(row["images_per_second"]) for row in csv.DictReader(log))
             return round(json.loads((folder / "config.json").read_text())["batch"] / rate, 5)
 
-        times = [{name: self.cell(f"{name}: seconds a step, visit {v + 1}", lambda: timed(name, flags)) for name, flags in networks.items()} for v in range(visits)]
+        times = [{name: self.measure_once(f"{name}: seconds a step, visit {v + 1}", lambda: timed(name, flags)) for name, flags in networks.items()} for v in range(visits)]
         return {name: min(visit[name] for visit in times) for name in networks}
 
     def log(self, name, column):
@@ -79,7 +79,7 @@ class Bench:
             self.loaded[path] = load(self.folder / path, device=self.args.device)
         return self.loaded[path]
 
-    def cell(self, key, measure):
+    def measure_once(self, key, measure):
         """The number (or numbers) called `key`: measured now, or remembered."""
         if key not in self.cells:
             begun = time.monotonic()
@@ -99,8 +99,8 @@ class Bench:
         """{proxy: [value, floor]} of n samples of a model to 2 n of the images, always the same ones."""
         def measured():
             reference = images.take(torch.randperm(len(images), generator=seeded(self.args.seed, 100))[:2 * n])[0]
-            return {k: [round(float(v), 5) for v in pair] for k, pair in proxy(self.draw(path, n, labels=labels, **how), reference).items()}
-        return self.cell(f"{path} n={n} {' '.join(f'{k}={v}' for k, v in how.items())}", measured)
+            return {k: [round(float(v), 5) for v in pair] for k, pair in proxy_distances(self.draw(path, n, labels=labels, **how), reference).items()}
+        return self.measure_once(f"{path} n={n} {' '.join(f'{k}={v}' for k, v in how.items())}", measured)
 
     def write(self, name, text):
         """A file of the claim's folder, also printed."""
@@ -108,17 +108,17 @@ class Bench:
         print(f"\n{text}\nwrote {self.folder / name}")
 
 
-def show(cell, which=0):
+def format_distances(cell, which=0):
     """A cell of `Bench.distances` as text; which: 0 the values, 1 their floors."""
     return " / ".join(f"{cell[k][which]:.3g}" for k in ("pixel", "random-conv", "swd"))
 
 
-def markdown(head, rows):
+def format_table(head, rows):
     """A table of strings in Markdown."""
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
-def sheet(rows, columns, zoom=1, left=150):
+def draw_sheet(rows, columns, zoom=1, left=150):
     """Pictures in a table: rows [(label, uint8 (k, C, H, W))] under the column titles, a PIL image."""
     strips = [grid(images, len(images), pad=1) for _, images in rows]
     strips = [s.resize((s.width * zoom, s.height * zoom), Image.Resampling.NEAREST) for s in strips]

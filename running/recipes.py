@@ -10,7 +10,7 @@ sizes for many GPUs, on *our* network and average: for minutes on a laptop, trai
     lmd       2312.07971   ImageNet at 224 px in the same latents, 49 tokens, the hidden share rises from 15 to 75 %
     ddm       2306.13720   CIFAR-10 in pixels, the constant attenuation, ten steps
 """
-from console import UserError
+from plumbing.console import UserError
 
 NO_CLIP = 1e6                                                                   # larger than any gradient
 
@@ -57,7 +57,7 @@ RECIPES = {
 }
 
 
-def settings(recipe, stage, given):
+def recipe_options(recipe, stage, given):
     """The values of a recipe (None: none) for a stage ("train" or "finetune"), under the options that were given beside it. UserError for a
     stage that the paper does not have."""
     if not recipe:
