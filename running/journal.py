@@ -1,24 +1,47 @@
-"""Journal: the log of a run, without gap or repeat, and its picture.
+"""The journal of a run: its folder, log, pictures, checkpoints, and the signals that end it.
 
-What ran after the last checkpoint runs again, so the log is cut back to the checkpoint first.
+    runs/NAME/   config.json   log.csv   loss.png   samples/000500.png   last.pt   000500.pt
 
-    runs/NAME/log.csv    a line every ten steps        runs/NAME/loss.png    its curves
+`with Journal(setup) as journal` opens the folder and catches Ctrl-C and SIGTERM; when the block
+ends, however it ends, the old handlers are back and log and lock are closed. In between it is told
+of every step. One process of a run writes, the others only help to add up the loss.
+
+A signal saves before anything is drawn, for a harder one may follow. What ran after the last
+checkpoint runs again, so the log is cut back to the checkpoint first.
 """
 import csv
+import dataclasses
+import json
 import math
 import os
+import signal
+import threading
+import time
 
-from PIL import Image, ImageDraw
+import torch
+from tqdm import tqdm
 
-COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible", "images_per_second"]
+from mask import visible_count
+from plumbing.checkpoint import VERSION, keep_copy, name_newest, open_run_folder, save_atomic
+from plumbing.sheets import draw_plot
+from running.evaluate import evaluate_model
+from running.setup import token_counts
+from sample import DiffusionModel
 
+COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible",
+           "images_per_second"]
+LOG_EVERY = 10                                  # steps
+
+
+# --- the log and its picture --------------------------------------------------------------
 
 def open_log(path, step):
     """log.csv for appending, cut back to `step`: what ran after the checkpoint will run again."""
     rows = []
     if path.exists():
-        with open(path, newline="") as f:
-            rows = [r for r in csv.DictReader(f) if r["images_per_second"] and int(r["step"]) <= step]     # a torn last line has no last field
+        with open(path, newline="") as f:       # a torn last line has no last field
+            rows = [row for row in csv.DictReader(f)
+                    if row["images_per_second"] and int(row["step"]) <= step]
     with open(path.with_suffix(".tmp"), "w", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS)
         writer.writeheader()
@@ -28,26 +51,196 @@ def open_log(path, step):
 
 
 def draw_loss(log, path, width=640, height=360):
-    """log.csv -> a picture: training loss (grey), validation loss (red), logarithmic, over steps."""
+    """log.csv -> a picture of training and validation loss over steps, on a logarithmic scale."""
     with open(log, newline="") as f:
         rows = list(csv.DictReader(f))
-    curves = {name: [(int(r["step"]), float(r[name])) for r in rows if r[name] and 0 < float(r[name]) < math.inf] for name in ("loss", "val_loss")}
-    points = [p for curve in curves.values() for p in curve]
-    if not points:
-        return
-    left, right, top, bottom = 60, width - 12, 24, height - 30
-    last, lo, hi = max(1, *(p[0] for p in points)), math.log(min(p[1] for p in points)), math.log(max(p[1] for p in points))
-    place = lambda s, v: (left + (right - left) * s / last, bottom - (bottom - top) * (math.log(v) - lo) / max(hi - lo, 1e-9))
-    picture = Image.new("RGB", (width, height), "white")
-    ink = ImageDraw.Draw(picture)
-    for i in range(5):
-        v = math.exp(lo + (hi - lo) * i / 4)
-        ink.line([place(0, v), place(last, v)], fill=(230, 230, 230))
-        ink.text((6, place(0, v)[1] - 6), f"{v:.3g}", fill="black")
-        ink.text((place(last * i / 4, v)[0] - 10, bottom + 8), f"{last * i // 4}", fill="black")
-    for name, colour in (("loss", (150, 150, 150)), ("val_loss", (200, 30, 30))):
-        if len(curves[name]) > 1:
-            ink.line([place(*p) for p in curves[name]], fill=colour, width=2 if name == "val_loss" else 1)
-    ink.text((left, 6), "training loss", fill=(120, 120, 120))
-    ink.text((left + 110, 6), "validation loss", fill=(200, 30, 30))
-    picture.save(path)
+    curves = []
+    for column, name, colour in (("loss", "training loss", (150, 150, 150)),
+                                 ("val_loss", "validation loss", (200, 30, 30))):
+        curve = [(int(row["step"]), float(row[column])) for row in rows
+                 if row[column] and 0 < float(row[column]) < math.inf]
+        if curve:
+            curves.append((name, colour, curve))
+    if curves:
+        draw_plot(curves, width, height, "step", log=True).save(path)
+
+
+# --- the journal --------------------------------------------------------------------------
+
+class Journal:
+    """What a run leaves behind, and when it ends. setup: train.Setup, not prepared yet.
+
+    folder: the run's. ended: whether the loop should stop."""
+
+    def __init__(self, setup):
+        self.setup, self.machine = setup, setup.machine
+        self.is_writer = self.machine.rank == 0
+        self.signals, self.handlers, self.files, self.ended = [], {}, [], False
+        self.learner = self.log = self.bar = None
+
+    # -- begin and end ---------------------------------------------------------------------
+
+    def __enter__(self):
+        opened = self.machine.run_on_first(lambda: open_run_folder(self.setup.o.out))
+        self.folder, config = opened or (None, None)
+        if config:
+            self.files.append(config)           # it is also the lock: it stays open
+        self.o = dataclasses.replace(self.setup.o, out=str(self.folder))
+        if threading.current_thread() is threading.main_thread():       # Python's own rule
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.ask_to_stop)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.bar is not None:
+            self.bar.close()
+        for file in self.files:
+            file.close()
+        if kind is None:
+            self.finish()
+
+    def ask_to_stop(self, number, frame):
+        """The signal handler: the loop ends after this step. A second one ends the program."""
+        self.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def begin(self, learner, plan):
+        """Before the first step: write config.json, open the log, say what will be trained."""
+        self.learner, self.plan = learner, plan
+        self.tokens = self.setup.side ** 2
+        self.logged, self.counted, self.since = plan.step, 0, time.monotonic()
+        self.loss_sum = torch.zeros((), device=self.machine.device)     # added up on the device
+        self.tick = time.monotonic()
+        if self.is_writer:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            config, resumed = self.files[0], self.setup.ckpt is not None
+            config.truncate(0)
+            config.write(json.dumps(dataclasses.asdict(self.o) | dict(stage=self.setup.stage),
+                                    indent=1))
+            config.flush()
+            self.log = open_log(self.folder / "log.csv", plan.step if resumed else -1)
+            self.files.append(self.log)
+            print(self.describe(), flush=True)
+            if plan.step == 0:
+                ratio = self.setup.ratio(0)
+                self.write_row(0.0, "", f"{self.evaluate():.6g}", 0.0, ratio, 0.0)
+        self.bar = tqdm(total=plan.total, initial=plan.step, desc=self.setup.stage, unit="step",
+                        disable=None if self.is_writer else True, dynamic_ncols=True)
+        self.tick = self.since = time.monotonic()
+
+    def describe(self):
+        """What will be trained, on what: three lines, and a note where a resumed run differs."""
+        o, setup, world = self.o, self.setup, self.machine.world
+        parameters = sum(q.numel() for q in self.learner.net.parameters()) / 1e6
+        counts = ", ".join(map(str, token_counts(o, self.tokens)))
+        dtype = str(setup.dtype or torch.float32).removeprefix("torch.")
+        continued = f", continued at step {self.plan.step}" if setup.ckpt else ""
+        lines = [
+            f"{len(setup.images)} images of {o.data} at {o.size} px ({len(setup.held_out)} held "
+            f"out); {o.model} model, {parameters:.1f} M parameters",
+            f"{self.tokens} tokens, visible: {counts}; batch {o.batch} = {world} process(es) x "
+            f"{setup.shards} x {setup.micro}; {self.machine.device.type}, {dtype}, "
+            f"{torch.get_num_threads()} threads",
+            f"run folder {self.folder}{continued}"]
+        if setup.ckpt and setup.meta["shards"] != world * setup.shards:
+            lines.append(f"note: this run began with {setup.meta['shards']} shards per step, now "
+                         f"{world * setup.shards}: the same law, not the same numbers")
+        return "\n".join(lines)
+
+    def finish(self):
+        """After the last step: say where everything is. SystemExit after a signal."""
+        if self.learner is None:
+            return
+        if self.is_writer:
+            names = ("last.pt", "loss.png", f"samples/{self.plan.step:06d}.png")
+            made = [str(self.folder / name) for name in names if (self.folder / name).exists()]
+            how = "finished" if self.plan.is_done else "stopped"
+            print(f"{how} at step {self.plan.step} of {self.plan.total or 'a plan not made yet'} "
+                  f"after {self.plan.seconds / 60:.1f} minutes: {', '.join(made)}")
+        self.learner.model = None               # it holds the group of processes, with its threads
+        self.machine.close()
+        if self.signals:
+            raise SystemExit(128 + self.signals[0])     # what a shell expects after a signal
+
+    # -- a step ----------------------------------------------------------------------------
+
+    def record(self, loss, ratio, lr):
+        """After every step: count it, log it, evaluate, save, and decide with all processes
+        whether it was the last one."""
+        if self.learner.skipped_in_a_row == 0:
+            self.loss_sum, self.counted = self.loss_sum + loss, self.counted + 1
+        self.bar.update()
+        self.plan.count_step(time.monotonic() - self.tick)
+        self.agree()
+        step, is_stopped = self.plan.step, self.ended and not self.plan.is_done
+        looks = step % self.o.sample_every == 0 or (self.ended and not is_stopped)
+        keeps = step % self.o.save_every == 0
+        # A checkpoint falls on a line of the log: so no sum has to be kept in it.
+        if step % LOG_EVERY == 0 or looks or keeps or self.ended:
+            self.write_log(ratio, lr, looks)
+        if self.is_writer and (keeps or self.ended):
+            self.save(keeps)
+        self.tick = time.monotonic()
+
+    def agree(self):
+        """All processes learn whether one was asked to stop, and how many steps the first one
+        wants to plan."""
+        left = self.plan.propose_steps_left() if self.is_writer else 0
+        is_asked, left = self.machine.reduce_max(len(self.signals) > 0, left)
+        self.plan.adopt(left)
+        if self.bar.total != self.plan.total:
+            self.bar.total = self.plan.total
+        self.ended = bool(is_asked) or self.plan.is_done
+
+    def write_log(self, ratio, lr, looks):
+        """A line of the log: means since the last line, and an evaluation if `looks`."""
+        total = self.machine.reduce(float(self.loss_sum))
+        mean = total / self.machine.world / self.counted if self.counted else math.nan
+        steps, step = self.plan.step - self.logged, self.plan.step
+        speed = steps * self.o.batch / (time.monotonic() - self.since)
+        if self.is_writer:
+            seconds = self.plan.seconds
+            value = self.evaluate() if looks else None
+            shown = f"{value:.6g}" if looks else ""
+            self.write_row(seconds, f"{mean:.6g}", shown, lr, ratio, speed)
+            self.bar.set_postfix(loss=f"{mean:.4f}", img_s=f"{speed:.0f}")
+            if looks:
+                draw_loss(self.folder / "log.csv", self.folder / "loss.png")
+                skipped = self.learner.skipped
+                note = f", {skipped} steps skipped" if skipped else ""
+                tqdm.write(f"step {step}/{self.plan.total}: loss {mean:.4f}, val_loss {value:.4f}, "
+                           f"{speed:.0f} images/s{note}")
+        self.logged, self.counted = step, 0
+        self.loss_sum = torch.zeros((), device=self.machine.device)
+        self.since = time.monotonic()
+
+    def write_row(self, seconds, loss, val_loss, lr, ratio, speed):
+        """One line of log.csv."""
+        step = self.plan.step
+        clock = f"{seconds:.2f}" if step else "0"
+        row = [step, clock, step * self.o.batch, loss, val_loss, f"{lr:.6g}", f"{ratio:.6g}",
+               visible_count(self.tokens, ratio), f"{speed:.4g}"]
+        self.log.write(",".join(map(str, row)) + "\n")
+
+    def evaluate(self):
+        """Validation loss and a picture in samples/, both of the averaged weights. -> val_loss"""
+        begun, setup = time.monotonic(), self.setup
+        model = DiffusionModel(self.learner.average, setup.schedule, setup.space,
+                               self.o.predict, setup.meta, self.machine.device)
+        value = evaluate_model(model, setup.held_out, setup.shown, setup.pixel_space, self.o,
+                               self.folder / "samples" / f"{self.plan.step:06d}.png", setup.dtype)
+        self.plan.count_look(time.monotonic() - begun)
+        return value
+
+    def save(self, is_numbered):
+        """Write last.pt, whole or not at all, and keep it under its number, too."""
+        meta = self.setup.meta | self.plan.state() | dict(skipped=self.learner.skipped)
+        save_atomic(self.learner.state() | dict(
+            version=VERSION, config=dataclasses.asdict(self.o), meta=meta,
+            images=self.plan.step * self.o.batch, seconds=self.plan.seconds),
+            self.folder / "last.pt")
+        if is_numbered:
+            keep_copy(self.folder / "last.pt", self.folder / f"{self.plan.step:06d}.pt")
+        name_newest(self.folder)

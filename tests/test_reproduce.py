@@ -7,6 +7,7 @@ from PIL import Image
 import claims.bench
 import data
 import reproduce
+import running.setup
 import train
 import vae
 from plumbing.console import UserError
@@ -16,7 +17,7 @@ from plumbing.console import UserError
 def tiny_world(tmp_path, monkeypatch):
     """Forty faces and networks that are trained for four steps."""
     few = lambda source, *args, **how: data.load_images(source, *args, **how | (dict(count=40) if source == "faces" else {}))
-    monkeypatch.setattr(train, "load_images", few)
+    monkeypatch.setattr(running.setup, "load_images", few)
     monkeypatch.setattr(reproduce, "load_images", few)
     monkeypatch.setattr(vae, "load_images", few)
     monkeypatch.setattr(claims.bench, "proxy_distances", lambda a, b: {name: (abs(float(a.float().mean() - b.float().mean())), 0.0) for name in ("pixel", "random-conv", "swd")})

@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 import sample as S
+import running.setup
 import train
 from plumbing.console import UserError
 from data import load_images
@@ -209,7 +210,7 @@ FLAGS = ["--data", "faces", "--model", "tiny", "--size", "8", "--steps", "2", "-
 def few_faces(monkeypatch):
     """The built-in faces, but 40 of them."""
     from data import load_images
-    monkeypatch.setattr(train, "load_images", lambda source, *args, **how: load_images(source, *args, **how | (dict(count=40) if source == "faces" else {})))
+    monkeypatch.setattr(running.setup, "load_images", lambda source, *args, **how: load_images(source, *args, **how | (dict(count=40) if source == "faces" else {})))
 
 
 @pytest.mark.parametrize("task", CONDITIONED)

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,15 @@ import torch
 from PIL import Image
 
 import running.evaluate
+import running.journal
+import running.options
+import running.setup
 import finetune
 import sample as S
 import train
 import vae
 import plumbing.machine
+import plumbing.plan
 from plumbing.checkpoint import open_run_folder, save_atomic
 from conftest import ROOT
 from plumbing.console import UserError
@@ -151,7 +156,7 @@ def test_training_learns():
 def test_the_average_keeps_no_history(photos, monkeypatch):
     """An average that autograd watched would remember all of its steps: memory would grow until the machine has none."""
     kept = []
-    monkeypatch.setattr(train, "DiffusionModel", lambda averaged, *rest: (kept.append(averaged), DiffusionModel(averaged, *rest))[1])
+    monkeypatch.setattr(running.journal, "DiffusionModel", lambda averaged, *rest: (kept.append(averaged), DiffusionModel(averaged, *rest))[1])
     go(photos, "--steps", 3, "--out", "runs/a")
     assert kept and not any(q.requires_grad or q.grad_fn for q in kept[-1].parameters())
 
@@ -421,7 +426,7 @@ def test_the_stated_share_of_labels_is_dropped(photos, monkeypatch):
 @pytest.mark.parametrize("n, batch, shards", [(10, 4, 2), (7, 8, 4), (3, 8, 1), (100, 6, 3)])
 def test_an_epoch_shows_every_image_once_and_shards_do_not_overlap(n, batch, shards):
     size = batch // shards
-    order = torch.cat([train.shard_indices(n, (5, 0), k * batch + j * size, size) for k in range(2 * n) for j in range(shards)])
+    order = torch.cat([running.setup.shard_indices(n, (5, 0), k * batch + j * size, size) for k in range(2 * n) for j in range(shards)])
     for epoch in range(len(order) // n):
         assert sorted(order[epoch * n:(epoch + 1) * n].tolist()) == list(range(n))
     if n > 5:
@@ -434,20 +439,77 @@ def test_minutes_become_a_plan_that_the_checkpoint_keeps(photos):
     go(photos, "--minutes", 0.05, "--out", "runs/a")
     ckpt = read("runs/a/last.pt")
     plan = ckpt["meta"]["plan"]
-    assert plan > train.TIMED and 0 < ckpt["step"] <= plan
+    assert plan > 0 and 0 < ckpt["step"] <= plan
 
 
 def test_a_run_that_stopped_before_its_plan_was_made_can_go_on_and_steps_make_it_longer(photos, monkeypatch):
-    monkeypatch.setattr(train, "TIMED", 10**9)                                  # the plan is never made ...
-    go(photos, "--minutes", 0.01, "--out", "runs/a")                            # ... so the clock ends the run
-    assert read("runs/a/last.pt")["meta"]["plan"] is None
-    monkeypatch.setattr(train, "TIMED", 2)
-    reached = read("runs/a/last.pt")["step"]
+    options = ["--data", photos, *TINY, "--minutes", "0.05", "--out", "runs/a"]
+
+    def stop(step, numbers):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(plumbing.plan.Plan, "propose_steps_left", lambda self: 0)
+        train.train(train.Options(**vars(train.options_parser(train.Options, "").parse_args(options))), on_step=stop)
+    assert read("runs/a/last.pt")["meta"]["plan"] is None and read("runs/a/last.pt")["step"] == 2
+    monkeypatch.setattr(plumbing.plan, "TIMED", 2)
     train.main(["--out", "runs/a", "--resume"])
-    assert read("runs/a/last.pt")["meta"]["plan"] or read("runs/a/last.pt")["step"] > reached
-    steps = read("runs/a/last.pt")["step"] + 15
-    train.main(["--out", "runs/a", "--resume", "--steps", str(max(steps, read("runs/a/last.pt")["meta"]["plan"] or 0))])
-    assert read("runs/a/last.pt")["step"] >= steps
+    ckpt = read("runs/a/last.pt")
+    assert ckpt["step"] == ckpt["meta"]["plan"] > 2 and ckpt["meta"]["progress"] == pytest.approx(1)
+    train.main(["--out", "runs/a", "--resume", "--steps", str(ckpt["step"] + 15)])
+    assert read("runs/a/last.pt")["step"] == ckpt["step"] + 15
+
+
+def test_on_step_hears_of_every_step_and_a_run_in_a_thread_leaves_the_signals_alone(photos):
+    """The seam for a logger. Python allows signal handlers in the main thread only."""
+    heard, handler = [], signal.getsignal(signal.SIGINT)
+    given = vars(train.options_parser(train.Options, "").parse_args(["--data", photos, *TINY, "--steps", "3", "--out", "runs/a"]))
+    thread = threading.Thread(target=lambda: heard.append(
+        train.train(train.Options(**given), on_step=lambda step, numbers: heard.append((step, numbers)))))
+    thread.start()
+    thread.join()
+    assert [step for step, _ in heard[:-1]] == [1, 2, 3] and heard[-1] == Path("runs/a")
+    assert heard[1][1].keys() == {"loss", "lr", "ratio", "progress"} and heard[1][1]["progress"] == 1 / 3
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_run_that_fails_gives_back_the_signals_and_its_folder(photos, monkeypatch):
+    """In a notebook the next Ctrl-C must not be swallowed, and another run may use the folder."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(train, "train_step", lambda *arguments: 1 / 0)
+    journals, enter = [], running.journal.Journal.__enter__
+    monkeypatch.setattr(running.journal.Journal, "__enter__", lambda self: journals.append(self) or enter(self))
+    with pytest.raises(ZeroDivisionError):
+        go(photos, "--steps", 3, "--out", "runs/a")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert len(journals[0].files) == 2 and all(file.closed for file in journals[0].files)
+
+
+def test_another_optimizer_is_one_function_and_its_groups_keep_their_share_of_the_rate(photos, monkeypatch):
+    def build(net, o):
+        matrices = [q for q in net.parameters() if q.ndim == 2]
+        rest = [q for q in net.parameters() if q.ndim != 2]
+        return [torch.optim.SGD(matrices, lr=3 * o.lr), torch.optim.AdamW(rest, lr=o.lr)]
+
+    rates = []
+    monkeypatch.setattr(train, "build_optimizer", build)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: rates.append(self.param_groups[0]["lr"]))
+    go(photos, "--steps", 4, "--save-every", 2, "--out", "runs/a", "--lr", 1e-3, "--lr-end", 1, "--warmup", 0)
+    assert rates == pytest.approx([3e-3] * 4)
+    Path("runs/a/000002.pt").replace("runs/a/last.pt")
+    go(photos, "--steps", 4, "--out", "runs/a", "--resume")             # a list of states is read again
+    assert len(read("runs/a/last.pt")["optimizer"]) == 2
+
+
+def test_a_checkpoint_with_one_optimizer_state_instead_of_a_list_goes_on(photos):
+    go(photos, "--steps", 4, "--save-every", 2, "--out", "runs/a")
+    whole, old = read("runs/a/last.pt"), read("runs/a/000002.pt")
+    state = old["optimizer"][0]
+    del state["param_groups"][0]["lr_share"], old["meta"]["progress"]   # as older versions wrote it
+    save_atomic(old | dict(optimizer=state), Path("runs/a/last.pt"))
+    go(photos, "--steps", 4, "--out", "runs/a", "--resume")
+    assert equal(read("runs/a/last.pt")["model"], whole["model"])
 
 
 @pytest.mark.parametrize("val", ["PHOTOS", "faces", "0.3"])
@@ -491,7 +553,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(photos, monkeypatch, c
     go(photos, "--steps", 8, "--out", "runs/a")
     ckpt = read("runs/a/last.pt")
     assert ckpt["meta"]["skipped"] == 2 and all(torch.isfinite(v).all() for v in ckpt["model"].values())
-    assert ckpt["optimizer"]["state"][0]["step"] == 6 and "2 steps skipped" in capsys.readouterr().out
+    assert ckpt["optimizer"][0]["state"][0]["step"] == 6 and "2 steps skipped" in capsys.readouterr().out
 
 
 def test_twenty_bad_steps_in_a_row_end_the_run_with_one_line(photos, monkeypatch):
@@ -610,7 +672,7 @@ def test_a_checkpoint_from_before_an_option_existed_goes_on_with_its_default(pho
 
 
 def test_a_dry_run_prints_the_published_costs_reads_no_image_and_writes_nothing(photos, capsys, monkeypatch):
-    monkeypatch.setattr(train, "load_images", None)
+    monkeypatch.setattr(running.setup, "load_images", None)
     train.main(["--recipe", "maskdit", "--dry-run"])
     text = capsys.readouterr().out
     for fact in ("730.12 M", "256 of 16 x 16 pixels, visible 128", "65.45 G multiply-adds", "125.8 with all tokens", "torchrun --nproc_per_node=8 train.py", "--data PATH --vae PATH"):
@@ -685,7 +747,7 @@ def test_a_reconstruction_is_logged_drawn_tuned_and_not_sampled(photos):
     ckpt = read("runs/a/last.pt")
     assert ckpt["config"]["predict"] == "x0" and ckpt["meta"]["objective"] == "reconstruct"
     loaded = S.load("runs/a", device="cpu")
-    _, held_out = train.holdout(train.load_images(photos, 16), "0.2", seed=0)
+    _, held_out = running.setup.holdout(running.setup.load_images(photos, 16), "0.2", seed=0)
     errors = running.evaluate.reconstruction_errors(loaded, held_out)
     assert float(rows("runs/a")[-1]["val_loss"]) == pytest.approx(sum(errors.values()) / 4, rel=1e-4)
     assert Image.open("runs/a/samples/000003.png").width > 400
@@ -726,7 +788,7 @@ def test_finetune_starts_from_raw_or_averaged_weights_with_a_fresh_optimizer(pho
         finetune.main(["--from", "runs/a", "--weights", weights, "--steps", "1", "--lr", "1e-12", "--out", f"runs/{weights}"])
         tuned = read(f"runs/{weights}/last.pt")
         assert torch.allclose(tuned["model"]["embed.weight"], first[weights]["embed.weight"], atol=1e-7)
-        assert tuned["optimizer"]["state"][0]["step"] == 1
+        assert tuned["optimizer"][0]["state"][0]["step"] == 1
 
 
 def test_classes_move_to_other_data_by_name(photos):

@@ -1,0 +1,218 @@
+"""Setting up a run: images, space, what the checkpoint remembers, and refusals that need the data.
+
+train.py calls each of these once, before the first step. Here stands what a reader of the seven
+lines may skip: which images are held out, what is written into a checkpoint's `meta`, how the
+weights of a first stage are fitted to a network with other classes.
+
+Shapes: n images, B batch, h x w tokens.
+"""
+import contextlib
+import os
+from functools import lru_cache
+
+import torch
+
+from data import holdout, load_images
+from mask import ratio_at, visible_count
+from plumbing.console import UserError
+from plumbing.images import seeded, to_float
+from sample import build_model
+from schedules import SCHEDULES
+from spaces import SPACES
+from tasks import TASKS, make_condition
+from vit import MODELS
+
+STAGES = ("train", "finetune")                  # each draws from random streams of its own
+
+
+# --- the order of the images --------------------------------------------------------------
+
+@lru_cache(maxsize=2)
+def epoch_order(count, seed, epoch):
+    """The order of all images in one epoch. seed: a tuple of whole numbers. -> (count,)"""
+    return torch.randperm(count, generator=seeded(*seed, epoch))
+
+
+def shard_indices(count, seed, first, size):
+    """Images number first ... first + size - 1 of an endless sequence of epochs, each of which is
+    a permutation of all `count` images. -> (size,)"""
+    i = torch.arange(first, first + size)
+    epochs = range(first // count, (first + size - 1) // count + 1)
+    return torch.cat([epoch_order(count, seed, epoch)[i[i // count == epoch] % count]
+                      for epoch in epochs])
+
+
+def split_batch(o, world):
+    """The global batch in shards. -> (images in a shard, shards a process has in one step)"""
+    micro = o.micro_batch or max(1, o.batch // world)
+    if o.batch % (micro * world):
+        raise UserError(
+            f"--batch {o.batch} cannot be cut into {world} process(es) x --micro-batch {micro}: "
+            f"it must be a multiple of {micro * world}")
+    return micro, o.batch // (micro * world)
+
+
+# --- images and space ---------------------------------------------------------------------
+
+def load_run_images(o, machine):
+    """Every process knows the same images in the same order; held-out ones never enter training.
+    -> (training Images, held-out Images). UserError as in data.py."""
+    loading = dict(seed=o.seed, cache_gb=o.cache_gb / machine.local_world,
+                   progress=machine.rank == 0)
+
+    def maps_of(source):
+        return TASKS[o.task].exact if source == "faces" else o.targets
+
+    images = load_images(o.data, o.size, o.gray, o.labels, targets=maps_of(o.data), **loading)
+    images, held_out = holdout(images, o.val, targets=maps_of(o.val), **loading)
+    if held_out.maps != images.maps:
+        raise UserError(f"--val {o.val}: its pictures and those of --data {o.data} do not both "
+                        f"have maps for --task {o.task}; give a fraction of --data")
+    if o.fraction < 1:
+        chosen = torch.randperm(len(images), generator=seeded(o.seed, 7))
+        images = images.subset(chosen[:max(1, round(o.fraction * len(images)))])
+    return images, held_out
+
+
+def open_space(o, channels, ckpt=None, first=None):
+    """The space of a run. ckpt, first: a run to continue or the (weights, meta) of a first stage,
+    whose autoencoder it must be. UserError for another one, and for a size that does not fit."""
+    if ckpt:
+        space = build_model(ckpt["meta"] | dict(vae=o.vae))[2]
+    else:
+        space = SPACES[o.space](channels, o.vae)
+    square = space.factor * o.patch
+    if o.size % square:
+        raise UserError(f"--size {o.size}: must be a multiple of {square}, the autoencoder's "
+                        f"factor {space.factor} times --patch {o.patch}")
+    if first and space.sha != first[1]["vae_sha"]:
+        raise UserError(f"--vae {o.vae}: is not the autoencoder of the first stage; its SHA-256 "
+                        f"begins with {space.sha}, not {first[1]['vae_sha']}")
+    return space
+
+
+def mask_ratio(o, progress):
+    """The share of hidden tokens at a progress in [0, 1]."""
+    low = o.mask if o.mask_from is None else o.mask_from
+    return ratio_at(o.ramp, progress, low, o.mask, share=o.ramp_share)
+
+
+def token_counts(o, tokens):
+    """All numbers of visible tokens that a run of options `o` goes through, ascending."""
+    return sorted({visible_count(tokens, mask_ratio(o, i / 1000)) for i in range(1001)})
+
+
+def step_cost(o, tokens, progress):
+    """What a step costs at a progress, in a unit of its own: the visible tokens, plus all tokens
+    in the light decoder, plus a little for everything that does not depend on the mask."""
+    size = MODELS[o.model]
+    light = size["decoder_width"] ** 2 / (size["depth"] * size["width"] ** 2)
+    return visible_count(tokens, mask_ratio(o, progress)) + tokens * (o.decoder * light + 1 / 16)
+
+
+def require_hidden_tokens(o, tokens):
+    """UserError for a reconstruction in which some moment hides nothing."""
+    ratio = min(mask_ratio(o, 0), mask_ratio(o, 1))
+    if o.objective == "reconstruct" and visible_count(tokens, ratio) == tokens:
+        raise UserError(f"--mask, --mask-from: {ratio} hides none of {tokens} tokens, and "
+                        f"--objective reconstruct needs one")
+
+
+def require_same_view(machine, count, step):
+    """UserError unless all processes see the same number of images and the same checkpoint."""
+    if not machine.all_equal(count, step):
+        raise UserError("the processes see different images, or checkpoints of different steps: "
+                        "--data must hold the same everywhere, --out must be one shared folder")
+
+
+# --- what a checkpoint remembers ----------------------------------------------------------
+
+def network_options(o, channels, space, classes):
+    """The arguments of the ViT that options `o` ask for.
+
+    channels: of the images. space: with .channels and .factor. classes: how many. -> dict"""
+    return dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].head_count(o.predict),
+                patch=o.patch, skips=o.skips, decoder=o.decoder, economy=o.economy,
+                classes=classes, **MODELS[o.model],
+                cond_channels=TASKS[o.task].channels(channels) * space.factor ** 2)
+
+
+def measure_std(o, images, space, device):
+    """Root mean square of what diffusion runs on: of the images, or of their latents or maps."""
+    some, _ = images.take(torch.arange(min(len(images), 1024)))
+    some, _ = make_condition(o.task, to_float(some), images.maps, g=seeded(o.seed, 8))
+    return space.encode(some.to(device)).cpu().double().square().mean().sqrt().item()
+
+
+def describe_model(o, images, space, first, stage, device, shards):
+    """All that a reader of the checkpoint needs to build its model again. -> dict, the `meta`"""
+    task = TASKS[o.task]
+    # A second stage keeps its first one's unit, unless it goes from pictures to maps or back.
+    if first and TASKS[first[1].get("task", "generate")].exact == task.exact:
+        data_std = first[1]["data_std"]
+    else:
+        data_std = measure_std(o, images, space, device)
+    classes = list(images.classes) if o.labels else []
+    return dict(
+        stage=stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
+        schedule=o.schedule, predict=o.predict, space=o.space, task=o.task,
+        channels=images.channels, size=o.size, classes=classes, vae=absolute_path(o.vae),
+        vae_sha=space.sha, data_std=data_std, plan=None, progress=0.0, skipped=0, shards=shards,
+        model=network_options(o, images.channels, space, len(classes)))
+
+
+def absolute_path(path):
+    """A path that is found from another working folder, too. Links stay, for their names."""
+    return path and os.path.abspath(os.path.expanduser(path))
+
+
+# --- weights ------------------------------------------------------------------------------
+
+def load_first_stage(net, weights, classes_there, classes_here):
+    """Load a first stage's weights. Classes keep their embedding by name. Inputs that the first
+    stage did not have (other classes, a condition of another shape) start fresh.
+
+    UserError when anything else differs."""
+    mine, may_differ = net.state_dict(), ("embed_class", "embed_cond")
+    weights = {k: v for k, v in weights.items() if k in mine or not k.startswith(may_differ)}
+    cond = "embed_cond.weight"
+    if cond in weights and weights[cond].shape != mine[cond].shape:
+        del weights[cond]                       # of another task
+    if "embed_class.weight" in weights:
+        rows = mine["embed_class.weight"].clone()
+        for i, name in enumerate(classes_here):
+            if name in classes_there:
+                rows[i] = weights["embed_class.weight"][classes_there.index(name)]
+        weights["embed_class.weight"] = rows
+    require_same_shapes(weights, mine, may_differ)
+    net.load_state_dict(mine | weights)
+
+
+def require_same_shapes(weights, mine, may_be_missing):
+    """UserError that names the first tensor which differs between two state dicts."""
+    def shape(tensors, name):
+        return tuple(tensors[name].shape) if name in tensors else "nothing"
+
+    wrong = [f"{k} is {shape(weights, k)} there and {shape(mine, k)} here"
+             for k in sorted(mine | weights) if shape(weights, k) != shape(mine, k)
+             and not (k not in weights and k.startswith(may_be_missing))]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"the checkpoint's network does not fit the options: {wrong[0]}{more}; "
+                        "channels (--gray) and random slopes (--schedule) must stay as they were")
+
+
+def compile_blocks(net):
+    """torch.compile for every block of a network.
+
+    A ramp has 8 numbers of tokens, and skips, routes and decoders see them in different shapes.
+    torch's default limit of 8 would leave the last ones, silently, uncompiled."""
+    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.accumulated_cache_size_limit = 512
+    for block in net.all_blocks():
+        block.compile(dynamic=False)
+
+
+def autocast(device, dtype):
+    """Mixed precision of type `dtype` on a device; None: none."""
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
