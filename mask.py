@@ -1,21 +1,27 @@
 """Masking: train on a tenth of the image and pay a tenth of the price.
 
-The idea (MaskDM, arXiv 2306.11363). Cut the image into N patches ("tokens"), add noise to all of it, then *drop* most tokens
-before the transformer ever sees them. A transformer does not care how many tokens it gets, so at mask ratio 0.9 a step costs
-about a tenth, and the network still learns the distribution of every subset of patches. MaskDiT (2306.09305) masks half and
-adds a decoder; LMD (2312.07971) raises the ratio while training goes on. All three need the same two decisions:
+The idea (MaskDM, arXiv 2306.11363). Cut the image into N patches ("tokens"), add noise to
+all of it, then *drop* most tokens before the transformer ever sees them. A transformer does
+not care how many tokens it gets. At mask ratio 0.9 a step costs about a tenth, and the
+network still learns the distribution of every subset of patches. MaskDiT (2306.09305) masks
+half and adds a decoder; LMD (2312.07971) raises the ratio while training goes on. All three
+need the same two decisions:
 
-    how many   a *ratio schedule*  r = RATIOS[name](progress, lo, hi)     ->  K = max(1, round(N (1 - r))) visible tokens
-    which      a *mask policy*     score = POLICIES[name](...)  (B, N)    ->  the K lowest scores stay visible
+    how many   ratio = RATIOS[name](progress, lo, hi)         a *ratio schedule*
+               K = max(1, round(N (1 - ratio)))               tokens stay visible
+    which      score = POLICIES[name](rand, B, h, w, block)   a *mask policy*, (B, N)
+               the K lowest scores stay visible
 
-Every image of a batch keeps the same number K (so shapes are static and there is no padding), but at places of its own.
-A mask is a value: it is drawn here, outside of the model, and handed to the model and to the loss.
+Every image of a batch keeps the same number K, so shapes are static and there is no padding.
+Each image has its own places. A mask is a value: it is drawn here, outside of the model, and
+handed to the model and to the loss.
 
     m = draw("patch", B, h, w, ratio=0.9, generator=g)     # None when nothing is hidden
-    seen = m.gather(tokens)                                # (B, N, D) -> (B, K, D): what the encoder gets
-    back = m.scatter(seen)                                 # (B, K, D) -> (B, N, D): zeros where it saw nothing
+    seen = m.gather(u)                                     # (B, N, D) -> (B, K, D)
+    back = m.scatter(seen)                                 # (B, K, D) -> (B, N, D), zero if hidden
 
-Shapes: B batch, h x w token grid, N = h w tokens, K visible, D width, p patch side, P = p p C values per patch.
+Shapes: B batch, C channels, h x w token grid, N = h w tokens, K visible tokens, D width of a
+token, p patch side, P = p p C values per patch; u tokens (B, N, D).
 Run `python mask.py` to see every policy and every ratio schedule in one picture.
 """
 import math
@@ -25,195 +31,262 @@ from functools import partial
 import torch
 from einops import rearrange
 
+from plumbing.faces import draw_faces
+from plumbing.sheets import draw_plot, draw_sheet
 
-# --- images <-> tokens -------------------------------------------------------------------------------------------------------
+
+# --- images <-> tokens ---------------------------------------------------------------------
 
 def patchify(x, p):
-    """Image (B, C, H, W) -> tokens (B, N, P), raster order; inside a token the order is (row, column, channel)."""
+    """Cut an image into tokens, row by row; inside a token the order is (row, column, channel).
+
+    x (B, C, h p, w p) -> u (B, N, P)"""
     return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
 
 def unpatchify(u, p, h, w):
-    """Tokens (B, N, P) of an h x w grid -> image (B, C, h p, w p): the exact inverse of `patchify`."""
+    """Put the tokens of an h x w grid together: the exact inverse of `patchify`.
+
+    u (B, N, P) -> x (B, C, h p, w p)"""
     return rearrange(u, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)
 
 
-# --- the mask ------------------------------------------------------------------------------------------------------------------
+# --- the mask ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Mask:
-    """Which of n tokens are visible: `keep` (B, K) int64, ascending in each row. Hidden tokens are those not listed."""
+    """Which of N tokens are visible.
+
+    keep (B, K): int64, ascending in each row; tokens that are not listed are hidden.
+    N: the number of all tokens."""
     keep: torch.Tensor
-    n: int
+    N: int
 
     @property
     def visible(self):
         """(B, N) bool, True where the network sees the token."""
-        return torch.zeros(len(self.keep), self.n, dtype=torch.bool, device=self.keep.device).scatter_(1, self.keep, True)
+        flags = torch.zeros(len(self.keep), self.N, dtype=torch.bool, device=self.keep.device)
+        return flags.scatter_(1, self.keep, True)
 
     def gather(self, u):
-        """The visible rows of u: (B, N, D) -> (B, K, D)."""
+        """The visible tokens: u (B, N, D) -> (B, K, D)."""
         return u.gather(1, self.keep[:, :, None].expand(-1, -1, u.shape[2]))
 
-    def scatter(self, v, fill=None):
-        """Put visible rows back in their places: (B, K, D) -> (B, N, D). Hidden places get `fill`, (D,) or (B, N, D), or zero."""
-        rest = v.new_zeros(()) if fill is None else fill.to(v.dtype)
-        rest = rest.expand(len(v), self.n, v.shape[2])
-        return rest.scatter(1, self.keep[:, :, None].expand_as(v), v)
+    def scatter(self, seen, fill=None):
+        """Put visible tokens back in their places.
+
+        seen (B, K, D): the visible tokens.
+        fill (D,) or (B, N, D): what stands at hidden places; None: zero.
+        -> u (B, N, D)"""
+        rest = seen.new_zeros(()) if fill is None else fill.to(seen.dtype)
+        rest = rest.expand(len(seen), self.N, seen.shape[2])
+        return rest.scatter(1, self.keep[:, :, None].expand_as(seen), seen)
 
 
-def visible_count(n, ratio):
-    """How many of n tokens stay visible at a mask ratio in [0, 1): max(1, round(n (1 - ratio))).
+def visible_count(N, ratio):
+    """How many of N tokens stay visible at a mask ratio in [0, 1) -> K; ValueError outside.
 
-    Rounded once, from the ratio that was asked for. The released MaskDM rounds twice in block masking and calls 87.5 % "90 %";
-    others truncate, and int(400 * (1 - .9)) = 39 because 1 - .9 is a little less than a tenth in binary."""
+    It is rounded once, from the ratio that was asked for. The released MaskDM rounds twice in
+    block masking and calls 87.5 % "90 %". Others truncate: int(400 * (1 - .9)) is 39, because
+    1 - .9 is a little less than a tenth in binary."""
     if not 0 <= ratio < 1:
         raise ValueError(f"mask ratio {ratio} is not in [0, 1)")
-    return max(1, round(n * (1 - ratio)))
+    return max(1, round(N * (1 - ratio)))
 
 
-def draw(policy, B, h, w, ratio, generator=None, block=4):
-    """Draw a mask for B images on an h x w token grid, or None when the ratio hides nothing.
-
-    `policy` is a name in POLICIES, `ratio` in [0, 1) is the hidden share, `block` the side of the block policy's squares in
-    tokens. The result lives on the generator's device and is a function of the generator's state alone."""
+def draw(
+    policy,          # a name in POLICIES: which tokens
+    B,               # images
+    h,               # rows of the token grid
+    w,               # columns of the token grid
+    ratio,           # share of hidden tokens, in [0, 1): how many
+    generator=None,  # the mask is a function of its state alone and lives on its device
+    block=4,         # side of the squares of the policy "block", in tokens
+):
+    """Draw a mask for B images on an h x w token grid -> Mask, or None when nothing is hidden."""
     K = visible_count(h * w, ratio)
     if K == h * w:
         return None
     device = generator.device if generator is not None else "cpu"
     rand = partial(torch.rand, generator=generator, device=device)
-    score = POLICIES[policy](rand, B, h, w, block)                                                                   # (B, N)
-    keep = score.topk(K, largest=False, sorted=False).indices.sort().values                                          # (B, K)
+    score = POLICIES[policy](rand, B, h, w, block)                                         # (B, N)
+    keep = score.topk(K, largest=False, sorted=False).indices.sort().values                # (B, K)
     return Mask(keep, h * w)
 
 
-# --- which: policies. score(rand, B, h, w, block) -> (B, N); the K lowest stay visible -------------------------------------
+# --- which: policies. score(rand, B, h, w, block) -> (B, N), the K lowest stay visible ------
 
-def patch(rand, B, h, w, block):
-    """Every token for itself, uniformly at random."""
+def patch_score(rand, B, h, w, block):
+    """Each token is hidden by itself, uniformly at random. [MaskDM, MaskDiT]"""
     return rand(B, h * w)
 
 
-def blocks(rand, B, h, w, block):
-    """Squares of block x block tokens live and die together. Only one square is cut, when K is no multiple of its area."""
-    rows, cols = math.ceil(h / block), math.ceil(w / block)
-    order = rand(B, rows * cols).argsort(1).float().view(B, rows, cols)         # whole numbers: the turn of each square
-    order = order.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w]
-    return order.flatten(1) + rand(B, h * w)                                    # plus [0, 1): the turn inside the square
+def block_score(rand, B, h, w, block):
+    """Squares of block x block tokens are hidden or visible together. [MaskDM]
+
+    Only one square is cut, when K is no multiple of its area."""
+    rows, columns = math.ceil(h / block), math.ceil(w / block)
+    order = rand(B, rows * columns).argsort(1).float()      # whole numbers: the turn of each square
+    order = order.view(B, rows, columns)                                        # (B, rows, columns)
+    order = order.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w]    # (B, h, w)
+    return order.flatten(1) + rand(B, h * w)                # plus [0, 1): the turn inside a square
 
 
-def crop(rand, B, h, w, block):
-    """One square window is visible, everything else is hidden; the window sits uniformly at random inside the image.
+def crop_score(rand, B, h, w, block):
+    """One square window is visible and everything else is hidden. [MaskDM]
 
-    For a fixed u in [0, 1) the windows [floor(u (g-k+1)), ... + k) of side k = 1, 2, ... are nested, so "the smallest window
-    that holds this token" is a score, and its K lowest are a square of any size K asks for (a ragged last ring aside)."""
-    def smallest_window(g):
-        u = rand(B, 1, 1)
-        k = torch.arange(1, max(h, w) + 1, device=u.device)[None, :, None]                                           # (1, k, 1)
-        start = (u * (g - k + 1).clamp(min=1)).floor()                                                               # (B, k, 1)
-        i = torch.arange(g, device=u.device)
-        inside = (i >= start) & (i < start + k)                                                                      # (B, k, g)
-        return (~inside).sum(1)                                                                                      # (B, g)
-    side = torch.maximum(smallest_window(h)[:, :, None], smallest_window(w)[:, None, :])                             # (B, h, w)
+    The window sits uniformly at random inside the image. A token's score is the side of the
+    smallest window that holds it, so the K lowest are a square of any size that K asks for.
+    The last ring of the window may be incomplete."""
+    row_side = _smallest_window(rand(B, 1, 1), h, max(h, w))                               # (B, h)
+    column_side = _smallest_window(rand(B, 1, 1), w, max(h, w))                            # (B, w)
+    side = torch.maximum(row_side[:, :, None], column_side[:, None, :])                 # (B, h, w)
     return side.flatten(1) + rand(B, h * w)
 
 
-POLICIES = {"patch": patch, "block": blocks, "crop": crop}
+def _smallest_window(place, length, largest):
+    """For each of `length` places the side of the smallest window that holds it.
+
+    The windows of one image have sides 1, 2, ... and start at floor(place (length - side + 1)).
+    place (B, 1, 1) in [0, 1) is fixed, so each window holds the one before it. -> (B, length)"""
+    side = torch.arange(1, largest + 1, device=place.device)[None, :, None]           # (1, side, 1)
+    start = (place * (length - side + 1).clamp(min=1)).floor()                        # (B, side, 1)
+    index = torch.arange(length, device=place.device)
+    inside = (index >= start) & (index < start + side)                           # (B, side, length)
+    return (~inside).sum(1)                                                           # (B, length)
 
 
-# --- how many: ratio schedules. r(u, lo, hi), u in [0, 1] the progress of training; r(0) = lo, r(1) = hi --------------------
-
-RAMP = 2 / 3                                                                    # [LMD] the ramp ends here, then r stays at hi
+POLICIES = {"patch": patch_score, "block": block_score, "crop": crop_score}
 
 
-def interpolate(lo, hi, w):
-    """Between lo (w = 0) and hi (w = 1), exact at both ends; lo + w (hi - lo) can miss hi = 0 by a rounding, and 0 is a hard border."""
-    return (1 - w) * lo + w * hi
+# --- how many: ratio schedules. ratio(progress, lo, hi), progress of the training in [0, 1] ---
+# Each starts at lo, ends at hi and is monotone.
+
+RAMP = 2 / 3                        # [LMD] the ramp ends here, then the ratio stays at hi
 
 
-def constant(u, lo, hi):
-    """The same ratio throughout: lo is not used, and REFUSALS in options.py refuses one that differs."""
+def interpolate(lo, hi, share):
+    """Between lo (share 0) and hi (share 1), exact at both ends.
+
+    lo + share (hi - lo) can miss hi = 0 by a rounding, and 0 is a hard border."""
+    return (1 - share) * lo + share * hi
+
+
+def constant_ratio(progress, lo, hi):
+    """The same ratio from start to end: --mask, without --mask-from."""
     return hi
 
 
-def linear(u, lo, hi):
-    """Equal increments per step until RAMP. LMD names a third schedule beside the two below; this form is our reading of it."""
-    return interpolate(lo, hi, min(u / RAMP, 1))
+def linear_ratio(progress, lo, hi):
+    """Equal increments until 2/3 of the run, then constant. [LMD]
+
+    LMD names a third schedule beside the two below; this form is our reading of it."""
+    return interpolate(lo, hi, min(progress / RAMP, 1))                         # [LMD] linear
 
 
-def piecewise(u, lo, hi):
-    """[LMD] ramp, hold, ramp, hold: through (0, lo), (1/6, mid), (1/3, mid), (2/3, hi); .15, .40, .75 in the paper's setting.
+def piecewise_ratio(progress, lo, hi):
+    """Rise, hold, rise, hold, each for a sixth to a third of the run. [LMD]
 
-    The released code multiplies the second slope by u instead of u - 1/3: its ratio jumps at 1/3 and reaches 1.10."""
+    Through (0, lo), (1/6, mid), (1/3, mid), (2/3, hi): .15, .40, .75 in the paper's setting.
+    The released code multiplies the second slope by progress instead of progress - 1/3: its
+    ratio jumps at 1/3 and reaches 1.10."""
     mid = interpolate(lo, hi, (0.40 - 0.15) / (0.75 - 0.15))
-    return interpolate(lo, mid, min(6 * u, 1)) if u < 1 / 3 else interpolate(mid, hi, min(3 * (u - 1 / 3), 1))
+    if progress < 1 / 3:
+        return interpolate(lo, mid, min(6 * progress, 1))                       # [LMD] piecewise
+    return interpolate(mid, hi, min(3 * (progress - 1 / 3), 1))
 
 
-def cosine(u, lo, hi, s=0.008):
-    """[LMD] Nichol and Dhariwal's alpha-bar with the hidden share in the part of 1 - alpha-bar: gentle at both ends."""
-    c = lambda v: math.cos(math.pi / 2 * (v + s) / (1 + s)) ** 2
-    return interpolate(lo, hi, 1 - c(min(u / RAMP, 1)) / c(0))
+def cosine_ratio(progress, lo, hi, shift=0.008):
+    """Gentle at both ends, arrived at 2/3 of the run. [LMD]
+
+    Nichol and Dhariwal's alpha-bar, with the hidden share in the part of 1 - alpha-bar."""
+    angle = math.pi / 2 * (min(progress / RAMP, 1) + shift) / (1 + shift)
+    first = math.pi / 2 * (0.0 + shift) / (1 + shift)
+    alpha_bar = math.cos(angle) ** 2 / math.cos(first) ** 2
+    return interpolate(lo, hi, 1 - alpha_bar)                                   # [LMD] cosine
 
 
-def cosine4(u, lo, hi):
-    """[MaskDiT] unmasking: r = hi + (lo - hi) cos^4(pi u / 2); with lo = .5, hi = 0 it falls over the whole of the run."""
-    return interpolate(lo, hi, 1 - math.cos(math.pi / 2 * u) ** 4)
+def cosine4_ratio(progress, lo, hi):
+    """A fourth power of a cosine over the whole run, made for a ratio that falls to 0. [MaskDiT]
+
+    r = hi + (lo - hi) cos^4(pi progress / 2); the paper's unmasking has lo = .5 and hi = 0."""
+    return interpolate(lo, hi, 1 - math.cos(math.pi / 2 * progress) ** 4)       # [MaskDiT]
 
 
-RATIOS = {"constant": constant, "linear": linear, "piecewise": piecewise, "cosine": cosine, "cosine4": cosine4}
-RAMP_END = {"linear": RAMP, "piecewise": RAMP, "cosine": RAMP, "cosine4": 1.0}  # the progress at which each is at hi, to stay there; not named: 1
+RATIOS = {
+    "constant": constant_ratio,
+    "linear": linear_ratio,
+    "piecewise": piecewise_ratio,
+    "cosine": cosine_ratio,
+    "cosine4": cosine4_ratio,
+}
+# The progress at which each ramp is at hi, to stay there; one that is not named: 1.
+RAMP_END = {"linear": RAMP, "piecewise": RAMP, "cosine": RAMP, "cosine4": 1.0}
 
 
-def ratio_at(ramp, u, lo, hi, levels=8, share=None):
-    """The ratio that training uses at progress u: RATIOS[ramp] on a staircase of at most `levels` values from lo to hi.
+def ratio_at(
+    ramp,        # a name in RATIOS
+    progress,    # of the training, in [0, 1]
+    lo,          # the ratio at the start
+    hi,          # the ratio at the end
+    levels=8,    # how many values the staircase has at most
+    share=None,  # the progress in (0, 1] at which hi is reached; None: RAMP_END[ramp]
+):
+    """The ratio that training uses: RATIOS[ramp] on a staircase of a few values from lo to hi.
 
-    Each distinct ratio is a distinct token count, so a distinct compilation and a distinct speed: eight are enough to follow
-    a curve and few enough to compile. The first value is lo and the last is hi, exactly. share: the progress in (0, 1] at which the
-    ramp arrives; ARRIVES[ramp] when left out."""
-    end = RAMP_END.get(ramp, 1.0)
-    r = RATIOS[ramp](min(max(u, 0.0), 1.0) if share is None else min(max(u, 0.0) / share, 1.0) * end, lo, hi)
+    Each distinct ratio is a distinct token count, so a distinct compilation and a distinct
+    speed: eight are enough to follow a curve and few enough to compile. The first value is lo
+    and the last is hi, exactly. -> ratio in [0, 1)"""
+    if share is None:
+        progress = min(max(progress, 0.0), 1.0)
+    else:
+        progress = min(max(progress, 0.0) / share, 1.0) * RAMP_END.get(ramp, 1.0)
+    ratio = RATIOS[ramp](progress, lo, hi)
     if lo == hi or ramp == "constant":
-        return r
-    return interpolate(lo, hi, round((r - lo) / (hi - lo) * (levels - 1)) / (levels - 1))
+        return ratio
+    level = round((ratio - lo) / (hi - lo) * (levels - 1))
+    return interpolate(lo, hi, level / (levels - 1))
 
 
-# --- the picture ---------------------------------------------------------------------------------------------------------------
+# --- the picture ---------------------------------------------------------------------------
 
-def draw_policies(side=96, seed=0):
-    """One row per policy (ratios 0 to 0.9), one plot per ratio schedule, as a PIL image."""
-    from PIL import Image, ImageDraw
-    ratios, p = [0.0, 0.25, 0.5, 0.75, 0.9], side // 16
-    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
-    disc = ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.14)[None]
-    scene = torch.where(disc, torch.stack([1 - 0.2 * y, 0.75 - 0.5 * y, 0.25 + 0 * y]), torch.stack([0.2 + 0 * y, 0.4 * y + 0.3, 0.7 - 0.3 * y]))
-    tokens = patchify(scene[None], p)
-    width = 90 + max(len(ratios), len(RATIOS)) * (side + 8)
-    canvas = Image.new("RGB", (width, 26 + len(POLICIES) * (side + 8) + 150), "white")
-    ink = ImageDraw.Draw(canvas)
-    for j, r in enumerate(ratios):
-        ink.text((90 + j * (side + 8), 8), f"ratio {r}: {visible_count(256, r)} of 256", fill="black")
-    for i, policy in enumerate(POLICIES):
-        ink.text((8, 26 + i * (side + 8) + side // 2), policy, fill="black")
-        for j, r in enumerate(ratios):
-            m = draw(policy, 1, 16, 16, r, torch.Generator().manual_seed(seed + j))
-            shown = tokens if m is None else m.scatter(m.gather(tokens), fill=torch.full((tokens.shape[2],), 0.92))
-            tile = (unpatchify(shown, p, 16, 16)[0].permute(1, 2, 0) * 255).byte().numpy()
-            canvas.paste(Image.fromarray(tile), (90 + j * (side + 8), 26 + i * (side + 8)))
-    top, height = 26 + len(POLICIES) * (side + 8) + 24, 90
-    for j, (name, schedule) in enumerate((n, r) for n, r in RATIOS.items()):
-        lo, hi = {"constant": (0.9, 0.9), "cosine4": (0.5, 0.0)}.get(name, (0.15, 0.75))
-        left = 90 + j * (side + 8)
-        ink.rectangle([left, top, left + side - 1, top + height], outline="lightgray")
-        ink.text((left, top - 14), f"{name} {lo} > {hi}", fill="black")
-        for u in range(side):
-            ink.point((left + u, top + height * (1 - schedule(u / (side - 1), lo, hi))), fill="darkblue")
-            ink.point((left + u, top + height * (1 - ratio_at(name, u / (side - 1), lo, hi))), fill="red")
-    ink.text((8, top + 30), "ratio over", fill="black")
-    ink.text((8, top + 44), "training", fill="black")
-    ink.text((8, top + height + 8), "red: the staircase of at most 8 token counts that training climbs", fill="red")
-    return canvas
+def draw_policies(side=176, seed=0):
+    """The picture of `python mask.py`: one row per policy, one plot per ratio schedule.
+
+    side: pixels of a picture, a multiple of 16. seed: which face, which masks. -> PIL image"""
+    ratios, cells = [0.0, 0.25, 0.5, 0.75, 0.9], 16                             # a 16 x 16 grid
+    p = side // cells
+    u = patchify(draw_faces(1, side, seed).pixels, p)                                   # (1, N, P)
+    hidden = torch.full((u.shape[2],), 235, dtype=torch.uint8)                  # light grey
+    rows = []
+    for policy in POLICIES:
+        pictures = []
+        for i, ratio in enumerate(ratios):
+            generator = torch.Generator().manual_seed(seed + i)
+            m = draw(policy, 1, cells, cells, ratio, generator)
+            shown = u if m is None else m.scatter(m.gather(u), hidden)
+            pictures.append(unpatchify(shown, p, cells, cells)[0])
+        rows.append((f"{policy}\npolicy", pictures))
+    titles = [f"ratio {ratio}\n{visible_count(cells ** 2, ratio)} of {cells ** 2} visible"
+              for ratio in ratios]
+    policies = draw_sheet(rows, titles)
+    plots = [draw_ramp(name) for name in RATIOS]
+    ramps = draw_sheet([("", plots[i:i + 3]) for i in range(0, len(plots), 3)])
+    return draw_sheet([("", [policies]), ("", [ramps])])
+
+
+def draw_ramp(name, points=500):
+    """Plot a ratio schedule and the staircase that training climbs -> PIL image."""
+    settings = {"constant": (0.9, 0.9), "cosine4": (0.5, 0.0)}                  # as the papers do
+    lo, hi = settings.get(name, (0.15, 0.75))
+    times = [i / points for i in range(points + 1)]
+    curve = [(time, RATIOS[name](time, lo, hi)) for time in times]
+    stairs = [(time, ratio_at(name, time, lo, hi)) for time in times]
+    curves = [(f"ramp {name}, {lo} to {hi}", "darkblue", curve), ("staircase used", "red", stairs)]
+    return draw_plot(curves, 340, 200, "progress of training", "ratio", (0, 1))
 
 
 if __name__ == "__main__":
     from plumbing.console import run_picture_command
-    run_picture_command("Draw every mask policy and every ratio schedule.", draw_policies, "mask.png", seed=(0, "which masks"))
+    run_picture_command("Draw every mask policy and every ratio schedule.", draw_policies,
+                        "mask.png", seed=(0, "which face and which masks"))

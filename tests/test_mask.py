@@ -33,7 +33,7 @@ def test_every_row_has_exactly_the_stated_number_of_visible_tokens(policy, h, w,
     if K == h * w:
         assert m is None
         return
-    assert m.keep.shape == (3, K) and m.n == h * w
+    assert m.keep.shape == (3, K) and m.N == h * w
     assert (m.visible.sum(1) == K).all()
     assert (m.keep.diff(dim=1) > 0).all()                       # ascending, so distinct
     assert m.keep.min() >= 0 and m.keep.max() < h * w
@@ -169,4 +169,4 @@ def test_a_share_stretches_a_ramp_and_changes_nothing_else(ramp, share):
 def test_a_mask_is_a_value():
     m = Mask(torch.tensor([[0, 2]]), 3)
     with pytest.raises(AttributeError):
-        m.n = 4
+        m.N = 4
