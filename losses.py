@@ -1,24 +1,39 @@
 """Losses: denoise what is seen, reconstruct what is hidden.
 
-The idea. Score matching regresses the noise (or the image) in every patch. If only K patches went through the network, only K
-patches have an answer, so only those are scored (MaskDM, arXiv 2306.11363) and the sum is divided by K: the scale of the loss
-does not depend on the mask ratio. With a decoder (MaskDiT, 2306.09305) hidden patches have an answer too, and guessing them from
-their neighbours is a second task:
+The idea. Score matching regresses the noise (or the image) in every patch. If only K
+patches went through the network, only K patches have an answer. So only those are scored
+(MaskDM, arXiv 2306.11363), and the sum is divided by K: the scale of the loss does not
+depend on the mask ratio. With a decoder (MaskDiT, 2306.09305) hidden patches have an answer too, and
+guessing them from their neighbours is a second task:
 
-    L = mean over visible tokens of  sum_f w_f(t) |out_f - target_f|^2   +   lambda mean over hidden tokens of |out - patch|^2
+    L = mean over visible tokens of  sum_f w_f(t) |out_f - target_f|^2
+      + lambda mean over hidden tokens of  |out - patch|^2
 
-A token economy that lets hidden tokens take part (routing, vit.py) has an answer for them: then all tokens are scored, the ordinary loss.
-LMD (2312.07971) drops the noise and the time, and with them the first term: reconstruction alone, of the hidden patches of a clean image.
+A token economy that lets hidden tokens take part (routing, vit.py) has an answer for them:
+then all tokens are scored, the ordinary loss. LMD (2312.07971) drops the noise and the
+time, and with them the first term. It reconstructs the hidden patches of a clean image.
 
-The targets belong to the prediction (schedules.py); the weights w_f are per image and are applied before any mean, in float32.
-The reconstruction reads the network's *raw* output: through EDM's c_skip the noisy patch, which is the target, would leak in.
+The targets belong to the prediction (schedules.py). The weights w_f are per image and are
+applied before any mean, in float32. The reconstruction reads the network's *raw* output:
+through EDM's c_skip the noisy patch, which is the target, would leak in.
 
-Shapes: B batch, N tokens, P values per patch and field; out (B, heads C, H, W), z (B, C, H, W), n as drawn by schedule.noise.
+Shapes: B batch, C channels, N tokens, P values per patch and field; out (B, heads C, H, W),
+z (B, C, H, W), n as drawn by schedule.noise, t (B,); errors (B, N).
+Run `python losses.py` to see both terms of the loss on one image.
 """
+import math
+
 import torch
+import torch.nn.functional as F
 
-from mask import patchify
+from mask import draw, patchify, unpatchify
+from plumbing.faces import draw_faces
+from plumbing.images import to_float, to_uint8
+from plumbing.sheets import draw_sheet
+from schedules import SCHEDULES
 
+
+# --- the first term: score matching -------------------------------------------------------
 
 def plain_weights(t):
     """Weight 1 for the image head and for the noise head."""
@@ -26,41 +41,87 @@ def plain_weights(t):
 
 
 def ddm_weights(t):
-    """[DDM] the released weights: 1/t for the image head, 1/(1 - t + 1e-4) for the noise head (t >= 1e-4)."""
-    return 1 / t, 1 / (1 - t + 1e-4)
+    """1/t for the image head and 1/(1 - t + 1e-4) for the noise head, as released. [DDM]"""
+    return 1 / t, 1 / (1 - t + 1e-4)                                            # [DDM] t >= 1e-4
 
 
-WEIGHTS = {"plain": plain_weights, "ddm": ddm_weights}                                          # of the two heads of `both`; one head has weight 1
+# Of the two heads of the prediction `both`. A prediction with one head has weight 1.
+WEIGHTS = {"plain": plain_weights, "ddm": ddm_weights}
 
 
-def clean_target(schedule, z, n, t):
+def head_weights(t, predict, weighting, heads):
+    """A weight for each of `heads` fields: WEIGHTS for the two of `both`, 1 for all others.
+
+    t (B,) -> list of `heads` weights (B,), float32"""
+    weights = list(WEIGHTS[weighting](t)) if predict == "both" else []
+    weights += [torch.ones_like(t)] * (heads - len(weights))
+    return [weight.float() for weight in weights]
+
+
+def denoising_error(
+    out,                # (B, heads C, H, W): the network's output
+    z,                  # (B, C, H, W): the clean image
+    n,                  # the noise bundle
+    t,                  # (B,): times
+    schedule,           # gives the targets
+    predict,            # a name in PREDICTIONS
+    patch,              # side of a token
+    weighting="plain",  # a name in WEIGHTS
+):
+    """Score matching, token by token: sum_f w_f(t) |out_f - target_f|^2 -> (B, N)."""
+    targets = schedule.target(z, n, t, predict)
+    weights = head_weights(t, predict, weighting, len(targets))
+    error = 0
+    for weight, guess, target in zip(weights, out.float().split(z.shape[1], 1), targets):
+        square = patchify((guess - target) ** 2, patch).mean(-1)                            # (B, N)
+        error = error + weight.to(square)[:, None] * square
+    return error
+
+
+# --- the second term: reconstruction. target(schedule, z, n, t, patch) -> (B, N, P) -------
+
+def clean_target(schedule, z, n, t, patch):
     """The image itself, in units of its standard deviation."""
-    return z / schedule.data_std
+    return patchify(z / schedule.data_std, patch)
 
 
-def noisy_target(schedule, z, n, t):
-    """[MaskDiT, released code] the noisy image: what the dropped patch looked like."""
-    return schedule.corrupt(z, n, t)
+def noisy_target(schedule, z, n, t, patch):
+    """The noisy image, normalised patch by patch: the released code. [MaskDiT]"""
+    return normalise_patches(patchify(schedule.corrupt(z, n, t), patch))
 
 
-def whitened_target(schedule, z, n, t):
-    """[LMD, MAE] the image, to be normalised patch by patch: features get better, but no pixel can be made of them again."""
-    return z
+def whitened_target(schedule, z, n, t, patch):
+    """The image, normalised patch by patch: better features, but no picture. [LMD, MAE]"""
+    return normalise_patches(patchify(z, patch))
 
 
 RECON_TARGETS = {"clean": clean_target, "noisy": noisy_target, "whitened": whitened_target}
 
 
 def normalise_patches(u, eps=1e-6):
-    """Every patch to mean 0 and (unbiased) variance 1, as MAE and the released MaskDiT do. (B, N, P) -> (B, N, P)."""
+    """Every patch to mean 0 and (unbiased) variance 1: u (B, N, P) -> (B, N, P). [MAE]"""
     return (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + eps).sqrt()
 
 
-def token_error(out, z, n, t, schedule, patch, recon_target):
-    """Squared error (B, N) of the raw output's first C channels against a target's patches; all but the clean ones are normalised."""
-    wanted = patchify(RECON_TARGETS[recon_target](schedule, z, n, t), patch)
-    wanted = wanted if recon_target == "clean" else normalise_patches(wanted)
-    return ((patchify(out[:, :z.shape[1]].float(), patch) - wanted) ** 2).mean(-1)
+def token_error(
+    out,           # (B, heads C, H, W): the network's raw output; its first C channels are read
+    z,             # (B, C, H, W): the clean image
+    n,             # the noise bundle
+    t,             # (B,): times
+    schedule,      # gives the targets
+    patch,         # side of a token
+    recon_target,  # a name in RECON_TARGETS
+):
+    """Reconstruction, token by token: |out - patch|^2 -> (B, N)."""
+    target = RECON_TARGETS[recon_target](schedule, z, n, t, patch)                       # (B, N, P)
+    return ((patchify(out[:, :z.shape[1]].float(), patch) - target) ** 2).mean(-1)
+
+
+# --- the means ----------------------------------------------------------------------------
+
+def visible_mean(error, m):
+    """The mean of error (B, N) over the K visible tokens of each image."""
+    return error.gather(1, m.keep).mean()
 
 
 def hidden_mean(error, m):
@@ -69,37 +130,126 @@ def hidden_mean(error, m):
     return (error * hidden).sum() / hidden.sum()
 
 
-def build_objective(schedule, predict, patch, weighting="plain", recon=0.0, recon_target="clean", all_scored=False):
-    """-> objective(out, z, n, t, m), the scalar training loss in float32.
+def build_objective(
+    schedule,              # gives the targets
+    predict,               # a name in PREDICTIONS
+    patch,                 # side of a token
+    weighting="plain",     # a name in WEIGHTS, used by the prediction `both`
+    recon=0.0,             # lambda, 0 for none; needs a decoder, which answers for hidden patches
+    recon_target="clean",  # a name in RECON_TARGETS
+    all_scored=False,      # score matching on all tokens, hidden or not (ECONOMIES of vit.py)
+):
+    """Denoise the visible tokens and, with a weight, reconstruct the hidden ones.
 
-    weighting: a name in WEIGHTS, used by the prediction `both`. recon: lambda, 0 for none; it needs a decoder, whose outputs at hidden
-    patches it scores against RECON_TARGETS[recon_target], all but the clean one normalised patch by patch. m None: nothing is hidden, and
-    the reconstruction term is absent (not 0/0). all_scored: score matching on all tokens, hidden or not (ECONOMIES of vit.py)."""
+    -> objective(out, z, n, t, m), the scalar training loss in float32. When nothing is
+    hidden (m None), the reconstruction is absent, not 0/0. ValueError for a reconstruction
+    where all tokens are scored."""
     if recon and all_scored:
-        raise ValueError("reconstruction is about tokens that score matching leaves out: there are none when all are scored")
+        raise ValueError("reconstruction is about tokens that score matching leaves out: "
+                         "there are none when all are scored")
 
     def objective(out, z, n, t, m):
-        C = z.shape[1]
-        weights = [w.float() for w in WEIGHTS[weighting](t)] if predict == "both" else []
-        error = 0
-        for i, (guess, target) in enumerate(zip(out.float().split(C, 1), schedule.target(z, n, t, predict))):
-            square = patchify((guess - target) ** 2, patch).mean(-1)                                                 # (B, N)
-            error = error + (weights[i].to(square)[:, None] * square if i < len(weights) else square)
-        if m is None or all_scored or m.keep.shape[1] == m.n:
+        error = denoising_error(out, z, n, t, schedule, predict, patch, weighting)          # (B, N)
+        if m is None or all_scored or m.keep.shape[1] == m.N:
             return error.mean()
-        loss = error.gather(1, m.keep).mean()                                   # [MaskDM] visible tokens only, divided by K
+        loss = visible_mean(error, m)                               # [MaskDM] divided by K
         if recon:
-            loss = loss + recon * hidden_mean(token_error(out, z, n, t, schedule, patch, recon_target), m)    # [MaskDiT] lambda = 0.1
+            guessed = token_error(out, z, n, t, schedule, patch, recon_target)              # (B, N)
+            loss = loss + recon * hidden_mean(guessed, m)           # [MaskDiT] lambda = 0.1
         return loss
 
     return objective
 
 
-def build_reconstruction(schedule, predict, patch, weighting="plain", recon=0.0, recon_target="clean", all_scored=False):
-    """-> objective(out, z, n, t, m), the mean over hidden tokens of |out - patch|^2: all that is left without noise. [LMD]
+def build_reconstruction(
+    schedule,              # gives the targets
+    predict,               # not used: there is nothing to predict but the patches
+    patch,                 # side of a token
+    weighting="plain",     # not used: there is one term
+    recon=0.0,             # not used: its weight is 1
+    recon_target="clean",  # a name in RECON_TARGETS
+    all_scored=False,      # not used: visible tokens are never scored
+):
+    """Reconstruct hidden patches, without noise and time. [LMD]
 
-    The first arguments are build_objective's; there is nothing to predict or to weigh but the patches. m hides something, always."""
-    return lambda out, z, n, t, m: hidden_mean(token_error(out, z, n, t, schedule, patch, recon_target), m)
+    -> objective(out, z, n, t, m), the mean over hidden tokens of |out - patch|^2. m always
+    hides something. The arguments are those of build_objective."""
+
+    def objective(out, z, n, t, m):
+        return hidden_mean(token_error(out, z, n, t, schedule, patch, recon_target), m)     # [LMD]
+
+    return objective
 
 
 OBJECTIVES = {"denoise": build_objective, "reconstruct": build_reconstruction}
+
+
+# --- the picture --------------------------------------------------------------------------
+
+def draw_terms(side=160, seed=0):
+    """The picture of `python losses.py`: both terms of the loss, token by token.
+
+    There is no network here. A blur stands in for it: each pixel of `out` is a mean of the
+    visible pixels around it. Like MaskDiT's decoder, it has an answer at every token.
+    side: pixels of a picture, a multiple of 16. seed: which face and masks. -> PIL image"""
+    cells, patch, recon = 16, side // 16, 0.1                                   # a 16 x 16 grid
+    schedule, generator = SCHEDULES["ddm"], torch.Generator().manual_seed(seed)
+    z = to_float(draw_faces(1, side, seed).pixels)                                    # (1, 3, H, W)
+    n, t = schedule.noise(z, generator), torch.tensor([0.1], dtype=torch.float64)
+    zt = schedule.corrupt(z, n, t)
+    objective = build_objective(schedule, "x0", patch, recon=recon)
+    rows = []
+    for ratio in (0.25, 0.5, 0.75, 0.9):
+        m = draw("patch", 1, cells, cells, ratio, generator)
+        flags = m.visible[:, :, None].expand(-1, -1, patch ** 2).float()
+        visible = unpatchify(flags, patch, cells, cells)                              # (1, 1, H, W)
+        out = blur_visible(zt, visible)
+        first = denoising_error(out, z, n, t, schedule, "x0", patch)                        # (1, N)
+        second = token_error(out, z, n, t, schedule, patch, "clean")                        # (1, N)
+        terms = f"{visible_mean(first, m):.3f} + {recon} x {hidden_mean(second, m):.3f}"
+        title = f"mask ratio {ratio}\n\nL = {terms}\n   = {objective(out, z, n, t, m):.3f}"
+        seen = torch.where(visible > 0, zt, 0.8)                                # hidden: grey
+        pictures = [to_uint8(x)[0] for x in (z, zt, seen, out)]
+        pictures += [draw_errors(first, m.visible, side), draw_errors(second, ~m.visible, side)]
+        rows.append((title, pictures))
+    titles = [
+        "clean image",
+        "noisy image\n(ddm, t = 0.1)",
+        "what the network sees:\nvisible tokens",
+        "out: a guess of the image\n(a blur stands in)",
+        "1. score matching: error of\nvisible tokens, white (0) to\nred (0.2); grey: not scored",
+        "2. reconstruction: error of\nhidden tokens, white (0) to\nred (0.2); grey: not scored",
+    ]
+    return draw_sheet(rows, titles)
+
+
+def blur_visible(x, visible):
+    """A mean of the visible pixels around each pixel, mostly of the nearest ones.
+
+    x (B, C, H, W), visible (B, 1, H, W), 1 where seen and 0 elsewhere -> (B, C, H, W)"""
+    weighted, weight = x * visible, visible
+    total = norm = 0
+    for radius, share in ((2, 1.0), (8, 0.01), (24, 1e-4)):
+        for _ in range(2):
+            weighted = F.avg_pool2d(weighted, 2 * radius + 1, 1, radius)
+            weight = F.avg_pool2d(weight, 2 * radius + 1, 1, radius)
+        total, norm = total + share * weighted, norm + share * weight
+    return total / norm.clamp(min=1e-9)
+
+
+def draw_errors(error, counted, side, largest=0.2):
+    """Errors of one image's tokens, white (0) to red (`largest`); grey where not counted.
+
+    error, counted (1, N) -> uint8 (3, side, side)"""
+    shade = (error / largest).clamp(0, 1)
+    colours = torch.stack([torch.ones_like(shade), 1 - shade, 1 - shade], 1)             # (1, 3, N)
+    colours = torch.where(counted[:, None], colours, 0.8)
+    cells = math.isqrt(error.shape[1])
+    tiles = F.interpolate(colours.view(1, 3, cells, cells), size=(side, side))
+    return (255 * tiles[0]).to(torch.uint8)
+
+
+if __name__ == "__main__":
+    from plumbing.console import run_picture_command
+    run_picture_command("Draw both terms of the loss on one image.", draw_terms,
+                        "losses.png", seed=(0, "which face, noise and masks"))

@@ -12,16 +12,16 @@ need the same two decisions:
     which      score = POLICIES[name](rand, B, h, w, block)   a *mask policy*, (B, N)
                the K lowest scores stay visible
 
-Every image of a batch keeps the same number K, so shapes are static and there is no padding.
-Each image has its own places. A mask is a value: it is drawn here, outside of the model, and
-handed to the model and to the loss.
+Every image of a batch keeps the same number K, so shapes are static without any padding.
+Each image has its own places. A mask is a value: it is drawn here, outside of the model,
+and handed to the model and to the loss.
 
-    m = draw("patch", B, h, w, ratio=0.9, generator=g)     # None when nothing is hidden
-    seen = m.gather(u)                                     # (B, N, D) -> (B, K, D)
-    back = m.scatter(seen)                                 # (B, K, D) -> (B, N, D), zero if hidden
+    m = draw("patch", B, h, w, ratio=0.9, generator=g)   # None when nothing is hidden
+    seen = m.gather(u)                                   # (B, N, D) -> (B, K, D)
+    back = m.scatter(seen)                               # (B, K, D) -> (B, N, D), hidden: 0
 
-Shapes: B batch, C channels, h x w token grid, N = h w tokens, K visible tokens, D width of a
-token, p patch side, P = p p C values per patch; u tokens (B, N, D).
+Shapes: B batch, C channels, h x w token grid, N = h w tokens, K visible tokens, D width of
+a token, p patch side, P = p p C values per patch; u tokens (B, N, D).
 Run `python mask.py` to see every policy and every ratio schedule in one picture.
 """
 import math
@@ -35,10 +35,10 @@ from plumbing.faces import draw_faces
 from plumbing.sheets import draw_plot, draw_sheet
 
 
-# --- images <-> tokens ---------------------------------------------------------------------
+# --- images <-> tokens --------------------------------------------------------------------
 
 def patchify(x, p):
-    """Cut an image into tokens, row by row; inside a token the order is (row, column, channel).
+    """Cut an image into tokens row by row; inside a token: by row, column, channel.
 
     x (B, C, h p, w p) -> u (B, N, P)"""
     return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
@@ -51,7 +51,7 @@ def unpatchify(u, p, h, w):
     return rearrange(u, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=h, w=w)
 
 
-# --- the mask ------------------------------------------------------------------------------
+# --- the mask -----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Mask:
@@ -86,9 +86,9 @@ class Mask:
 def visible_count(N, ratio):
     """How many of N tokens stay visible at a mask ratio in [0, 1) -> K; ValueError outside.
 
-    It is rounded once, from the ratio that was asked for. The released MaskDM rounds twice in
-    block masking and calls 87.5 % "90 %". Others truncate: int(400 * (1 - .9)) is 39, because
-    1 - .9 is a little less than a tenth in binary."""
+    It is rounded once, from the ratio that was asked for. The released MaskDM rounds twice
+    in block masking and calls 87.5 % "90 %". Others truncate: int(400 * (1 - .9)) is 39,
+    because 1 - .9 is a little less than a tenth in binary."""
     if not 0 <= ratio < 1:
         raise ValueError(f"mask ratio {ratio} is not in [0, 1)")
     return max(1, round(N * (1 - ratio)))
@@ -103,18 +103,18 @@ def draw(
     generator=None,  # the mask is a function of its state alone and lives on its device
     block=4,         # side of the squares of the policy "block", in tokens
 ):
-    """Draw a mask for B images on an h x w token grid -> Mask, or None when nothing is hidden."""
+    """Draw a mask for B images of h x w tokens -> Mask, or None when nothing is hidden."""
     K = visible_count(h * w, ratio)
     if K == h * w:
         return None
     device = generator.device if generator is not None else "cpu"
     rand = partial(torch.rand, generator=generator, device=device)
-    score = POLICIES[policy](rand, B, h, w, block)                                         # (B, N)
-    keep = score.topk(K, largest=False, sorted=False).indices.sort().values                # (B, K)
+    score = POLICIES[policy](rand, B, h, w, block)                                          # (B, N)
+    keep = score.topk(K, largest=False, sorted=False).indices.sort().values                 # (B, K)
     return Mask(keep, h * w)
 
 
-# --- which: policies. score(rand, B, h, w, block) -> (B, N), the K lowest stay visible ------
+# --- which: policies. score(rand, B, h, w, block) -> (B, N), the K lowest stay visible ----
 
 def patch_score(rand, B, h, w, block):
     """Each token is hidden by itself, uniformly at random. [MaskDM, MaskDiT]"""
@@ -128,7 +128,7 @@ def block_score(rand, B, h, w, block):
     rows, columns = math.ceil(h / block), math.ceil(w / block)
     order = rand(B, rows * columns).argsort(1).float()      # whole numbers: the turn of each square
     order = order.view(B, rows, columns)                                        # (B, rows, columns)
-    order = order.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w]    # (B, h, w)
+    order = order.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w]     # (B, h, w)
     return order.flatten(1) + rand(B, h * w)                # plus [0, 1): the turn inside a square
 
 
@@ -138,17 +138,18 @@ def crop_score(rand, B, h, w, block):
     The window sits uniformly at random inside the image. A token's score is the side of the
     smallest window that holds it, so the K lowest are a square of any size that K asks for.
     The last ring of the window may be incomplete."""
-    row_side = _smallest_window(rand(B, 1, 1), h, max(h, w))                               # (B, h)
-    column_side = _smallest_window(rand(B, 1, 1), w, max(h, w))                            # (B, w)
-    side = torch.maximum(row_side[:, :, None], column_side[:, None, :])                 # (B, h, w)
+    row_side = _smallest_window(rand(B, 1, 1), h, max(h, w))                                # (B, h)
+    column_side = _smallest_window(rand(B, 1, 1), w, max(h, w))                             # (B, w)
+    side = torch.maximum(row_side[:, :, None], column_side[:, None, :])                  # (B, h, w)
     return side.flatten(1) + rand(B, h * w)
 
 
 def _smallest_window(place, length, largest):
     """For each of `length` places the side of the smallest window that holds it.
 
-    The windows of one image have sides 1, 2, ... and start at floor(place (length - side + 1)).
-    place (B, 1, 1) in [0, 1) is fixed, so each window holds the one before it. -> (B, length)"""
+    The windows of an image have sides 1, 2, ... and start at
+    floor(place (length - side + 1)). place (B, 1, 1) in [0, 1) is fixed, so each window
+    holds the one before it. -> (B, length)"""
     side = torch.arange(1, largest + 1, device=place.device)[None, :, None]           # (1, side, 1)
     start = (place * (length - side + 1).clamp(min=1)).floor()                        # (B, side, 1)
     index = torch.arange(length, device=place.device)
@@ -159,8 +160,8 @@ def _smallest_window(place, length, largest):
 POLICIES = {"patch": patch_score, "block": block_score, "crop": crop_score}
 
 
-# --- how many: ratio schedules. ratio(progress, lo, hi), progress of the training in [0, 1] ---
-# Each starts at lo, ends at hi and is monotone.
+# --- how many: ratio schedules. schedule(progress, lo, hi) -> ratio -----------------------
+# progress in [0, 1] is that of the training. Each starts at lo, ends at hi and is monotone.
 
 RAMP = 2 / 3                        # [LMD] the ramp ends here, then the ratio stays at hi
 
@@ -187,8 +188,8 @@ def linear_ratio(progress, lo, hi):
 def piecewise_ratio(progress, lo, hi):
     """Rise, hold, rise, hold, each for a sixth to a third of the run. [LMD]
 
-    Through (0, lo), (1/6, mid), (1/3, mid), (2/3, hi): .15, .40, .75 in the paper's setting.
-    The released code multiplies the second slope by progress instead of progress - 1/3: its
+    Through (0, lo), (1/6, mid), (1/3, mid), (2/3, hi): .15, .40, .75 in the paper. The
+    released code multiplies the second slope by progress instead of progress - 1/3: its
     ratio jumps at 1/3 and reaches 1.10."""
     mid = interpolate(lo, hi, (0.40 - 0.15) / (0.75 - 0.15))
     if progress < 1 / 3:
@@ -207,9 +208,9 @@ def cosine_ratio(progress, lo, hi, shift=0.008):
 
 
 def cosine4_ratio(progress, lo, hi):
-    """A fourth power of a cosine over the whole run, made for a ratio that falls to 0. [MaskDiT]
+    """A fourth power of a cosine over the whole run, for a ratio that falls to 0. [MaskDiT]
 
-    r = hi + (lo - hi) cos^4(pi progress / 2); the paper's unmasking has lo = .5 and hi = 0."""
+    r = hi + (lo - hi) cos^4(pi progress / 2); the paper has lo = .5 and hi = 0."""
     return interpolate(lo, hi, 1 - math.cos(math.pi / 2 * progress) ** 4)       # [MaskDiT]
 
 
@@ -232,11 +233,11 @@ def ratio_at(
     levels=8,    # how many values the staircase has at most
     share=None,  # the progress in (0, 1] at which hi is reached; None: RAMP_END[ramp]
 ):
-    """The ratio that training uses: RATIOS[ramp] on a staircase of a few values from lo to hi.
+    """The ratio that training uses: RATIOS[ramp] on a staircase of a few values.
 
     Each distinct ratio is a distinct token count, so a distinct compilation and a distinct
-    speed: eight are enough to follow a curve and few enough to compile. The first value is lo
-    and the last is hi, exactly. -> ratio in [0, 1)"""
+    speed: eight are enough to follow a curve and few enough to compile. The first value is
+    lo and the last is hi, exactly. -> ratio in [0, 1)"""
     if share is None:
         progress = min(max(progress, 0.0), 1.0)
     else:
@@ -248,15 +249,15 @@ def ratio_at(
     return interpolate(lo, hi, level / (levels - 1))
 
 
-# --- the picture ---------------------------------------------------------------------------
+# --- the picture --------------------------------------------------------------------------
 
 def draw_policies(side=176, seed=0):
     """The picture of `python mask.py`: one row per policy, one plot per ratio schedule.
 
-    side: pixels of a picture, a multiple of 16. seed: which face, which masks. -> PIL image"""
+    side: pixels of a picture, a multiple of 16. seed: which face and masks. -> PIL image"""
     ratios, cells = [0.0, 0.25, 0.5, 0.75, 0.9], 16                             # a 16 x 16 grid
     p = side // cells
-    u = patchify(draw_faces(1, side, seed).pixels, p)                                   # (1, N, P)
+    u = patchify(draw_faces(1, side, seed).pixels, p)                                    # (1, N, P)
     hidden = torch.full((u.shape[2],), 235, dtype=torch.uint8)                  # light grey
     rows = []
     for policy in POLICIES:
