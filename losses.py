@@ -3,8 +3,8 @@
 The idea. Score matching regresses the noise (or the image) in every patch. If only K
 patches went through the network, only K patches have an answer. So only those are scored
 (MaskDM, arXiv 2306.11363), and the sum is divided by K: the scale of the loss does not
-depend on the mask ratio. With a decoder (MaskDiT, 2306.09305) hidden patches have an answer too, and
-guessing them from their neighbours is a second task:
+depend on the mask ratio. With a decoder (MaskDiT, 2306.09305) hidden patches have an
+answer, too. To guess them from their neighbours is a second task:
 
     L = mean over visible tokens of  sum_f w_f(t) |out_f - target_f|^2
       + lambda mean over hidden tokens of  |out - patch|^2

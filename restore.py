@@ -55,7 +55,7 @@ def draw_masks(loaded, n, ratio, seed=0, policy="patch", block=4):
 
 def mask_rows(m, lo, hi, device):
     """Images lo ... hi of a Mask, on a device."""
-    return Mask(m.keep[lo:hi].to(device), m.n)
+    return Mask(m.keep[lo:hi].to(device), m.N)
 
 
 def hidden_pixels(m, side, square):

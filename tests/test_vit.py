@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from mask import draw
 from schedules import SCHEDULES
-from vit import ECONOMIES, MODELS, Block, ViT, attend, positions, route_span
+from vit import ECONOMIES, MODELS, Block, ViT, attend, positions, route_span, trace_tokens
 
 VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2), "skips+decoder": dict(skips=True, decoder=1),
             "classes": dict(classes=3), "condition": dict(cond_channels=2), "recompute": dict(checkpoint_blocks=True)}
@@ -118,18 +118,40 @@ def test_the_route_leaves_the_first_two_and_the_last_three_blocks_to_all_tokens(
 
 @pytest.mark.parametrize("name", ECONOMIES)
 @pytest.mark.parametrize("decoder", [0, 1])
-def test_unmasked_all_economies_but_the_mixer_are_one_network(name, decoder):
-    """m = None is the plain network bit for bit; the mixer's economy is that of a network with its mixer."""
-    net = awake(economy=name, decoder=decoder)
+def test_unmasked_an_economy_without_parameters_is_the_plain_network_and_its_parameters_matter(name, decoder):
+    """m = None is the plain network bit for bit, unless the economy owns parameters: then each of them has a say."""
+    net, plain = awake(economy=name, decoder=decoder), awake(decoder=decoder)
     zt, t, _, _ = inputs(net)
-    if net.mixer is None:
-        plain = awake(decoder=decoder)
+    own = [key for key in net.state_dict() if key not in plain.state_dict()]
+    if not own:
         plain.load_state_dict(net.state_dict())
         assert torch.equal(net(zt, t), plain(zt, t))
-    else:
+    for key in own:
         before = net(zt, t)
-        torch.nn.init.normal_(net.mixer[0].ada.bias)
-        assert not torch.allclose(before, net(zt, t))
+        torch.nn.init.normal_(net.get_parameter(key))
+        assert not torch.equal(before, net(zt, t)), key
+
+
+@pytest.mark.parametrize("name", ECONOMIES)
+def test_an_economy_builds_its_own_parameters_and_the_network_adds_none_for_it(name):
+    """And it describes itself in one line, which --help and the picture show."""
+    net, plain, economy = awake(economy=name), awake(), ECONOMIES[name]
+    parts = economy.build_parts(3, 32, 32)
+    assert {key.partition(".")[0] for key in net.state_dict()} == {key.partition(".")[0] for key in plain.state_dict()} | set(parts)
+    assert type(economy).__doc__ and len(type(economy).__doc__.splitlines()[0]) <= 100
+
+
+@pytest.mark.parametrize("name", ECONOMIES)
+def test_the_picture_shows_what_the_network_does(name):
+    """Of the blocks named in the picture, each is given as many tokens as the picture says."""
+    m = draw("patch", 1, 4, 4, 0.5, torch.Generator().manual_seed(0))
+    counts = trace_tokens(m, 4, 4, depth=6, decoder=1, economy=name)
+    assert counts["decoder[0]"] == 16 and set(counts.values()) == {8, 16}
+    i, j = route_span(6)
+    if name == "route":
+        assert [counts[f"blocks[{k}]"] for k in range(6)] == [8 if i <= k < j else 16 for k in range(6)]
+    else:
+        assert {counts[f"blocks[{k}]"] for k in range(6)} == {8}
 
 
 @dropping
