@@ -36,7 +36,7 @@ import torch
 
 from plumbing.faces import draw_faces
 from plumbing.images import to_float, to_uint8
-from plumbing.sheets import draw_plot, draw_sheet
+from plumbing.sheets import draw_plot, draw_sheet, to_picture
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,7 @@ SCHEDULES = {
 
 # --- the picture --------------------------------------------------------------------------
 
-def draw_schedules(side=104, columns=6, seed=0):
+def draw_schedules(side=52, columns=6, seed=0):
     """The picture of `python schedules.py`: along each schedule a face, and its curves.
 
     Schedules with the same a and b share a row. side: pixels of a picture. columns: how
@@ -415,7 +415,8 @@ def draw_schedules(side=104, columns=6, seed=0):
         z, n = x0.expand(columns, -1, -1, -1), schedule.noise(x0, generator)
         xt = schedule.corrupt(z, n.expand(columns, -1, -1, -1), t)
         xt = xt * per_image(schedule.input_scale(t).clamp(max=1), xt)           # tames edm's 80
-        rows.append((name, [*to_uint8(xt), *draw_curves(schedule, 2 * side, side)]))
+        pictures = [to_picture(image, zoom=2) for image in to_uint8(xt)]
+        rows.append((name, [*pictures, *draw_curves(schedule, 4 * side, 2 * side)]))
     titles = [f"t = {time:.3g}" for time in t.tolist()]
     titles += ["image's share a (blue), noise b (red)", "ln(a^2 / b^2), cut at 10"]
     return draw_sheet(rows, titles)

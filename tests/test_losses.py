@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from plumbing.faces import draw_faces
-from losses import RECON_TARGETS, WEIGHTS, build_objective, build_reconstruction, normalise_patches
+from losses import (OBJECTIVES, RECON_TARGETS, WEIGHTS, build_objective, build_reconstruction,
+                    normalise_patches)
 from mask import Mask, draw, patchify, unpatchify
 from schedules import PREDICTIONS, SCHEDULES, times
 from vit import ViT
@@ -240,3 +241,12 @@ def test_the_objective_of_reconstruction_does_not_look_at_visible_targets():
     other = unpatchify(torch.where(m.visible[:, :, None], 99.0, patchify(z, 2)), 2, 4, 4)
     objective = build_reconstruction(schedule, "x0", 2)
     assert torch.equal(objective(out, z, n, t, m), objective(out, other, n, t, m))
+
+
+# --- descriptions --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("registry", [WEIGHTS, RECON_TARGETS, OBJECTIVES])
+def test_every_entry_describes_itself_in_one_line(registry):
+    """So that --help takes it from here."""
+    for name, entry in registry.items():
+        assert 10 < len(entry.__doc__.splitlines()[0]) <= 100, name

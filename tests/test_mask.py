@@ -170,3 +170,10 @@ def test_a_mask_is_a_value():
     m = Mask(torch.tensor([[0, 2]]), 3)
     with pytest.raises(AttributeError):
         m.N = 4
+
+
+@pytest.mark.parametrize("registry", [POLICIES, RATIOS])
+def test_every_entry_describes_itself_in_one_line(registry):
+    """So that --help takes it from here."""
+    for name, entry in registry.items():
+        assert 10 < len(entry.__doc__.splitlines()[0]) <= 100, name

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from schedules import PREDICTIONS, SCHEDULES, T_MIN, TIMES, times
+from schedules import PREDICTIONS, SCHEDULES, T_MIN, TIMES, _fade, times
 
 f64 = torch.float64
 every = pytest.mark.parametrize("name", SCHEDULES)
@@ -35,6 +35,24 @@ def test_time_0_is_the_image_and_noise_only_grows(name):
     snr = 2 * (a[1:].log() - b[1:].log())
     assert (snr.diff() < 0).all()
     assert all(e(t_(0.0)).abs() < 1e-15 and e(t_(1.0)).abs() < 1e-15 for e in schedule.slopes)
+
+
+@pytest.mark.parametrize("f", [lambda t: torch.exp(-t), lambda t: -t ** 3, lambda t: 7 - 2 * t.sqrt(), lambda t: torch.cos(3 * t)])
+def test_any_falling_function_is_an_attenuation(f):
+    """(f(t) - f(1)) / (f(0) - f(1)): one expression is a schedule, and one that goes from 1 to 0 stays as it is, bit for bit."""
+    t = torch.linspace(0, 1, 1001, dtype=f64)
+    a = _fade(f, doc="").a(t)
+    assert a[0] == 1 and a[-1] == 0 and (a.diff() < 0).all()
+    assert torch.allclose(a, (f(t) - f(t_(1.0))) / (f(t_(0.0)) - f(t_(1.0))))
+    assert torch.equal(SCHEDULES["ddm"].a(t), 1 - t) and torch.equal(SCHEDULES["ddm-square"].a(t), 1 - t ** 2)
+
+
+@pytest.mark.parametrize("registry", [SCHEDULES, PREDICTIONS, TIMES])
+def test_every_entry_describes_itself_in_one_line(registry):
+    """So that --help takes it from here."""
+    for name, entry in registry.items():
+        line = (getattr(entry, "doc", None) or entry.__doc__ or "").strip().splitlines()[0]
+        assert 10 < len(line) <= 100, name
 
 
 @every

@@ -141,7 +141,7 @@ def test_an_economy_builds_its_own_parameters_and_the_network_adds_none_for_it(n
     assert type(economy).__doc__ and len(type(economy).__doc__.splitlines()[0]) <= 100
 
 
-@pytest.mark.parametrize("name", ECONOMIES)
+@pytest.mark.parametrize("name", ["drop", "route", "defer"])
 def test_the_picture_shows_what_the_network_does(name):
     """Of the blocks named in the picture, each is given as many tokens as the picture says."""
     m = draw("patch", 1, 4, 4, 0.5, torch.Generator().manual_seed(0))
