@@ -192,10 +192,13 @@ def draw_terms(side=160, seed=0):
     There is no network here. A blur stands in for it: each pixel of `out` is a mean of the
     visible pixels around it. Like MaskDiT's decoder, it has an answer at every token.
     side: pixels of a picture, a multiple of 16. seed: which face and masks. -> PIL image"""
-    cells, patch, recon = 16, side // 16, 0.1                                   # a 16 x 16 grid
-    schedule, generator = SCHEDULES["ddm"], torch.Generator().manual_seed(seed)
+    cells, patch = 16, side // 16                                               # a 16 x 16 grid
+    schedule = SCHEDULES["ddm"]
+    recon = 0.1
+    generator = torch.Generator().manual_seed(seed)
     z = to_float(draw_faces(1, side, seed).pixels)                                    # (1, 3, H, W)
-    n, t = schedule.noise(z, generator), torch.tensor([0.1], dtype=torch.float64)
+    n = schedule.noise(z, generator)
+    t = torch.tensor([0.1], dtype=torch.float64)
     zt = schedule.corrupt(z, n, t)
     objective = build_objective(schedule, "x0", patch, recon=recon)
     rows = []

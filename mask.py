@@ -154,7 +154,7 @@ def _smallest_window(place, length, largest):
     start = (place * (length - side + 1).clamp(min=1)).floor()                        # (B, side, 1)
     index = torch.arange(length, device=place.device)
     inside = (index >= start) & (index < start + side)                           # (B, side, length)
-    return (~inside).sum(1)                                                           # (B, length)
+    return (~inside).sum(1)                                                            # (B, length)
 
 
 POLICIES = {"patch": patch_score, "block": block_score, "crop": crop_score}
@@ -255,8 +255,8 @@ def draw_policies(side=176, seed=0):
     """The picture of `python mask.py`: one row per policy, one plot per ratio schedule.
 
     side: pixels of a picture, a multiple of 16. seed: which face and masks. -> PIL image"""
-    ratios, cells = [0.0, 0.25, 0.5, 0.75, 0.9], 16                             # a 16 x 16 grid
-    p = side // cells
+    ratios = [0.0, 0.25, 0.5, 0.75, 0.9]
+    cells, p = 16, side // 16                                                   # a 16 x 16 grid
     u = patchify(draw_faces(1, side, seed).pixels, p)                                    # (1, N, P)
     hidden = torch.full((u.shape[2],), 235, dtype=torch.uint8)                  # light grey
     rows = []

@@ -242,13 +242,15 @@ class ViT(nn.Module):
         economy="drop",           # a name in ECONOMIES
     ):
         super().__init__()
-        self.schedule, self.p, self.width = schedule, patch, width
+        self.schedule = schedule
+        self.p, self.width = patch, width
         self.checkpoint_blocks = checkpoint_blocks
         # The order of the layers is the order of their random weights: it must stay.
         self.economy = ECONOMIES[economy]
         for name, part in self.economy.build_parts(depth, width, decoder_width).items():
             setattr(self, name, part)
-        area, first = patch * patch, self.economy.embed_width(width, decoder_width)
+        first = self.economy.embed_width(width, decoder_width)
+        area = patch * patch
         self.embed = nn.Linear(area * channels, first)
         self.embed_cond = None
         if cond_channels:

@@ -1,4 +1,6 @@
-"""Laws of the objective: hidden tokens are not denoised, visible ones not reconstructed, the scale does not know the ratio."""
+"""Laws of the objective: hidden tokens are not denoised, visible ones not reconstructed.
+
+The scale does not know the ratio."""
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,8 @@ from schedules import PREDICTIONS, SCHEDULES, times
 from vit import ViT
 from plumbing.images import to_float
 
-every_schedule, every_prediction = pytest.mark.parametrize("name", SCHEDULES), pytest.mark.parametrize("predict", PREDICTIONS)
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+every_prediction = pytest.mark.parametrize("predict", PREDICTIONS)
 
 
 def scene(schedule, predict, ratio=0.6, seed=0):
@@ -48,7 +51,8 @@ def test_score_matching_is_the_mean_over_visible_tokens(name, predict):
     for weighting in WEIGHTS if predict == "both" else ["plain"]:
         loss = build_objective(schedule, predict, 2, weighting)(out, z, n, t, m)
         assert loss.dtype == torch.float32
-        assert loss.item() == pytest.approx(brute_force(schedule, predict, weighting, out, z, n, t, m).item(), rel=1e-4)
+        expected = brute_force(schedule, predict, weighting, out, z, n, t, m).item()
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 @every_schedule
@@ -88,37 +92,48 @@ def test_the_released_target_is_the_noisy_patch_normalised():
     alone = build_objective(schedule, "unit", 2)(out, z, n, t, m)
     noisy = patchify(schedule.corrupt(z, n, t), 2)
     noisy = (noisy - noisy.mean(-1, keepdim=True)) / noisy.std(-1, keepdim=True)
-    assert (both - alone).item() == pytest.approx(((patchify(out, 2) - noisy) ** 2)[~m.visible].mean().item(), rel=1e-3)
+    expected = ((patchify(out, 2) - noisy) ** 2)[~m.visible].mean()
+    assert (both - alone).item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("target", RECON_TARGETS)
 def test_reconstruction_reads_the_raw_output_and_not_the_preconditioned_one(target):
-    """What sigma is cannot matter but through the target: the same output and target cost the same in every schedule. Through EDM's
-    c_skip x_t, the released reading, the noisy patch would be part of the prediction."""
+    """What sigma is cannot matter but through the target.
+
+    The same output and target cost the same in every schedule. Through EDM's c_skip x_t,
+    the released reading, the noisy patch would be part of the prediction."""
     losses = []
     for name in ("edm", "flow"):
         schedule = replace(SCHEDULES[name], data_std=0.5)
         out, z, n, t, m = scene(schedule, "unit")
-        at = schedule.time_at(torch.full((4,), 0.7, dtype=torch.float64))       # one angle, two schedules: x_t differs by a factor, which
-        both = build_objective(schedule, "unit", 2, recon=1.0, recon_target=target)(out, z, n, at, m)           # per-patch normalisation removes
+        # One angle, two schedules: x_t differs by a factor, which normalisation removes.
+        at = schedule.time_at(torch.full((4,), 0.7, dtype=torch.float64))
+        with_recon = build_objective(schedule, "unit", 2, recon=1.0, recon_target=target)
+        both = with_recon(out, z, n, at, m)
         losses.append((both - build_objective(schedule, "unit", 2)(out, z, n, at, m)).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_whole_of_maskdits_loss_is_as_published_with_the_raw_output_in_place_of_d():
-    """[MaskDiT 1.3 to 1.6] w = (s^2 + sd^2) / (s sd)^2 on |D - y|^2 over visible tokens, plus 0.1 |F - T|^2 over hidden ones, from EDM's formulas."""
+    """[MaskDiT 1.3 to 1.6] from EDM's formulas.
+
+    w = (s^2 + sd^2) / (s sd)^2 on |D - y|^2 over visible tokens, plus 0.1 |F - T|^2 over
+    hidden ones."""
     sd = 0.5
     schedule = replace(SCHEDULES["edm"], data_std=sd)
     F, y, n, _, m = scene(schedule, "unit")
     sigma = torch.tensor([0.05, 0.3, 1.0, 20.0], dtype=torch.float64)
-    loss = build_objective(schedule, "unit", 2, recon=0.1, recon_target="noisy")(F, y, n, (sigma / 80) ** (1 / 7), m)
+    objective = build_objective(schedule, "unit", 2, recon=0.1, recon_target="noisy")
+    loss = objective(F, y, n, (sigma / 80) ** (1 / 7), m)
     s = sigma.view(4, 1, 1, 1)
     x = y + s * n
     D = sd ** 2 / (s ** 2 + sd ** 2) * x + s * sd / (s ** 2 + sd ** 2).sqrt() * F
     e = patchify((s ** 2 + sd ** 2) / (s * sd) ** 2 * (D - y) ** 2, 2).mean(-1)
     P = patchify(x, 2)
     T = (P - P.mean(-1, keepdim=True)) / (P.var(-1, keepdim=True) + 1e-6).sqrt()
-    assert loss.item() == pytest.approx((e[m.visible].mean() + 0.1 * ((patchify(F, 2) - T) ** 2).mean(-1)[~m.visible].mean()).item(), rel=1e-4)
+    hidden = ((patchify(F, 2) - T) ** 2).mean(-1)[~m.visible]
+    expected = e[m.visible].mean() + 0.1 * hidden.mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @every_prediction
@@ -138,18 +153,23 @@ def test_all_tokens_are_scored_where_the_economy_says_so(predict):
 def test_without_hidden_tokens_the_reconstruction_is_absent(predict, target):
     schedule = SCHEDULES["ddm"]
     out, z, n, t, _ = scene(schedule, predict)
-    with_recon = build_objective(schedule, predict, 2, recon=0.1, recon_target=target)(out, z, n, t, None)
-    assert torch.equal(with_recon, build_objective(schedule, predict, 2)(out, z, n, t, None)) and torch.isfinite(with_recon)
-    all_visible = Mask(torch.arange(16).expand(4, -1), 16)                      # (the release divides 0 by 0 at the end of its cosine ramp)
-    assert torch.equal(with_recon, build_objective(schedule, predict, 2, recon=0.1, recon_target=target)(out, z, n, t, all_visible))
+    plain = build_objective(schedule, predict, 2)
+    objective = build_objective(schedule, predict, 2, recon=0.1, recon_target=target)
+    with_recon = objective(out, z, n, t, None)
+    assert torch.equal(with_recon, plain(out, z, n, t, None)) and torch.isfinite(with_recon)
+    # (The release divides 0 by 0 at the end of its cosine ramp.)
+    all_visible = Mask(torch.arange(16).expand(4, -1), 16)
+    assert torch.equal(with_recon, objective(out, z, n, t, all_visible))
 
 
 @every_prediction
 def test_ratio_0_is_the_ordinary_denoising_loss(predict):
     schedule = SCHEDULES["ddm"]
     out, z, n, t, _ = scene(schedule, predict)
-    expected = sum(((o - w) ** 2).mean() for o, w in zip(out.split(2, 1), schedule.target(z, n, t, predict)))
-    assert build_objective(schedule, predict, 2)(out, z, n, t, None).item() == pytest.approx(expected.item(), rel=1e-5)
+    targets = schedule.target(z, n, t, predict)
+    expected = sum(((o - w) ** 2).mean() for o, w in zip(out.split(2, 1), targets))
+    loss = build_objective(schedule, predict, 2)(out, z, n, t, None)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @given(st.floats(0.1, 0.95))
@@ -158,15 +178,19 @@ def test_the_scale_does_not_depend_on_the_ratio(ratio):
     schedule = SCHEDULES["ddm"]
     out, z, n, t, m = scene(schedule, "eps", ratio)
     wrong = n + 0.3
-    assert build_objective(schedule, "eps", 2)(wrong, z, n, t, m).item() == pytest.approx(0.09, rel=1e-4)
+    loss = build_objective(schedule, "eps", 2)(wrong, z, n, t, m)
+    assert loss.item() == pytest.approx(0.09, rel=1e-4)
 
 
 def test_weights_are_applied_to_each_image_before_the_mean():
-    """The released DDM multiplies (B) by (B, 1) and means over the (B, B) product: every image then gets the average weight."""
+    """The released DDM multiplies (B) by (B, 1) and means over the (B, B) product.
+
+    Every image then gets the average weight."""
     schedule = SCHEDULES["ddm"]
     out, z, n, t, m = scene(schedule, "both")
     objective = build_objective(schedule, "both", 2, "ddm")
-    each = torch.stack([objective(out[b:b + 1], z[b:b + 1], n[b:b + 1], t[b:b + 1], None) for b in range(4)])
+    each = torch.stack([objective(out[b:b + 1], z[b:b + 1], n[b:b + 1], t[b:b + 1], None)
+                        for b in range(4)])
     assert objective(out, z, n, t, None).item() == pytest.approx(each.mean().item(), rel=1e-5)
     assert WEIGHTS["ddm"](torch.tensor([0.25]))[0].item() == 4
 
@@ -181,17 +205,21 @@ def test_a_perfect_prediction_costs_nothing():
         for predict in PREDICTIONS:
             out, z, n, t, m = scene(schedule, predict)
             perfect = torch.cat(schedule.target(z, n, t, predict), 1)
-            assert build_objective(schedule, predict, 2)(perfect, z, n, t, m).item() == 0, (name, predict)
+            loss = build_objective(schedule, predict, 2)(perfect, z, n, t, m)
+            assert loss.item() == 0, (name, predict)
 
 
 def test_two_heads_learn_different_things():
-    """One head twice would be no gain. Trained together for a moment, each is the better guess of the image where the other is poor: the
-    noise head, through (x_t - b eps) / a, while there is little noise, the image head when the image has nearly faded."""
+    """One head twice would be no gain. Trained for a moment, each is better somewhere.
+
+    The noise head guesses the image, through (x_t - b eps) / a, better while there is
+    little noise; the image head does when the image has nearly faded."""
     schedule, g = replace(SCHEDULES["ddm"], data_std=0.5), torch.Generator().manual_seed(0)
     x = to_float(draw_faces(256, 8, 0).pixels)
     torch.manual_seed(0)
     net = ViT(schedule, channels=3, heads_out=2, patch=4, width=64, depth=2, heads=2)
-    objective, optimizer = build_objective(schedule, "both", 4), torch.optim.AdamW(net.parameters(), lr=3e-3)
+    objective = build_objective(schedule, "both", 4)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     for _ in range(150):
         z = x[torch.randint(256, (64,), generator=g)]
         n, t = schedule.noise(z, g), times("uniform", schedule, 64, g)
@@ -211,16 +239,17 @@ def test_two_heads_learn_different_things():
     assert early[1] < 0.7 * early[0] and late[0] < 0.7 * late[1]
 
 
-# --- reconstruction alone ------------------------------------------------------------------------------------------------------------
+# --- reconstruction alone -----------------------------------------------------------------
 
 @every_schedule
 def test_at_time_zero_what_the_network_sees_is_the_image_bit_for_bit(name):
-    """So an objective without noise and time needs no other loop: any schedule at t = 0 is none."""
+    """So an objective without noise and time needs no other loop: t = 0 is none."""
     schedule = replace(SCHEDULES[name], data_std=0.5)
     z = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     t = times("zero", schedule, 4, torch.Generator().manual_seed(1))
     assert torch.equal(schedule.corrupt(z, schedule.noise(z), t), z)
-    assert (schedule.angle(t) == 0).all() and torch.equal(schedule.input_scale(t), torch.full((4,), 2.0, dtype=torch.float64))
+    twos = torch.full((4,), 2.0, dtype=torch.float64)
+    assert (schedule.angle(t) == 0).all() and torch.equal(schedule.input_scale(t), twos)
 
 
 def test_the_objective_of_reconstruction_is_the_mean_over_hidden_tokens_and_nothing_else():
@@ -230,7 +259,8 @@ def test_the_objective_of_reconstruction_is_the_mean_over_hidden_tokens_and_noth
     whitened = (patches - patches.mean(-1, keepdim=True)) / patches.std(-1, keepdim=True)
     for target, wanted in (("clean", patches / 0.5), ("whitened", whitened)):
         loss = build_reconstruction(schedule, "x0", 2, recon_target=target)(out, z, n, t, m)
-        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(((patchify(out, 2) - wanted) ** 2)[hidden].mean().item(), rel=1e-4)
+        expected = ((patchify(out, 2) - wanted) ** 2)[hidden].mean().item()
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-4)
         gradient = patchify(torch.autograd.grad(loss, out)[0], 2).abs().sum(-1)
         assert (gradient[~hidden] == 0).all() and (gradient[hidden] > 0).all()
 
@@ -243,7 +273,7 @@ def test_the_objective_of_reconstruction_does_not_look_at_visible_targets():
     assert torch.equal(objective(out, z, n, t, m), objective(out, other, n, t, m))
 
 
-# --- descriptions --------------------------------------------------------------------------
+# --- descriptions -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("registry", [WEIGHTS, RECON_TARGETS, OBJECTIVES])
 def test_every_entry_describes_itself_in_one_line(registry):

@@ -3,7 +3,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from mask import RAMP_END, POLICIES, RATIOS, Mask, draw, patchify, ratio_at, unpatchify, visible_count
+from mask import (POLICIES, RAMP_END, RATIOS, Mask, draw, patchify, ratio_at, unpatchify,
+                  visible_count)
 
 ratios = st.floats(0, 0.999)
 grids = st.integers(1, 9)
@@ -21,13 +22,15 @@ def test_unpatchify_inverts_patchify_and_a_token_is_ordered_row_column_channel(h
     assert u.shape == (2, h * w, p * p * C)
     assert torch.equal(unpatchify(u, p, h, w), x)
     row, column = h - 1, w - 1
-    brute = [x[1, c, row * p + i, column * p + j] for i in range(p) for j in range(p) for c in range(C)]
+    brute = [x[1, c, row * p + i, column * p + j]
+             for i in range(p) for j in range(p) for c in range(C)]
     assert torch.equal(u[1, row * w + column], torch.stack(brute))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @given(grids, grids, ratios, st.integers(1, 5), st.integers(0, 10))
-def test_every_row_has_exactly_the_stated_number_of_visible_tokens(policy, h, w, ratio, block, seed):
+def test_every_row_has_exactly_the_stated_number_of_visible_tokens(
+        policy, h, w, ratio, block, seed):
     m = draw(policy, 3, h, w, ratio, g(seed), block)
     K = max(1, round(h * w * (1 - ratio)))
     if K == h * w:
@@ -39,7 +42,9 @@ def test_every_row_has_exactly_the_stated_number_of_visible_tokens(policy, h, w,
     assert m.keep.min() >= 0 and m.keep.max() < h * w
 
 
-@pytest.mark.parametrize("n, ratio, K", [(256, 0.9, 26), (400, 0.9, 40), (64, 0.9, 6), (100, 0.8, 20), (256, 0.5, 128), (10, 0.999, 1), (7, 0.0, 7)])
+@pytest.mark.parametrize("n, ratio, K", [
+    (256, 0.9, 26), (400, 0.9, 40), (64, 0.9, 6), (100, 0.8, 20), (256, 0.5, 128), (10, 0.999, 1),
+    (7, 0.0, 7)])
 def test_counts_are_rounded_once(n, ratio, K):
     assert visible_count(n, ratio) == K
 
@@ -100,7 +105,7 @@ def test_crop_shows_one_square_window(side, k, seed):
 
 def test_the_crop_window_sits_uniformly():
     m = draw("crop", 12000, 5, 5, 1 - 9 / 25, g())
-    corner = m.keep[:, 0]                                        # first visible token: the top-left corner of the window
+    corner = m.keep[:, 0]                   # first visible token: the window's top-left corner
     counts = torch.stack([(corner == y * 5 + x).sum() for y in range(3) for x in range(3)])
     assert counts.sum() == 12000 and (counts - 12000 / 9).abs().max() < 5 * (12000 / 9) ** 0.5
 
@@ -115,13 +120,16 @@ def test_ratio_schedules_start_at_lo_end_at_hi_and_are_monotone_and_continuous(r
     sign = 1 if hi >= lo else -1
     steps = [sign * (b - a) for a, b in zip(r, r[1:])]
     assert min(steps) >= -1e-12
-    assert max(steps) <= 3 * abs(hi - lo) / 2000 + 1e-12         # Lipschitz: no jump (LMD's released piecewise jumps by .35)
+    # Lipschitz: no jump (LMD's released piecewise jumps by .35)
+    assert max(steps) <= 3 * abs(hi - lo) / 2000 + 1e-12
     assert all(0 <= v < 1 for v in r)
 
 
-@pytest.mark.parametrize("ramp, mean", [("linear", 0.5500), ("piecewise", 0.5542), ("cosine", 0.5516)])
+@pytest.mark.parametrize("ramp, mean", [
+    ("linear", 0.5500), ("piecewise", 0.5542), ("cosine", 0.5516)])
 def test_lmds_ramps_spend_the_published_share_of_tokens(ramp, mean):
-    assert sum(RATIOS[ramp]((i + 0.5) / 10000, 0.15, 0.75) for i in range(10000)) / 10000 == pytest.approx(mean, abs=1e-4)
+    ratios = [RATIOS[ramp]((i + 0.5) / 10000, 0.15, 0.75) for i in range(10000)]
+    assert sum(ratios) / 10000 == pytest.approx(mean, abs=1e-4)
 
 
 def test_piecewise_meets_its_knots():
@@ -147,13 +155,14 @@ def test_a_ramp_visits_at_most_eight_counts_and_reaches_both_ends(ramp, lo, hi, 
     assert min(sign * (b - a) for a, b in zip(used, used[1:])) >= -1e-12
 
 
-LMD = ["linear", "piecewise", "cosine"]                                         # the three schedules that the paper names
+LMD = ["linear", "piecewise", "cosine"]     # the three schedules that the paper names
 
 
 @pytest.mark.parametrize("ramp", LMD)
 def test_lmds_ramps_are_at_the_top_after_two_thirds_of_training_and_stay_there(ramp):
     used = [ratio_at(ramp, i / 900, 0.15, 0.75) for i in range(901)]
-    assert all(r == 0.75 for r in used[600:]) and used[450] < 0.75 and RATIOS[ramp](0.66, 0.15, 0.75) < 0.75
+    assert all(r == 0.75 for r in used[600:]) and used[450] < 0.75
+    assert RATIOS[ramp](0.66, 0.15, 0.75) < 0.75
 
 
 @pytest.mark.parametrize("ramp", RAMP_END)
@@ -161,8 +170,11 @@ def test_lmds_ramps_are_at_the_top_after_two_thirds_of_training_and_stay_there(r
 def test_a_share_stretches_a_ramp_and_changes_nothing_else(ramp, share):
     for i in range(101):
         u = i / 100
-        assert ratio_at(ramp, u * share, 0.15, 0.75, 1000, share) == pytest.approx(ratio_at(ramp, u * RAMP_END[ramp], 0.15, 0.75, 1000), abs=2e-3)
-    assert ratio_at(ramp, share, 0.15, 0.75, share=share) == ratio_at(ramp, 1, 0.15, 0.75, share=share) == 0.75
+        shared = ratio_at(ramp, u * share, 0.15, 0.75, 1000, share)
+        whole = ratio_at(ramp, u * RAMP_END[ramp], 0.15, 0.75, 1000)
+        assert shared == pytest.approx(whole, abs=2e-3)
+    assert ratio_at(ramp, share, 0.15, 0.75, share=share) == 0.75
+    assert ratio_at(ramp, 1, 0.15, 0.75, share=share) == 0.75
     assert ratio_at(ramp, 0.4 * share, 0.15, 0.75, share=share) < 0.75
 
 

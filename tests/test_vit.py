@@ -1,4 +1,6 @@
-"""Laws of the network: what is dropped cannot be seen, ratio 0 is the plain network, shapes depend on no flag."""
+"""Laws of the network: what is dropped cannot be seen, ratio 0 is the plain network.
+
+Shapes depend on no flag."""
 import itertools
 
 import pytest
@@ -9,19 +11,24 @@ from mask import draw
 from schedules import SCHEDULES
 from vit import ECONOMIES, MODELS, Block, ViT, attend, positions, route_span, trace_tokens
 
-VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2), "skips+decoder": dict(skips=True, decoder=1),
-            "classes": dict(classes=3), "condition": dict(cond_channels=2), "recompute": dict(checkpoint_blocks=True)}
+VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2),
+            "skips+decoder": dict(skips=True, decoder=1), "classes": dict(classes=3),
+            "condition": dict(cond_channels=2), "recompute": dict(checkpoint_blocks=True)}
 for name in [e for e in ECONOMIES if e != "drop"]:
-    VARIANTS |= {name: dict(economy=name), f"{name}+decoder": dict(economy=name, decoder=1), f"{name}+inputs": dict(economy=name, classes=3, cond_channels=2)}
+    VARIANTS |= {name: dict(economy=name), f"{name}+decoder": dict(economy=name, decoder=1),
+                 f"{name}+inputs": dict(economy=name, classes=3, cond_channels=2)}
 every = pytest.mark.parametrize("variant", VARIANTS)
-SEES_HIDDEN = [v for v, options in VARIANTS.items() if ECONOMIES[options.get("economy", "drop")].hidden_seen]
-dropping, taking_part = (pytest.mark.parametrize("variant", [v for v in VARIANTS if (v in SEES_HIDDEN) == yes]) for yes in (False, True))
+SEES_HIDDEN = {v: ECONOMIES[options.get("economy", "drop")].hidden_seen
+               for v, options in VARIANTS.items()}
+dropping = pytest.mark.parametrize("variant", [v for v in VARIANTS if not SEES_HIDDEN[v]])
+taking_part = pytest.mark.parametrize("variant", [v for v in VARIANTS if SEES_HIDDEN[v]])
 
 
 def awake(**options):
-    """A small network whose zero-initialised parts have been moved away from zero, so that every input matters."""
+    """A small network whose zeros have been moved away from zero: every input matters."""
     torch.manual_seed(0)
-    net = ViT(SCHEDULES["ddm"], **dict(channels=3, heads_out=2, patch=2, width=32, depth=3, heads=2, decoder_width=32) | options)
+    small = dict(channels=3, heads_out=2, patch=2, width=32, depth=3, heads=2, decoder_width=32)
+    net = ViT(SCHEDULES["ddm"], **small | options)
     with torch.no_grad():
         for q in net.parameters():
             q.add_(0.05 * torch.randn_like(q))
@@ -46,7 +53,9 @@ def pixels(flag, p, h, w):
 
 
 def clean_and_spoiled(net):
-    """The outputs for an image and for the same image with its hidden pixels overwritten by 99, and which pixels are visible."""
+    """The outputs for an image and for the same one with 99 in its hidden pixels.
+
+    The third value: which pixels are visible."""
     zt, t, y, cond = inputs(net)
     m = draw("patch", 2, 4, 4, 0.6, torch.Generator().manual_seed(0))
     seen = pixels(m.visible, 2, 8, 8)
@@ -63,10 +72,13 @@ def test_hidden_pixels_cannot_reach_the_prediction(variant):
 
 @taking_part
 def test_hidden_pixels_reach_every_prediction_where_the_economy_lets_them_take_part(variant):
-    """The other way round: visible places too depend on what hidden tokens hold, and hidden places have an answer if all are scored."""
+    """The other way round: visible places, too, depend on what hidden tokens hold.
+
+    Hidden places have an answer if all are scored."""
     net = awake(**VARIANTS[variant])
     clean, spoiled, seen = clean_and_spoiled(net)
-    assert (clean != spoiled)[seen].all() and (clean[~seen] != 0).all() == (net.economy.all_scored or net.decoder is not None)
+    answered = net.economy.all_scored or net.decoder is not None
+    assert (clean != spoiled)[seen].all() and (clean[~seen] != 0).all() == answered
 
 
 @taking_part
@@ -75,7 +87,8 @@ def test_gradients_flow_to_hidden_pixels_where_they_take_part(variant):
     zt, t, y, cond = inputs(net)
     zt.requires_grad_()
     m = draw("patch", 2, 4, 4, 0.6, torch.Generator().manual_seed(0))
-    net(zt, t, y, m, cond)[pixels(m.visible, 2, 8, 8).expand(-1, 6, -1, -1)].square().sum().backward()          # of visible answers alone
+    visible = pixels(m.visible, 2, 8, 8).expand(-1, 6, -1, -1)
+    net(zt, t, y, m, cond)[visible].square().sum().backward()           # visible answers alone
     assert (zt.grad != 0).all()
 
 
@@ -87,8 +100,10 @@ def quieten(blocks):
 
 
 def test_a_routed_token_is_what_it_was_and_the_blocks_of_the_route_do_not_see_it():
-    """[TREAD] x_k for k not in S is what it was before block i. With identities around the route, hidden places are those of a network
-    without blocks, whatever the route does, and visible places do not know what hidden tokens hold."""
+    """[TREAD] x_k for k not in S is what it was before block i.
+
+    With identities around the route, hidden places are those of a network without blocks,
+    whatever the route does. Visible places do not know what hidden tokens hold."""
     net = awake(economy="route", depth=6)
     i, j = route_span(6)
     quieten([*net.blocks[:i], *net.blocks[j:]])
@@ -105,21 +120,25 @@ def test_a_routed_token_is_what_it_was_and_the_blocks_of_the_route_do_not_see_it
 
 def test_deferred_tokens_are_seen_by_the_mixer_and_by_nothing_else():
     net = awake(economy="defer", depth=6)
-    assert len(net.mixer) == 2 and len(awake(economy="defer", depth=28).mixer) == 6                         # [MicroDiT-XL] 6 for 28
+    assert len(net.mixer) == 2
+    assert len(awake(economy="defer", depth=28).mixer) == 6             # [MicroDiT-XL] 6 for 28
     quieten(net.mixer)
     clean, spoiled, seen = clean_and_spoiled(net)
     assert torch.equal(clean, spoiled) and (clean[~seen] == 0).all()
 
 
-@pytest.mark.parametrize("depth, expected", [(1, (0, 1)), (3, (1, 2)), (6, (1, 5)), (12, (2, 9)), (28, (2, 25))])
+@pytest.mark.parametrize("depth, expected", [
+    (1, (0, 1)), (3, (1, 2)), (6, (1, 5)), (12, (2, 9)), (28, (2, 25))])
 def test_the_route_leaves_the_first_two_and_the_last_three_blocks_to_all_tokens(depth, expected):
     assert route_span(depth) == expected
 
 
 @pytest.mark.parametrize("name", ECONOMIES)
 @pytest.mark.parametrize("decoder", [0, 1])
-def test_unmasked_an_economy_without_parameters_is_the_plain_network_and_its_parameters_matter(name, decoder):
-    """m = None is the plain network bit for bit, unless the economy owns parameters: then each of them has a say."""
+def test_unmasked_an_economy_without_parameters_is_the_plain_network(name, decoder):
+    """m = None is the plain network bit for bit, unless the economy owns parameters.
+
+    Then each of them has a say."""
     net, plain = awake(economy=name, decoder=decoder), awake(decoder=decoder)
     zt, t, _, _ = inputs(net)
     own = [key for key in net.state_dict() if key not in plain.state_dict()]
@@ -137,19 +156,21 @@ def test_an_economy_builds_its_own_parameters_and_the_network_adds_none_for_it(n
     """And it describes itself in one line, which --help and the picture show."""
     net, plain, economy = awake(economy=name), awake(), ECONOMIES[name]
     parts = economy.build_parts(3, 32, 32)
-    assert {key.partition(".")[0] for key in net.state_dict()} == {key.partition(".")[0] for key in plain.state_dict()} | set(parts)
+    own = {key.partition(".")[0] for key in set(net.state_dict()) - set(plain.state_dict())}
+    assert own == set(parts)
     assert type(economy).__doc__ and len(type(economy).__doc__.splitlines()[0]) <= 100
 
 
 @pytest.mark.parametrize("name", ["drop", "route", "defer"])
 def test_the_picture_shows_what_the_network_does(name):
-    """Of the blocks named in the picture, each is given as many tokens as the picture says."""
+    """Each block in the picture is given as many tokens as the picture says."""
     m = draw("patch", 1, 4, 4, 0.5, torch.Generator().manual_seed(0))
     counts = trace_tokens(m, 4, 4, depth=6, decoder=1, economy=name)
     assert counts["decoder[0]"] == 16 and set(counts.values()) == {8, 16}
     i, j = route_span(6)
     if name == "route":
-        assert [counts[f"blocks[{k}]"] for k in range(6)] == [8 if i <= k < j else 16 for k in range(6)]
+        expected = [8 if i <= k < j else 16 for k in range(6)]
+        assert [counts[f"blocks[{k}]"] for k in range(6)] == expected
     else:
         assert {counts[f"blocks[{k}]"] for k in range(6)} == {8}
 
@@ -174,13 +195,14 @@ def test_visible_pixels_do_matter(variant):
     assert not torch.allclose(net(zt, t, y, None, cond), net(zt, t * 0.5, y, None, cond))
     if y is not None:
         assert not torch.allclose(net(zt, t, y, None, cond), net(zt, t, 1 - y, None, cond))
-        assert torch.equal(net(zt, t, -torch.ones_like(y), None, cond), net(zt, t, None, None, cond))
+        unlabelled = net(zt, t, -torch.ones_like(y), None, cond)
+        assert torch.equal(unlabelled, net(zt, t, None, None, cond))
     if cond is not None:
         assert not torch.allclose(net(zt, t, y, None, cond), net(zt, t, y, None, cond + 0.1))
 
 
 @every
-def test_the_output_is_an_image_whatever_the_options_and_hidden_places_are_zero_without_a_decoder(variant):
+def test_the_output_is_an_image_and_hidden_places_are_zero_without_a_decoder(variant):
     net = awake(**VARIANTS[variant])
     zt, t, y, cond = inputs(net, h=8, w=12)
     for m in (None, draw("block", 2, 4, 6, 0.5, torch.Generator().manual_seed(0), block=2)):
@@ -202,11 +224,12 @@ def test_a_mask_that_hides_nothing_is_the_unmasked_network(variant):
 
 
 def test_a_token_keeps_its_position_when_others_are_dropped():
-    """Two images that agree on the visible patches' content but not on their places give different predictions."""
+    """Equal patches at other places give other predictions."""
     from mask import Mask
     net = awake()
     zt = torch.ones(1, 3, 8, 8)
-    here, there = (net(zt, torch.tensor([0.5]), None, Mask(torch.tensor([[i]]), 16)) for i in (0, 9))
+    here, there = (net(zt, torch.tensor([0.5]), None, Mask(torch.tensor([[i]]), 16))
+                   for i in (0, 9))
     assert not torch.allclose(here[:, :, :2, :2], there[:, :, 4:6, 2:4])
 
 
@@ -225,7 +248,9 @@ def test_long_skips_carry_the_first_half_into_the_second():
 
 @pytest.mark.parametrize("depth", range(1, 8))
 def test_a_long_skip_joins_blocks_that_lie_as_far_from_the_ends_and_are_not_neighbours(depth):
-    """[U-ViT] block i feeds block depth - 1 - i. Of two neighbours the second would be given its own input twice."""
+    """[U-ViT] block i feeds block depth - 1 - i.
+
+    Of two neighbours the second would be given its own input twice."""
     net, outputs, joined = awake(skips=True, depth=depth), [], {}
     for number, block in enumerate(net.blocks):
         def look(module, given, out, number=number):
@@ -241,7 +266,8 @@ def test_a_long_skip_joins_blocks_that_lie_as_far_from_the_ends_and_are_not_neig
 def test_positions_are_distinct_and_fixed():
     u = positions(16, 16, 64, torch.device("cpu"))
     assert u.shape == (256, 64) and torch.cdist(u, u).add(torch.eye(256) * 9).min() > 0.1
-    assert torch.equal(u.view(16, 16, 64)[3, :, 32:], u.view(16, 16, 64)[3, :1, 32:].expand(16, -1))       # second half: the row
+    rows = u.view(16, 16, 64)[3, :, 32:]                                # second half: the row
+    assert torch.equal(rows, rows[:1].expand(16, -1))
 
 
 def test_attention_is_softmax_of_scaled_products():
@@ -259,11 +285,13 @@ def test_both_ways_to_attend_agree():
     q, k, v = torch.randn(3, 2, 4, 26, 16).unbind(0)
     expected = (q @ k.transpose(-2, -1) / 4).softmax(-1) @ v
     assert torch.allclose(attend(q, k, v), expected, atol=1e-5)
-    assert torch.allclose(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), expected, atol=0.05)
+    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+    assert torch.allclose(half, expected, atol=0.05)
 
 
 def test_every_branch_starts_at_zero():
-    net = ViT(SCHEDULES["ddm"], heads_out=1, width=32, depth=4, heads=2, skips=True, decoder=1, decoder_width=32)
+    net = ViT(SCHEDULES["ddm"], heads_out=1, width=32, depth=4, heads=2, skips=True, decoder=1,
+              decoder_width=32)
     u, c = torch.randn(2, 5, 32), torch.randn(2, 32)
     assert torch.equal(net.blocks[0](u, c), u)
     assert torch.allclose(net.blocks[-1](u, c, torch.randn_like(u)), u, atol=1e-6)
@@ -274,29 +302,39 @@ def test_every_branch_starts_at_zero():
 @pytest.mark.parametrize("decoder", [0, 1])
 def test_gradients_first_reach_each_part_at_the_stated_step(decoder, economy):
     torch.manual_seed(0)
-    net = ViT(SCHEDULES["ddm"], heads_out=1, width=32, depth=2, heads=2, skips=ECONOMIES[economy].skips, decoder=decoder, decoder_width=32, classes=2, economy=economy)
+    net = ViT(SCHEDULES["ddm"], heads_out=1, width=32, depth=2, heads=2, decoder=decoder,
+              skips=ECONOMIES[economy].skips, decoder_width=32, classes=2, economy=economy)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     m = draw("patch", 4, 4, 4, 0.5, torch.Generator().manual_seed(0))
     first = {}
     for step in range(4):
         optimizer.zero_grad()
-        F.mse_loss(net(torch.randn(4, 3, 16, 16), torch.rand(4), torch.arange(4) % 2, m), torch.ones(4, 3, 16, 16)).backward()
+        out = net(torch.randn(4, 3, 16, 16), torch.rand(4), torch.arange(4) % 2, m)
+        F.mse_loss(out, torch.ones(4, 3, 16, 16)).backward()
         optimizer.step()
         for name, q in net.named_parameters():
             if q.grad is not None and q.grad.abs().sum() > 0:
                 first.setdefault(name, step)
     unreached = {name for name, _ in net.named_parameters()} - set(first)
-    assert unreached == ({"mask_token"} if decoder and net.economy.all_scored else set())      # nothing was dropped: there but 0
-    assert (first["head.weight"], first["embed.weight"], first["blocks.0.ada.weight"]) == (0, 1 + decoder, 1 + decoder)
+    # where nothing was dropped the mask token is there, but times 0
+    assert unreached == ({"mask_token"} if decoder and net.economy.all_scored else set())
+    assert first["head.weight"] == 0
+    assert first["embed.weight"] == first["blocks.0.ada.weight"] == 1 + decoder
     assert first["blocks.0.qkv.weight"] == 2 + decoder == max(first.values())
     if decoder:
-        assert (first["connect.weight"], first["decoder.0.ada.weight"], first["decoder.0.qkv.weight"]) == (1, 1, 2)
+        assert first["connect.weight"] == first["decoder.0.ada.weight"] == 1
+        assert first["decoder.0.qkv.weight"] == 2
 
 
-@pytest.mark.parametrize("encoder, decoder, skips, economy", [(e, d, s, name) for e, d, s, name in itertools.product([1, 2, 3], [0, 1, 3], [False, True], ECONOMIES)
-                                                              if not s or ECONOMIES[name].skips])
+SPLITS = [(e, d, s, name)
+          for e, d, s, name in itertools.product([1, 2, 3], [0, 1, 3], [False, True], ECONOMIES)
+          if not s or ECONOMIES[name].skips]
+
+
+@pytest.mark.parametrize("encoder, decoder, skips, economy", SPLITS)
 def test_any_split_builds_and_a_masked_model_runs_unmasked(encoder, decoder, skips, economy):
-    net = ViT(SCHEDULES["ddm"], width=32, depth=encoder, heads=2, decoder=decoder, decoder_width=32, skips=skips, economy=economy)
+    net = ViT(SCHEDULES["ddm"], width=32, depth=encoder, heads=2, decoder=decoder, decoder_width=32,
+              skips=skips, economy=economy)
     zt, t = torch.randn(2, 3, 16, 16), torch.rand(2)
     m = draw("patch", 2, 4, 4, 0.9, torch.Generator().manual_seed(0))
     assert net(zt, t, None, m).shape == net(zt, t).shape
@@ -312,9 +350,12 @@ def test_recomputing_blocks_changes_no_gradient():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_size_can_be_built(name):
-    """Heads share the width, a place is four coordinates (sine and cosine, row and column), light blocks have heads of 32."""
+    """Heads share the width, a place is four coordinates, light blocks have heads of 32.
+
+    The four are sine and cosine of row and column."""
     size = MODELS[name]
-    assert size["width"] % size["heads"] == 0 == size["width"] % 4 and size["decoder_width"] % 32 == 0 and size["depth"] > 0
+    assert size["width"] % size["heads"] == 0 == size["width"] % 4
+    assert size["decoder_width"] % 32 == 0 and size["depth"] > 0
 
 
 @pytest.mark.parametrize("name, millions", [("tiny", 4.2), ("small", 32.6), ("base", 129.8)])
