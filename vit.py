@@ -7,7 +7,7 @@ where they are. The blocks are DiT's (2212.09748): time and class enter by adapt
 norm, whose gates start at zero.
 
     u = embed(c_in x_t) + positions      (B, N, D)     every token
-    u = m.gather(u)                      (B, K, D)     a dropped token cannot reach out
+    u = m.gather(u)                      (B, K, D)     dropped tokens stop here
     u = blocks(u, c)                     (B, K, D)     c = embedding of time and class
     u = m.scatter(u, mask token)         (B, N, D')    only with a decoder (MaskDiT,
     u = decoder(u, c)                                  2306.09305): light blocks, all tokens
