@@ -1,22 +1,37 @@
-"""Latents: encode once. What an autoencoder makes of a data set is kept on disk, and training never runs the encoder again.
+"""Spaces: where diffusion happens, in pixels or in latents; and latents encoded once.
 
-The idea (LMD, arXiv 2312.07971). In the latents of Stable Diffusion's autoencoder a ViT-B step costs a third of MAE's, but its encoder
-costs ten such steps: encoded anew at every step, "3 x faster" becomes 4 x slower. The encoder is frozen, so its answers can be kept.
+The idea. A *space* has two methods. `encode` takes images to what the network sees.
+`decode` takes them back. No other file needs to know which space it is given.
 
-    strip       s = [ encode(x) | mirror(encode(mirror(x))) ]                   (L, h, 2w): both flips of an image, side by side
-    encode      the left half of a strip. Mirroring the *strip* brings encode(mirror(x)) to the left, so a training loop that mirrors x and then
-                encodes it does not know whether x is an image or a strip: train.py's six lines stay as they are
-    file        runs/latents/KEY.npy, float32, read through a memory map by all processes; KEY = SHA-256 of the weights' hash and the transform
-                (the pixels, their size, channels and whether they are mirrored), so another autoencoder or other images are another file
+    pixel      encode(x) = x,  decode(z) = z
+    latent     encode(x) = z: f x f pixels become one place (vae.py)   LMD, arXiv 2312.07971
 
-Only the mean of the posterior is kept, as `LatentSpace.encode` returns it: nothing here samples it, so a log-variance would double the file
-for nothing. And in float32, although half of that would do: a cached latent is then the encoder's answer, not its rounding.
+Kept latents. In the latents of Stable Diffusion's autoencoder a step of ViT-B costs a third
+of MAE's, but its encoder costs ten such steps. Encoded anew at every step, "3 x faster"
+becomes 4 x slower. The encoder is frozen. So its answers are kept on disk, and training
+never runs it.
 
-A file grows chunk by chunk under another name, is forced to disk after each, and gets its own name when it is whole. After kill -9 the whole
-chunks are kept, but the last one, which may be torn. A lock on it makes one process encode while all others, of this run or of another, wait.
-Nothing else depends on a finished file: it may be deleted, and is made again when it is wanted.
+    kept       k = [ encode(x) | mirror(encode(mirror(x))) ]   (L, h, 2w): both flips of an
+               image side by side; without flips encode(x) alone, (L, h, w)
+    encode     of a CachedSpace: the left half of k. To mirror k brings encode(mirror(x)) to
+               the left. So a training loop that mirrors x and then encodes it need not know
+               whether x is an image or a kept latent.
+    file       runs/latents/KEY.npy in float32. All processes read it through a memory map.
+               KEY is a hash of the weights, the pixels, their size and channels, and
+               whether both flips are kept: other images are another file.
 
-Shapes: n images, B batch, L latent channels, h = w places along a side; x (B, C, H, W) in [-1, 1].
+Only the mean of the posterior is kept, as `LatentSpace.encode` returns it, because nothing
+here samples it. It is kept in float32: a kept latent is the encoder's answer, not its
+rounding.
+
+A file grows chunk by chunk under another name and is forced to disk after each chunk. It
+gets its own name when it is complete. After kill -9 all complete chunks are kept but the
+last, which may be torn. A lock makes one process encode while all others wait, those of
+other runs too. Nothing else depends on a finished file: it may be deleted, and is made
+again when needed.
+
+Shapes: n images, B batch, C channels of an image, L latent channels, H x W pixels,
+h = w places along a side, f pixels per place; x (B, C, H, W) in [-1, 1]; z (B, L, h, w).
 """
 import copy
 import hashlib
@@ -35,64 +50,79 @@ from plumbing.images import to_float
 from vae import load_vae
 
 try:
-    import fcntl                                                                # POSIX only: elsewhere two processes would both encode, each its own file
-except ImportError:
+    import fcntl
+except ImportError:       # not POSIX: two processes would both encode, each into a file of its own
     fcntl = None
 
-CHUNK = 256                                                                     # images between two visits to the disk
+CHUNK = 256                                                    # images between two writes to disk
 
 
-# --- spaces ---
+# --- spaces -------------------------------------------------------------------------------
 
 class PixelSpace:
-    """Images as they are. `factor` pixels of the image make one place of z."""
+    """Images as they are.
+
+    .factor: pixels of an image per place of z along a side.  .sha: names the weights, ""
+    for none."""
     name, factor, sha = "pixel", 1, ""
 
     def __init__(self, channels):
         self.channels = channels
 
     def encode(self, x):
-        """(B, C, H, W) in [-1, 1] -> the same."""
+        """x (B, C, H, W) in [-1, 1] -> the same."""
         return x
 
     def decode(self, z):
-        """(B, C, H, W) -> the same, in [-1, 1] up to the network's errors."""
+        """z (B, C, H, W) -> the same, in [-1, 1] up to the network's errors."""
         return z
 
 
+def build_pixel_space(channels, weights=None):
+    """Build the PixelSpace of images of so many channels; weights are not used."""
+    return PixelSpace(channels)
+
+
 def build_latent_space(channels, weights):
-    """The LatentSpace of a file of weights, for images of so many channels. UserError when it was made for others."""
+    """Build the LatentSpace of a file of weights for images of so many channels.
+
+    UserError when the autoencoder was made for images of other channels."""
     space = load_vae(weights)
     if space.vae.channels != channels:
-        raise UserError(f"--vae {weights}: takes images of {space.vae.channels} channel(s), these have {channels}: "
-                        f"{'give --gray' if channels == 3 else 'leave --gray out'}, or train another one with python vae.py")
+        advice = "give --gray" if channels == 3 else "leave --gray out"
+        raise UserError(f"--vae {weights}: takes images of {space.vae.channels} channel(s), these "
+                        f"have {channels}: {advice}, or train another one with python vae.py")
     return space
 
 
-SPACES = {                                                                      # (channels of the images, file of weights) -> a space
-    "pixel": lambda channels, weights=None: PixelSpace(channels),
-    "latent": build_latent_space}
-
-
-# --- a data set of strips, and the space that reads them -----------------------------------------------------------------------------
+# --- kept latents, in the place of images -------------------------------------------------
 
 class Latents:
-    """The latents of an Images, in its place: take, batches, len, .classes are the same; x is strips (B, L, h, 2w or w) in float32."""
+    """The kept latents of a data.Images, in its place.
 
-    def __init__(self, images, strips, places):
-        self.size, self.channels, self.maps, self.classes, self.labels = images.size, images.channels, 0, images.classes, images.labels
-        self.rows, self.strips, self.places = images.rows, strips, places       # image i: row rows[i] of the labels, places[i] of the strips
+    It has the same take, batches, len and .classes. Its x are kept latents
+    (B, L, h, 2w or w) in float32."""
+
+    def __init__(self, images, kept, places):
+        """kept (m, L, h, 2w or w): an array.  places (n,): image i is kept[places[i]]."""
+        self.size, self.channels, self.maps = images.size, images.channels, 0
+        self.classes, self.labels = images.classes, images.labels
+        self.rows = images.rows                            # image i has the label labels[rows[i]]
+        self.kept, self.places = kept, places
 
     def __len__(self):
         return len(self.rows)
 
     def take(self, indices):
-        """1-D indices (B) -> strips float32, y int64 (B,)."""
+        """1-D indices (B,) -> kept latents float32 (B, L, h, 2w or w), y int64 (B,)."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        return torch.from_numpy(self.strips[self.places[indices].numpy()]), self.labels[self.rows[indices]]
+        kept = torch.from_numpy(self.kept[self.places[indices].numpy()])
+        return kept, self.labels[self.rows[indices]]
 
     def batches(self, order, workers=0):
-        """An iterable of 1-D indices -> an iterator of (strips, y). No workers: there is nothing to decode."""
+        """An iterable of 1-D indices -> an iterator of (kept latents, y).
+
+        There is nothing to decode, so no workers are started."""
         return map(self.take, order)
 
 
@@ -100,28 +130,34 @@ class CachedSpace:
     """A LatentSpace whose encoder has already run."""
 
     def __init__(self, space):
-        self.inner, self.name, self.factor, self.channels, self.sha = space, space.name, space.factor, space.channels, space.sha
+        self.inner, self.name, self.sha = space, space.name, space.sha
+        self.factor, self.channels = space.factor, space.channels
 
-    def encode(self, strip):
-        """(B, L, h, w or 2w) -> z (B, L, h, w): the left half. Images are square, so w = h."""
-        return strip[..., :strip.shape[2]]
+    def encode(self, kept):
+        """kept (B, L, h, w or 2w) -> z (B, L, h, w): the left half, for h = w."""
+        return kept[..., :kept.shape[2]]
 
     def decode(self, z):
         """z (B, L, h, w) -> x (B, C, f h, f w)."""
         return self.inner.decode(z)
 
 
-# --- the file ------------------------------------------------------------------------------------------------------------------------
+# --- the file -----------------------------------------------------------------------------
 
 def encode_both_flips(x, space, flip):
-    """x (B, C, H, W) in [-1, 1] -> (B, L, h, 2w) with both flips, (B, L, h, w) without."""
-    return torch.cat([space.encode(x), space.encode(x.flip(3)).flip(3)], 3) if flip else space.encode(x)
+    """Encode images, and their mirror images if flip.
+
+    x (B, C, H, W) in [-1, 1].  -> (B, L, h, 2w) with both flips, (B, L, h, w) without"""
+    if not flip:
+        return space.encode(x)
+    return torch.cat([space.encode(x), space.encode(x.flip(3)).flip(3)], 3)
 
 
 def cache_key(images, space, flip):
-    """16 hex digits that name these images, seen through this autoencoder.
+    """Name these images, seen through this autoencoder.
 
-    Pixels in memory speak for themselves. Those left on disk are known by the names, sizes and times of their files."""
+    Pixels in memory are hashed themselves. Those left on disk are known by the names, sizes
+    and times of their files.  -> 16 hex digits"""
     sha = hashlib.sha256(repr((space.sha, images.size, images.channels, flip)).encode())
     if images.pixels is not None:
         for rows in images.rows.split(4096):
@@ -135,63 +171,136 @@ def cache_key(images, space, flip):
     return sha.hexdigest()[:16]
 
 
-def write_cache(path, images, space, flip, device, workers, progress):
-    """Make the file `path`, or wait for the process that is making it. -> how many images this call encoded."""
+def build_header(shape):
+    """The first bytes of a .npy file of float32 with this shape."""
+    header = BytesIO()
+    description = dict(descr="<f4", fortran_order=False, shape=shape)
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
+def wait_for_lock(file, folder):
+    """Lock an open file. The lock is released with the process, however that ends.
+
+    UserError when the file system of the folder has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise UserError(f"{folder} is on a file system without locks ({describe_error(error)}); "
+                        "give --latents a folder on another one") from None
+
+
+def start_or_continue(file, shape):
+    """Cut a partly written file after its last chunk that is certain, or write its header.
+
+    shape: of the array, (n, ...).  -> how many images it already holds"""
+    header = build_header(shape)
+    row = 4 * int(np.prod(shape[1:]))                                           # bytes of an image
+    chunks = (os.fstat(file.fileno()).st_size - len(header)) // (row * CHUNK)
+    done = max(0, chunks - 1) * CHUNK      # the last chunk may have reached the disk only in part
+    file.truncate(len(header) + done * row if done else 0)
+    if not done:
+        file.write(header)
+    return done
+
+
+def append_latents(file, images, done, encode, workers, progress):
+    """Encode the images from number `done` on, chunk by chunk, each forced to disk.
+
+    encode: x uint8 (B, C, H, W) -> an array (B, L, h, 2w or w).  progress: show a bar."""
+    chunks = torch.arange(done, len(images)).split(CHUNK)
+    with tqdm(desc="encoding", total=len(images), initial=done, unit="image", disable=not progress,
+              mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
+        for chunk, (x, _) in zip(chunks, images.batches(chunks, workers)):
+            file.write(encode(x).astype("<f4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(chunk))
+
+
+def write_cache(
+    path,            # the file to make
+    images,          # data.Images
+    space,           # LatentSpace
+    flip,            # whether to keep both flips
+    device,          # where to encode
+    workers,         # processes that decode images
+    progress,        # whether to show a bar
+):
+    """Make the file of kept latents, or wait for the process that is making it.
+
+    -> how many images this call encoded
+    UserError when the file system has no locks; OSError when the disk is full."""
     side = images.size // space.factor
-    shape = (space.channels, side, side * (1 + flip))
-    part, row = path.with_suffix(".part" if fcntl else f".{os.getpid()}.part"), 4 * int(np.prod(shape))         # bytes of a strip
+    part = path.with_suffix(".part" if fcntl else f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "a+b") as f:
+
+    def encode(x):
+        return encode_both_flips(to_float(x).to(device), space, flip).cpu().numpy()
+
+    with open(part, "a+b") as file:
         if fcntl:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX)                                   # released with the process, however it ends
-            except OSError as error:
-                raise UserError(f"{path.parent} is on a file system without locks ({describe_error(error)}); give --latents a folder on another one") from None
-        if path.exists():                                                       # another one was faster; our handle is its file, or a new, empty one
+            wait_for_lock(file, path.parent)
+        if path.exists():
+            # Another process was faster. Our handle is its file, or a new, empty one.
             if part.exists() and part.stat().st_size == 0:
                 part.unlink()
             return 0
-        header = BytesIO()
-        np.lib.format.write_array_header_1_0(header, dict(descr="<f4", fortran_order=False, shape=(len(images), *shape)))
-        start = len(header.getvalue())
-        done = max(0, (part.stat().st_size - start) // (row * CHUNK) - 1) * CHUNK      # the last chunk may have reached the disk in part
-        f.truncate(start + done * row if done else 0)
-        if not done:
-            f.write(header.getvalue())
-        chunks = torch.arange(done, len(images)).split(CHUNK)
-        with tqdm(desc="encoding", total=len(images), initial=done, unit="image", disable=not progress,
-                  mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
-            for chunk, (x, _) in zip(chunks, images.batches(chunks, workers)):
-                f.write(encode_both_flips(to_float(x).to(device), space, flip).cpu().numpy().astype("<f4").tobytes())
-                f.flush()
-                os.fsync(f.fileno())
-                bar.update(len(chunk))
+        done = start_or_continue(file, (len(images), space.channels, side, side * (1 + flip)))
+        append_latents(file, images, done, encode, workers, progress)
         if fcntl:
-            os.replace(part, path)                                              # while we have the lock
+            os.replace(part, path)                                         # while we have the lock
     if not fcntl:
-        os.replace(part, path)                                                  # Windows renames no open file
+        os.replace(part, path)                                    # Windows renames no open file
     return len(images) - done
 
 
-def encode_once(parts, space, folder, flip, device="cpu", workers=0, progress=True):
-    """The latents of some data sets, encoded now or read from `folder` -> ([Latents, ...], CachedSpace): stand-ins for both.
+def merge_rows(images, parts):
+    """All images of those data sets that share their pixels with one of them.
 
-    parts: Images; those that share their pixels (training and held-out images of one source) share a file, whatever belongs to which.
-    flip: keep both flips. Bytes: 4 L h w (1 + flip) an image. OSError when the disk is full: start again, what is done is kept."""
-    done = []
+    images: one of parts.  parts: several data.Images.  -> data.Images, rows ascending"""
+    same = [other for other in parts
+            if other.pixels is images.pixels and other.source is images.source]
+    merged = copy.copy(images)
+    merged.rows = torch.cat([other.rows for other in same]).unique()                      # sorted
+    return merged
+
+
+def encode_once(
+    parts,             # several data.Images
+    space,             # LatentSpace
+    folder,            # where the files are
+    flip,              # whether to keep both flips
+    device="cpu",      # where to encode
+    workers=0,         # processes that decode images
+    progress=True,     # whether to show a bar and to tell how long it took
+):
+    """Encode some data sets now, or read their latents from the folder.
+
+    Data sets that share their pixels (training and held-out images of one source) share a
+    file, whichever image belongs to which. A file has 4 L h w (1 + flip) bytes per image.
+    -> [Latents, ...], CachedSpace: they take the places of parts and space
+    UserError for a damaged file; OSError when the disk is full: then start again, what is
+    done is kept."""
+    latents = []
     for images in parts:
-        kin = [other for other in parts if other.pixels is images.pixels and other.source is images.source]
-        everything = copy.copy(images)
-        everything.rows = torch.cat([other.rows for other in kin]).unique()     # sorted
-        path = Path(folder) / f"{cache_key(everything, space, flip)}.npy"
+        merged = merge_rows(images, parts)
+        path = Path(folder) / f"{cache_key(merged, space, flip)}.npy"
         if not path.exists():
-            begun = perf_counter()
-            n = write_cache(path, everything, space, flip, device, workers, progress)
-            if progress and n:
-                print(f"encoded {n} images in {perf_counter() - begun:.1f} s, once for this and later runs: {path}, {path.stat().st_size / 1e6:.0f} MB", flush=True)
+            started = perf_counter()
+            count = write_cache(path, merged, space, flip, device, workers, progress)
+            if progress and count:
+                seconds, megabytes = perf_counter() - started, path.stat().st_size / 1e6
+                print(f"encoded {count} images in {seconds:.1f} s, once for this and later runs: "
+                      f"{path}, {megabytes:.0f} MB", flush=True)
         try:
-            strips = np.load(path, mmap_mode="r")
+            kept = np.load(path, mmap_mode="r")
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({describe_error(error)}): delete it, it is made again") from None
-        done.append(Latents(images, strips, torch.searchsorted(everything.rows, images.rows)))
-    return done, CachedSpace(space)
+            raise UserError(f"{path} is damaged ({describe_error(error)}): delete it, "
+                            "it is made again") from None
+        latents.append(Latents(images, kept, torch.searchsorted(merged.rows, images.rows)))
+    return latents, CachedSpace(space)
+
+
+# (channels of the images, file of weights) -> a space
+SPACES = {"pixel": build_pixel_space, "latent": build_latent_space}
