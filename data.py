@@ -215,7 +215,7 @@ def report_skipped(path, names, faults):
     line = (f"{broken} of {n} images that could not be used: "
             f"{', '.join(reasons[:5])}{', ...' if broken > 5 else ''}")
     if broken == n or broken > max(10, n / 100):
-        raise UserError(f"{path}: too much is broken, {line}; mend or remove them")
+        raise UserError(f"{path}: too much is broken, {line}; fix or remove them")
     print(f"skipped {line}", file=sys.stderr)
 
 
