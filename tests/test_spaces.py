@@ -1,4 +1,5 @@
-"""Laws of the cache: a kept latent is the encoder's own, whatever happens while it is written, and whoever else writes."""
+"""Laws of kept latents: each is the encoder's own, whatever happens while it is written,
+and whoever else writes."""
 import os
 import signal
 
@@ -7,22 +8,24 @@ import pytest
 import torch
 
 import spaces
-from plumbing.console import UserError
 from data import Images, holdout
+from plumbing.console import UserError
+from plumbing.images import to_float
 from spaces import CachedSpace, Latents, encode_once
 from vae import AutoencoderKL, LatentSpace
-from plumbing.images import to_float
 
 N, SIDE = 45, 8
 
 
 def space(seed=0, sha="0123abcd"):
     torch.manual_seed(seed)
-    return LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=2, channels=3), torch.randn(2), torch.rand(2) + 0.5, sha)
+    return LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=2, channels=3),
+                       torch.randn(2), torch.rand(2) + 0.5, sha)
 
 
 def images(seed=0, n=N):
-    pixels = torch.randint(256, (n, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    pixels = torch.randint(256, (n, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(seed),
+                           dtype=torch.uint8)
     return Images(SIDE, 3, torch.arange(n), [str(i) for i in range(n)], pixels)
 
 
@@ -37,11 +40,12 @@ def files(folder):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_cached_latent_is_what_the_encoder_says_of_the_same_image_mirrored_or_not(tmp_path, flip):
-    """The loop's own lines on strips, against the same lines on pixels."""
+    """The loop's own lines on kept latents, against the same lines on pixels."""
     x, inner = images(), space()
     (cached,), outer = encode_once([x], inner, tmp_path, flip)
     assert isinstance(cached, Latents) and isinstance(outer, CachedSpace) and len(cached) == N
-    order, coin = torch.tensor([3, 0, 44, 17, 8]), torch.tensor([True, False, True, True, False])[:, None, None, None] & flip
+    order = torch.tensor([3, 0, 44, 17, 8])
+    coin = torch.tensor([True, False, True, True, False])[:, None, None, None] & flip
     z = []
     for source, sees in ((x, inner), (cached, outer)):
         v, y = source.take(order)
@@ -49,9 +53,11 @@ def test_a_cached_latent_is_what_the_encoder_says_of_the_same_image_mirrored_or_
         z.append(sees.encode(torch.where(coin, v.flip(3), v)))
         assert torch.equal(y, order)
     assert z[0].shape == z[1].shape == (5, 2, 4, 4)
-    torch.testing.assert_close(z[1], z[0], atol=1e-5, rtol=1e-5)                # another batch, so another rounding
+    # Another batch, so another rounding.
+    torch.testing.assert_close(z[1], z[0], atol=1e-5, rtol=1e-5)
     if flip:
-        assert (z[1] - z[1].flip(3)).abs().max() > 0.1 and (inner.encode(to_float(x.take([3])[0])) - z[0][:1]).abs().max() > 1e-3
+        assert (z[1] - z[1].flip(3)).abs().max() > 0.1
+        assert (inner.encode(to_float(x.take([3])[0])) - z[0][:1]).abs().max() > 1e-3
     assert torch.equal(outer.decode(z[0]), inner.decode(z[0]))
 
 
@@ -60,9 +66,9 @@ def test_in_batches_of_the_chunks_the_cache_is_the_encoder_bit_for_bit(tmp_path)
     (cached,), outer = encode_once([x], inner, tmp_path, True)
     for some in torch.arange(N).split(8):
         v = to_float(x.take(some)[0])
-        strip = cached.take(some)[0]
-        assert strip.dtype == torch.float32 and torch.equal(outer.encode(strip), inner.encode(v))
-        assert torch.equal(outer.encode(strip.flip(3)), inner.encode(v.flip(3)))
+        kept = cached.take(some)[0]
+        assert kept.dtype == torch.float32 and torch.equal(outer.encode(kept), inner.encode(v))
+        assert torch.equal(outer.encode(kept.flip(3)), inner.encode(v.flip(3)))
 
 
 def test_batches_are_takes_in_their_order(tmp_path):
@@ -81,15 +87,17 @@ def test_training_and_held_out_images_share_a_file_whatever_the_split(tmp_path):
             v, y = part.take(torch.arange(len(part)))
             z, y_kept = kept.take(torch.arange(len(part)))
             assert torch.equal(y, y_kept)
-            torch.testing.assert_close(outer.encode(z), inner.encode(to_float(v)), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(outer.encode(z), inner.encode(to_float(v)), atol=1e-5,
+                                       rtol=1e-5)
     assert len(files(tmp_path)) == 1
-    encode_once([x, images(1)], inner, tmp_path, True)                          # a held-out set of its own has its own file
+    encode_once([x, images(1)], inner, tmp_path, True)  # a held-out set of its own has its own file
     assert len(files(tmp_path)) == 2
 
 
 def test_other_weights_other_pixels_another_transform_are_another_file(tmp_path):
     base = dict(x=images(), s=space(), flip=True)
-    for change in ({}, dict(x=images(1)), dict(x=images(n=44)), dict(s=space(sha="other")), dict(flip=False)):
+    for change in ({}, dict(x=images(1)), dict(x=images(n=44)), dict(s=space(sha="other")),
+                   dict(flip=False)):
         v = base | change
         encode_once([v["x"]], v["s"], tmp_path, v["flip"])
     assert len(files(tmp_path)) == 5
@@ -98,7 +106,7 @@ def test_other_weights_other_pixels_another_transform_are_another_file(tmp_path)
 def test_what_is_kept_is_not_encoded_again(tmp_path, monkeypatch):
     inner = space()
     encode_once([images()], inner, tmp_path, True)
-    monkeypatch.setattr(LatentSpace, "encode", None)                            # a call would be an error
+    monkeypatch.setattr(LatentSpace, "encode", None)                      # a call would be an error
     (cached,), _ = encode_once([images()], inner, tmp_path, True)
     assert cached.take([44])[0].shape == (1, 2, 4, 8)
 
@@ -115,10 +123,11 @@ def fork(work):
 
 
 def dying_after(calls):
-    """A space that kills its process, as kill -9 would, at its next encoding after `calls`."""
+    """A space that kills its process, as kill -9 does, at the encoding after `calls`."""
     inner = space()
     real, count = inner.encode, iter(range(10**6))
-    inner.encode = lambda x: real(x) if next(count) < calls else os.kill(os.getpid(), signal.SIGKILL)
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    inner.encode = lambda x: real(x) if next(count) < calls else die()
     return inner
 
 
@@ -126,11 +135,12 @@ def dying_after(calls):
 def test_kill_9_half_way_then_again_is_as_if_nothing_had_happened(tmp_path, torn):
     """torn: bytes of the next chunk, or garbage, that reached the disk."""
     encode_once([images()], space(), tmp_path / "straight", True)
-    _, status = os.waitpid(fork(lambda: encode_once([images()], dying_after(6), tmp_path / "killed", True)), 0)
+    work = lambda: encode_once([images()], dying_after(6), tmp_path / "killed", True)
+    _, status = os.waitpid(fork(work), 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     (part,) = (tmp_path / "killed").iterdir()
-    assert part.suffix == ".part"                                               # half a file does not look like one
-    if torn == 100000:                                                          # not even the header
+    assert part.suffix == ".part"                               # half a file does not look like one
+    if torn == 100000:                                                         # not even the header
         part.write_bytes(part.read_bytes()[:100])
     else:
         part.write_bytes(part.read_bytes() + b"x" * torn)
@@ -141,22 +151,27 @@ def test_kill_9_half_way_then_again_is_as_if_nothing_had_happened(tmp_path, torn
     assert files(tmp_path / "killed") == files(tmp_path / "straight")
     (name,) = files(tmp_path / "straight")
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-    assert sum(encoded) == 2 * (N if torn == 100000 else N - 16)                # three chunks were whole: two are kept, the last is made again
+    # Three chunks were whole: two are kept, the last is made again.
+    assert sum(encoded) == 2 * (N if torn == 100000 else N - 16)
 
 
 def test_many_processes_encode_once_and_all_read_it(tmp_path):
-    """As the processes of torchrun do. Each writes how many images it encoded and the checksum of what it reads."""
+    """As the processes of torchrun do.
+
+    Each writes how many images it encoded and the checksum of what it reads."""
     def work():
         inner, count = space(), []
         real = inner.encode
         inner.encode = lambda x: count.append(len(x)) or real(x)
         (cached,), _ = encode_once([images()], inner, tmp_path / "latents", True, progress=False)
-        np.save(tmp_path / f"{os.getpid()}.npy", [sum(count), cached.take(range(N))[0].double().sum().item()])
+        np.save(tmp_path / f"{os.getpid()}.npy",
+                [sum(count), cached.take(range(N))[0].double().sum().item()])
 
     for child in [fork(work) for _ in range(3)]:
         assert os.waitpid(child, 0)[1] == 0
     told = np.array([np.load(p) for p in tmp_path.glob("*.npy")])
-    assert sorted(told[:, 0]) == [0, 0, 2 * N] and len(set(told[:, 1])) == 1 and len(files(tmp_path / "latents")) == 1
+    assert sorted(told[:, 0]) == [0, 0, 2 * N] and len(set(told[:, 1])) == 1
+    assert len(files(tmp_path / "latents")) == 1
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -184,7 +199,8 @@ def test_images_left_on_disk_are_known_by_their_files(tmp_path):
     load, keys = lambda: load_images(tmp_path / "a", 8, cache_gb=0), []
     keys += [spaces.cache_key(load(), space(), True), spaces.cache_key(load(), space(), True)]
     (cached,), outer = encode_once([load()], space(), tmp_path / "latents", True)
-    torch.testing.assert_close(outer.encode(cached.take([1])[0]), space().encode(to_float(load().take([1])[0])), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outer.encode(cached.take([1])[0]),
+                               space().encode(to_float(load().take([1])[0])), atol=1e-5, rtol=1e-5)
     Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(tmp_path / "a" / "1.png")
     keys.append(spaces.cache_key(load(), space(), True))
     assert keys[0] == keys[1] != keys[2]

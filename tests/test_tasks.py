@@ -1,4 +1,5 @@
-"""Laws of tasks: a condition says nothing about what it hides, known pixels survive, measures equal brute force, tiles make one picture."""
+"""Laws of tasks: a condition says nothing about what it hides, known pixels survive, measures
+equal brute force, tiles make one picture."""
 import math
 
 import numpy as np
@@ -15,7 +16,9 @@ from data import load_images
 from plumbing.faces import draw_faces
 from sample import DiffusionModel, sample
 from schedules import SCHEDULES
-from tasks import TASKS, back_project, cut_hole, draw_holes, enlarge, fill_with_mean, fold_condition, sobel_edges, read_hole, mae, max_f, paste_known, make_condition, psnr, shrink, recover_small, place_side_by_side
+from tasks import (TASKS, back_project, cut_hole, draw_holes, enlarge, fill_with_mean,
+                   fold_condition, mae, make_condition, max_f, paste_known, place_side_by_side,
+                   psnr, read_hole, recover_small, shrink, sobel_edges)
 from vit import ViT
 from plumbing.images import seeded, to_float, to_uint8
 import spaces
@@ -25,10 +28,11 @@ CONDITIONED = [name for name in TASKS if name != "generate"]
 
 
 def pictures(n=3, side=16, channels=3, maps=0, seed=0):
-    return torch.rand(n, channels + maps, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.rand(n, channels + maps, side, side,
+                      generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-# --- conditions ------------------------------------------------------------------------------------------------------------------------
+# --- conditions ---
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("channels", [1, 3])
@@ -41,7 +45,15 @@ def test_every_task_makes_a_target_like_the_picture_and_the_condition_it_declare
         assert cond is None and torch.equal(target, x)
     else:
         assert cond.shape == (3, TASKS[name].channels(channels), 16, 16) and cond.abs().max() <= 1
-        assert TASKS[name].scores and all(math.isfinite(score(target, target, cond)) for score in TASKS[name].scores.values())
+        assert TASKS[name].scores
+        assert all(math.isfinite(score(target, target, cond))
+                   for score in TASKS[name].scores.values())
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_the_first_line_of_a_tasks_docstring_is_its_help(task):
+    line = task.__doc__.splitlines()[0]
+    assert 10 < len(line) < 60 and line[0].islower() and line[-1] != "."
 
 
 def test_the_condition_of_inpainting_knows_nothing_of_the_hole():
@@ -63,16 +75,19 @@ def test_a_restored_picture_shrinks_to_the_small_one_and_the_truth_is_left_alone
     cond = make_condition("superres", x)[1]
     assert (recover_small(cond) - shrink(x)).abs().mean() < 0.01
     rough = (x + 0.3 * pictures(4, 32, 3)).clamp(-1, 1)
-    before, after = ((shrink(u) - shrink(x)).abs().mean() for u in (rough, back_project(rough, cond)))
+    before, after = ((shrink(u) - shrink(x)).abs().mean()
+                     for u in (rough, back_project(rough, cond)))
     assert after < before / 4 and psnr(back_project(rough, cond), x) > psnr(rough, x)
     assert psnr(back_project(x, cond), x) > 40
 
 
 def test_shrinking_is_pillows():
     face = draw_faces(1, 64, 3).pixels[0]
-    pillow = np.array(Image.fromarray(face.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BICUBIC))
+    pillow = Image.fromarray(face.permute(1, 2, 0).numpy())
+    pillow = np.array(pillow.resize((16, 16), Image.Resampling.BICUBIC))
     ours = to_uint8(shrink(to_float(face[None])))[0].permute(1, 2, 0).numpy()
-    off = np.abs(pillow.astype(int) - ours.astype(int))                         # Pillow rounds and clips once more, between rows and columns
+    # Pillow rounds and clips once more, between rows and columns.
+    off = np.abs(pillow.astype(int) - ours.astype(int))
     assert off.max() <= 4 and off.mean() < 0.5
 
 
@@ -80,7 +95,8 @@ def test_shrinking_is_pillows():
 def test_holes_are_of_a_sensible_size_and_a_function_of_the_generator(seed, n, side):
     draw = lambda: draw_holes(n, side, side + 3, torch.Generator().manual_seed(seed))
     hole = draw()
-    assert hole.shape == (n, 1, side, side + 3) and hole.dtype == torch.bool and torch.equal(hole, draw())
+    assert hole.shape == (n, 1, side, side + 3) and hole.dtype == torch.bool
+    assert torch.equal(hole, draw())
     share = hole.float().mean((1, 2, 3))
     assert (share > 0.01).all() and (share < 0.75).all()
 
@@ -91,7 +107,8 @@ def test_images_of_a_batch_have_holes_of_their_own():
 
 
 def test_known_pixels_are_kept_bit_for_bit():
-    x, hole = to_float(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)), draw_holes(3, 16, 16, torch.Generator().manual_seed(2))
+    x = to_float(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8))
+    hole = draw_holes(3, 16, 16, torch.Generator().manual_seed(2))
     out = paste_known(pictures(seed=5), cut_hole(x, hole))
     known = ~hole.expand_as(x)
     assert torch.equal(out[known], x[known]) and not torch.equal(out, x)
@@ -109,7 +126,7 @@ def test_the_mean_fill_is_the_mean_of_what_is_known():
 def test_the_gradient_of_a_flat_picture_is_nothing_and_of_a_step_an_edge():
     x = torch.full((1, 3, 8, 8), 0.3)
     assert (sobel_edges(x) == -1).all()
-    x[..., 4:] = -0.6                                                           # a step of .45 of the range, above a third
+    x[..., 4:] = -0.6                                    # a step of .45 of the range, above a third
     assert (sobel_edges(x)[0, 0, :, 3:5] == 1).all() and (sobel_edges(x)[0, 0, :, :2] == -1).all()
     assert torch.equal(sobel_edges(x.transpose(2, 3)), sobel_edges(x).transpose(2, 3))
 
@@ -118,7 +135,8 @@ def test_the_gradient_of_a_flat_picture_is_nothing_and_of_a_step_an_edge():
 def test_folding_a_condition_loses_nothing_and_keeps_places(factor):
     cond = pictures(channels=4)
     folded = fold_condition(cond, factor)
-    assert folded.shape == (3, 4 * factor ** 2, 16 // factor, 16 // factor) and torch.equal(torch.pixel_shuffle(folded, factor), cond)
+    assert folded.shape == (3, 4 * factor ** 2, 16 // factor, 16 // factor)
+    assert torch.equal(torch.pixel_shuffle(folded, factor), cond)
     touched = cond.clone()
     touched[:, :, 0, 0] += 1
     changed = (fold_condition(touched, factor) != folded).any(1)
@@ -126,23 +144,26 @@ def test_folding_a_condition_loses_nothing_and_keeps_places(factor):
     assert fold_condition(None, factor) is None
 
 
-# --- measures --------------------------------------------------------------------------------------------------------------------------
+# --- measures ---
 
 def test_psnr_is_its_definition_in_eight_bits():
     a, b = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
-    byhand = np.mean([10 * np.log10(255 ** 2 / np.mean((p.astype(float) - q) ** 2)) for p, q in zip(a.numpy(), b.numpy().astype(float))])
+    byhand = np.mean([10 * np.log10(255 ** 2 / np.mean((p.astype(float) - q) ** 2))
+                      for p, q in zip(a.numpy(), b.numpy().astype(float))])
     assert psnr(to_float(a), to_float(b)) == pytest.approx(byhand, rel=1e-6)
 
 
 def test_psnr_in_a_hole_counts_the_hole_alone():
     x, hole = pictures(), draw_holes(3, 16, 16, torch.Generator().manual_seed(3))
     wrong_outside = torch.where(hole, x, x + 1)
-    assert psnr(wrong_outside, x, hole) == pytest.approx(10 * math.log10(4e10))          # the error is floored, not infinite
+    # The error is floored, not infinite.
+    assert psnr(wrong_outside, x, hole) == pytest.approx(10 * math.log10(4e10))
     assert psnr(x + 0.2, x, hole) == pytest.approx(10 * math.log10(4 / 0.04), abs=1e-4)
 
 
 def test_the_mean_absolute_error_of_opposite_maps_is_one():
-    assert mae(torch.ones(2, 1, 4, 4), -torch.ones(2, 1, 4, 4)) == 1 and mae(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)) == 0.5
+    assert mae(torch.ones(2, 1, 4, 4), -torch.ones(2, 1, 4, 4)) == 1
+    assert mae(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)) == 0.5
 
 
 def brute_force_f(guess, truth, tolerance, beta2):
@@ -151,7 +172,8 @@ def brute_force_f(guess, truth, tolerance, beta2):
     n, H, W = level.shape
 
     def near(mask, b, i, j):
-        return mask[b, max(0, i - tolerance):i + tolerance + 1, max(0, j - tolerance):j + tolerance + 1].any()
+        return mask[b, max(0, i - tolerance):i + tolerance + 1,
+                    max(0, j - tolerance):j + tolerance + 1].any()
 
     best = 0.0
     for threshold in range(1, 256):
@@ -168,7 +190,8 @@ def test_max_f_equals_a_brute_force_loop(tolerance, beta2):
     g = torch.Generator().manual_seed(tolerance)
     truth = torch.where(torch.rand(2, 1, 7, 9, generator=g) < 0.25, 1.0, -1.0)
     guess = (0.4 * truth + torch.randn(2, 1, 7, 9, generator=g) * 0.5).clamp(-1, 1)
-    assert max_f(guess, truth, tolerance, beta2) == pytest.approx(brute_force_f(guess, truth, tolerance, beta2), rel=1e-9)
+    expected = brute_force_f(guess, truth, tolerance, beta2)
+    assert max_f(guess, truth, tolerance, beta2) == pytest.approx(expected, rel=1e-9)
     assert max_f(truth, truth, tolerance, beta2) == pytest.approx(1)
 
 
