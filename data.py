@@ -93,8 +93,8 @@ class Images:
 
         A file that broke since it was listed is replaced by the next one.
         UserError when none can be read any more."""
-        for k in range(len(self)):
-            row = int(self.rows[(i + k) % len(self)])
+        for later in range(len(self)):
+            row = int(self.rows[(i + later) % len(self)])
             name = self.source.names[row]
             try:
                 return read_picture(self.source, name, self.size, self.channels == 1), row
@@ -282,9 +282,10 @@ def holdout(images, val, seed=0, **load_kwargs):
     if len(images) < 2:
         raise UserError(f"--val {val}: one image cannot be split; add images, or give a folder of "
                         "held-out ones")
-    k = min(max(1, round(len(images) * fraction)), 1024, len(images) - 1)
+    count = min(max(1, round(len(images) * fraction)), 1024, len(images) - 1)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images.subset(order[k:].sort().values), images.subset(order[:k].sort().values)
+    held, rest = order[:count].sort().values, order[count:].sort().values
+    return images.subset(rest), images.subset(held)
 
 
 # --- the picture ---
@@ -297,8 +298,8 @@ def draw_face_sheet(size=64, seed=0):
     rows = []
     for i, expression in enumerate(EXPRESSIONS):
         # A face with both, else one with the expression alone.
-        match = 2 * (faces.labels == i).int()[:, None] + torch.stack(
-            [faces.attributes["hair"] == k for k in range(len(STYLES))], 1)
+        has_style = faces.attributes["hair"][:, None] == torch.arange(len(STYLES))
+        match = 2 * (faces.labels == i).int()[:, None] + has_style                   # (400, styles)
         chosen = match.argmax(0)                                                 # a face per style
         rows.append((expression, list(faces.pixels[chosen])))
     rows += [(name, list(getattr(faces, name)[chosen])) for name in EXACT]

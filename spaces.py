@@ -104,7 +104,7 @@ class Latents:
     (B, L, h, 2w or w) in float32."""
 
     def __init__(self, images, kept, places):
-        """kept (m, L, h, 2w or w): an array.  places (n,): image i is kept[places[i]]."""
+        """kept (all, L, h, 2w or w): an array.  places (n,): image i is kept[places[i]]."""
         self.size, self.channels, self.maps = images.size, images.channels, 0
         self.classes, self.labels = images.classes, images.labels
         self.rows = images.rows                            # image i has the label labels[rows[i]]

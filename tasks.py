@@ -89,27 +89,29 @@ def draw_uniform(shape, g):
     return torch.rand(*shape, 1, 1, generator=g, device=g.device)
 
 
-def cover_rectangle(y, x, B, g):
+def cover_rectangle(rows, columns, B, g):
     """Draw one rectangle for each image, from a tenth to 0.45 of a side long.
 
-    y (H, 1), x (1, W): the pixels' places in [0, 1].  g: a generator.
+    rows (H, 1), columns (1, W): where the pixels lie, in [0, 1].  g: a generator.
     -> (B, H, W) bool, True inside"""
-    height = (0.1 + 0.35 * draw_uniform((B,), g)).clamp(min=1.001 / len(y))     # at least one pixel
-    width = (0.1 + 0.35 * draw_uniform((B,), g)).clamp(min=1.001 / x.shape[1])
+    # At least one pixel.
+    height = (0.1 + 0.35 * draw_uniform((B,), g)).clamp(min=1.001 / len(rows))
+    width = (0.1 + 0.35 * draw_uniform((B,), g)).clamp(min=1.001 / columns.shape[1])
     top = (1 - height) * draw_uniform((B,), g)
     left = (1 - width) * draw_uniform((B,), g)
-    return (y >= top) & (y < top + height) & (x >= left) & (x < left + width)            # (B, H, W)
+    within_rows = (rows >= top) & (rows < top + height)                                  # (B, H, 1)
+    return within_rows & (columns >= left) & (columns < left + width)                    # (B, H, W)
 
 
-def cover_stroke(y, x, B, g, pieces):
+def cover_stroke(rows, columns, B, g, pieces):
     """Draw one brush stroke of a few straight pieces for each image.
 
-    y (H, 1), x (1, W): the pixels' places in [0, 1].  g: a generator.
+    rows (H, 1), columns (1, W): where the pixels lie, in [0, 1].  g: a generator.
     -> (B, H, W) bool, True under the brush"""
     corner_y, corner_x = draw_uniform((B, pieces + 1), g), draw_uniform((B, pieces + 1), g)
     radius = 0.03 + 0.05 * draw_uniform((B,), g)
     dy, dx = corner_y.diff(dim=1), corner_x.diff(dim=1)                          # (B, pieces, 1, 1)
-    from_y, from_x = y - corner_y[:, :-1], x - corner_x[:, :-1]
+    from_y, from_x = rows - corner_y[:, :-1], columns - corner_x[:, :-1]
     # Of each piece, the point nearest to a pixel: 0 at its start, 1 at its end.
     along = ((from_y * dy + from_x * dx) / (dy ** 2 + dx ** 2 + 1e-9)).clamp(0, 1)
     distance = torch.hypot(from_y - along * dy, from_x - along * dx)             # (B, pieces, H, W)
@@ -122,10 +124,10 @@ def draw_holes(B, H, W, g, strokes=4):
     A hole covers about 7 to 55 per cent of a picture, a quarter on average, never nothing.
     B, H, W: how many, and their size.  g: the generator of all draws.  strokes: how many
     straight pieces a brush stroke has.  -> (B, 1, H, W) bool, True in the hole"""
-    y = ((torch.arange(H, device=g.device) + 0.5) / H)[:, None]
-    x = ((torch.arange(W, device=g.device) + 0.5) / W)[None, :]
-    rectangle = cover_rectangle(y, x, B, g)
-    return (rectangle | cover_stroke(y, x, B, g, strokes))[:, None]
+    rows = ((torch.arange(H, device=g.device) + 0.5) / H)[:, None]
+    columns = ((torch.arange(W, device=g.device) + 0.5) / W)[None, :]
+    rectangle = cover_rectangle(rows, columns, B, g)
+    return (rectangle | cover_stroke(rows, columns, B, g, strokes))[:, None]
 
 
 def cut_hole(x, hole):
@@ -216,8 +218,8 @@ def max_f(guess, truth, tolerance=0, beta2=0.3):
     precise, said = count_above_thresholds(level[grow(true) > 0]), count_above_thresholds(level)
     precision = precise / said.clamp(min=1)
     recall = count_above_thresholds(grow(level).byte()[true]) / max(1, int(true.sum()))
-    f = (1 + beta2) * precision * recall / (beta2 * precision + recall).clamp(min=1e-12)
-    return f.max().item()
+    weighted = (beta2 * precision + recall).clamp(min=1e-12)
+    return ((1 + beta2) * precision * recall / weighted).max().item()
 
 
 # --- scores of the tasks: (result, truth, cond) -> a number ---

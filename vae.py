@@ -486,7 +486,7 @@ def parser():
     return p
 
 
-def check_arguments(o, out, picture, factor):
+def check_vae_options(o, out, picture, factor):
     """Refuse what cannot work before anything is done.
 
     o: the command's options.  out, picture: the paths to write.  factor: f.
@@ -545,11 +545,12 @@ def draw_reconstructions(x, reconstructed, columns=8):
 def run_training(o):
     """Do the command's work: check, train, write, measure, draw.
 
-    o: the parsed arguments.  UserError as of check_arguments, load_images and train_vae."""
+    o: the parsed arguments.
+    UserError as of check_vae_options, load_images and train_vae."""
     factor = 2 ** (len(PRESETS["tiny"]["widths"]) - 1)
     out, picture = Path(o.out), Path(o.picture or o.out.removesuffix(".pt") + ".png")
     device = pick_device(o.device)
-    check_arguments(o, out, picture, factor)
+    check_vae_options(o, out, picture, factor)
     torch.set_num_threads(o.threads or torch.get_num_threads())
     images, held_out = load_split(o)
     torch.manual_seed(o.seed)                                                # of the first weights

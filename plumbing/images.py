@@ -17,7 +17,7 @@ def seeded(*key):
     """Make a CPU generator that is a function of some whole numbers.
 
     Neighbouring keys give independent streams."""
-    entropy = np.random.SeedSequence([k % 2**63 for k in key])
+    entropy = np.random.SeedSequence([number % 2**63 for number in key])
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
 
