@@ -41,7 +41,7 @@ FACES = 8192                                     # how many faces are drawn unle
 EXACT = ("edges", "saliency")                    # maps of the faces, by their names in faces.Faces
 
 
-# --- a data set ---
+# --- a data set ---------------------------------------------------------------------------
 
 class Images:
     """A data set at one size; load_images makes it.
@@ -130,7 +130,7 @@ def leave_signals_to_parent(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-# --- loading ---
+# --- loading ------------------------------------------------------------------------------
 
 def load_faces(size, gray, labels, seed, count, targets):
     """The built-in faces as Images; arguments as in `load_images`.
@@ -288,7 +288,7 @@ def holdout(images, val, seed=0, **load_kwargs):
     return images.subset(rest), images.subset(held)
 
 
-# --- the picture ---
+# --- the picture --------------------------------------------------------------------------
 
 def draw_face_sheet(size=64, seed=0):
     """Draw a face of every expression and hair style, and the maps of the last row.

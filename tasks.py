@@ -39,7 +39,7 @@ from plumbing.images import to_float, to_uint8
 ZOOM = 4                                         # of super-resolution: [DDM] DIV2K x4
 
 
-# --- super-resolution ---
+# --- super-resolution ---------------------------------------------------------------------
 
 def shrink(x, zoom=ZOOM):
     """Shrink pictures as Pillow does: bicubic, with antialiasing.
@@ -80,7 +80,7 @@ def back_project(result, cond, rounds=3):
     return result.clamp(-1, 1)
 
 
-# --- inpainting ---
+# --- inpainting ---------------------------------------------------------------------------
 
 def draw_uniform(shape, g):
     """Draw numbers in [0, 1) that are the same for all pixels.
@@ -163,7 +163,7 @@ def fill_with_mean(cond):
     return torch.where(read_hole(cond), mean, cond[:, :-1])
 
 
-# --- maps ---
+# --- maps ---------------------------------------------------------------------------------
 
 def sobel_edges(x, gain=3.0):
     """Find edges without a network: the size of the gradient of the mean channel (Sobel).
@@ -176,7 +176,7 @@ def sobel_edges(x, gain=3.0):
     return (gain * slope.norm(dim=1, keepdim=True)).clamp(max=1) * 2 - 1
 
 
-# --- measures, in float64 ---
+# --- measures, in float64 -----------------------------------------------------------------
 
 def psnr_per_image(a, b, where=None):
     """Peak signal-to-noise ratio in dB, for each image by itself.
@@ -222,7 +222,7 @@ def max_f(guess, truth, tolerance=0, beta2=0.3):
     return ((1 + beta2) * precision * recall / weighted).max().item()
 
 
-# --- scores of the tasks: (result, truth, cond) -> a number ---
+# --- scores of the tasks: (result, truth, cond) -> a number -------------------------------
 
 def score_psnr(result, truth, cond):
     """PSNR of all pixels."""
@@ -249,7 +249,7 @@ def score_saliency(result, truth, cond):
     return max_f(result[:, :1], truth[:, :1])
 
 
-# --- the tasks: the first line of each docstring is its help text ---
+# --- the tasks: the first line of each docstring is its help text -------------------------
 
 class Task:
     """What a task must know; what is not overridden is that of a picture without condition.
@@ -356,7 +356,7 @@ class Saliency(Edges):
         return torch.ones_like(cond[:, :1])                                   # all of it is object
 
 
-# --- conditions for the network ---
+# --- conditions for the network -----------------------------------------------------------
 
 def make_condition(task, x, maps=0, factor=1, g=None):
     """Make what is predicted and what is shown from pictures.
@@ -394,7 +394,7 @@ TASKS = {"generate": Generate(), "superres": SuperResolution(), "inpaint": Inpai
          "edges": Edges(), "saliency": Saliency()}
 
 
-# --- the picture ---
+# --- the picture --------------------------------------------------------------------------
 
 def draw_tasks(side=96, count=2, seed=0):
     """Draw every task on built-in faces: what is shown, what is predicted, what is easy.

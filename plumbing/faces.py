@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# --- what there is to choose from ---
+# --- what there is to choose from ---------------------------------------------------------
 
 EXPRESSIONS = ["neutral", "happy", "sad", "surprised", "angry"]
 # A row per expression. Mouth: half-width, how far its middle hangs down (y points down),
@@ -61,7 +61,7 @@ CLOTHES = rgb("c8413b 2f5d9b 2f8f6b f0b93a 6b4a94 3b3f4a e9e6de e07b39 3aa0a8 b4
 WALLS = rgb("8ec5e8 f6d98b a8d8b4 f2b6a8 c9b6e4 e8e4da 5b7fa6 4f7d6c d98f6c 7a6a9a 39424e")
 
 
-# --- shapes and how they are put together ---
+# --- shapes and how they are put together -------------------------------------------------
 
 class Faces(NamedTuple):
     """n drawn faces and what is known about them exactly."""

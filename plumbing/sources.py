@@ -30,7 +30,7 @@ from plumbing.console import UserError, describe_error
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-# --- one image ---
+# --- one image ----------------------------------------------------------------------------
 
 def open_picture(file):
     """Open a path or a file object with Pillow; its header is read and its pixels are not.
@@ -74,7 +74,7 @@ def crop_square(picture, size, gray=False):
     return np.array(small).reshape(size, size, -1).transpose(2, 0, 1)
 
 
-# --- many images ---
+# --- many images --------------------------------------------------------------------------
 
 def is_hidden(name):
     """Whether a part of a name starts with a dot, or macOS put the file into a zip."""

@@ -59,7 +59,7 @@ def classy(tmp_path):
     return tmp_path / "classy"
 
 
-# --- numbers and pictures ---
+# --- numbers and pictures -----------------------------------------------------------------
 
 def test_to_uint8_is_the_inverse_of_to_float_on_all_256_values():
     u = torch.arange(256, dtype=torch.uint8)
@@ -89,7 +89,7 @@ def test_a_grid_holds_every_image_in_reading_order_enlarged_by_a_whole_number():
         grid(x[:0])
 
 
-# --- one image ---
+# --- one image ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("h,w", [(20, 14), (13, 30), (9, 9)])
 def test_an_image_is_its_largest_centred_square_resized_with_lanczos(h, w):
@@ -150,7 +150,7 @@ def test_transparency_is_laid_over_white(tmp_path):
     assert np.asarray(to_8_bit(Image.open(tmp_path / "p.png"))).min() == 255
 
 
-# --- folders and archives ---
+# --- folders and archives -----------------------------------------------------------------
 
 def test_a_messy_folder_loses_only_its_broken_files_and_names_them_in_one_line(tmp_path, capsys):
     fine = ["Großmutter und ich.JPG", "b/ünïcode 写真.png", "b/c/alpha.WebP", "deep.tiff", "g.gif",
@@ -235,7 +235,7 @@ def test_a_wrong_source_is_named_in_one_line(tmp_path, make):
     assert str(make(tmp_path)) in str(caught.value) and "\n" not in str(caught.value)
 
 
-# --- CIFAR-10 ---
+# --- CIFAR-10 -----------------------------------------------------------------------------
 
 def cifar(path, protocol=2, poison=None):
     """An archive of two images a batch; image i of batch b has the class (b + i) % 3."""
@@ -281,7 +281,7 @@ def test_a_pickle_that_calls_a_function_is_refused_and_does_not_call_it(tmp_path
     assert not target.exists()
 
 
-# --- a data set ---
+# --- a data set ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("gray", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
@@ -358,7 +358,7 @@ def test_a_path_holds_out_its_own_images_at_the_same_size_and_classes(classy, tm
     assert not torch.equal(holdout(faces, "faces", count=4)[1].pixels, faces.pixels)
 
 
-# --- faces ---
+# --- faces --------------------------------------------------------------------------------
 
 def test_face_i_depends_on_the_seed_and_i_alone():
     many, few, other = draw_faces(70, 32), draw_faces(3, 32), draw_faces(3, 32, seed=1)

@@ -81,7 +81,7 @@ def compvis(state, stages):
     return done
 
 
-# --- the network ---
+# --- the network --------------------------------------------------------------------------
 
 def test_stable_diffusions_names_shapes_and_numbers_of_parameters_are_golden():
     with torch.device("meta"):
@@ -169,7 +169,7 @@ def test_the_log_variance_is_clamped():
     assert (logvar[:, 2:].abs() < 20).all()
 
 
-# --- latent space ---
+# --- latent space -------------------------------------------------------------------------
 
 def test_a_latent_space_has_the_interface_of_a_pixel_space():
     pixel, latent, x = spaces.PixelSpace(3), LatentSpace(made(), batch=2), images(5, 3, 8, 16)
@@ -233,7 +233,7 @@ def test_the_statistics_live_outside_of_the_autoencoders_state():
     assert not any(p.requires_grad for p in space.parameters())
 
 
-# --- files ---
+# --- files --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config", FILES.values(), ids=FILES)
 @pytest.mark.parametrize("names", ["today's", "early", "CompVis", "CompVis, the whole model"])
@@ -350,7 +350,7 @@ def test_safetensors_are_read_by_their_package_and_its_absence_is_told(tmp_path,
                        state["decoder.conv_in.weight"])
 
 
-# --- the command ---
+# --- the command --------------------------------------------------------------------------
 
 @pytest.fixture
 def folder(tmp_path):
