@@ -1,55 +1,167 @@
-"""Reconstruction: what the hidden patches looked like, in one pass of the network.
+"""Restoration: a model of a task, or of reconstruction, at work on pictures of your own.
 
-The idea (LMD, arXiv 2312.07971; MAE, 2111.06377). A network that was trained with `train.py --objective reconstruct` is shown some tokens of
-a clean image and guesses all others at once: no noise, no time, no chain of steps.
+The idea of tasks (DDM, arXiv 2306.13720). A network that was trained with `train.py --task`
+sees a condition c at every call: a small picture, one with a hole, one whose edges are
+asked for. So sampling as in sample.py, with model(x_t, t, c), restores the picture behind
+the condition:
 
-    z   = space.encode(x)                       what is hidden is hidden here, among the tokens of z
-    z'  = z where visible, s model(z, 0, y, m) where hidden                    s: the data's root mean square, the unit of the target
-    x'  = space.decode(z')
+    c = ask(x)                                  what tasks.py makes of a picture x
+    y = finish(sample(c), c)                    what c tells for certain is kept
 
-Beside it stands what no network could do better: the *ceiling* decode(encode(x)). The gap to the ceiling is the network's, the rest
-the autoencoder's, so a PSNR in pixels comes with a mean squared error of hidden latents, where the autoencoder has no part.
+Your picture may be larger than the images of the training. Then the network sees
+overlapping tiles, and its outputs are averaged at every call [MultiDiffusion, 2302.08113]:
 
-A true hole is another matter. An autoencoder's encoder looks everywhere (its group norms and its attention are global), so latents beside
-a hole would tell of what is in it. Therefore the hole is filled first and encoded then; a token is hidden if its square meets the hole, or
-a neighbour's does, for there the filling has left its traces; and known pixels are pasted back. Two images that differ only inside the hole give
-the same result, bit for bit.
+    out[place] = sum_tiles window out_tile / sum_tiles window
 
-    from sample import load; from reconstruct import reconstruct; done = reconstruct(load("runs/A"), x, ratio=0.75)
+The idea of reconstruction (LMD, arXiv 2312.07971; MAE, 2111.06377). A network that was
+trained with `train.py --objective reconstruct` sees some tokens of a clean image and
+guesses all others in one pass: no noise, no time, no chain of steps.
 
-Shapes: B batch, C channels, N tokens of an h x w grid, f pixels along a place of z, p places along a token; x (n, C, H, W) in [-1, 1].
+    z   = encode(x)                             tokens of z are hidden, not of x
+    z'  = z where visible, s model(z, 0, y, m) where hidden   s: data's root mean square
+    x'  = decode(z')
+
+Beside it stands the *ceiling* decode(encode(x)), which no network could pass. A PSNR in
+pixels measures the network and the autoencoder. The mean squared error of hidden latents
+measures the network alone.
+
+A true hole is another matter. An encoder looks everywhere (its group norms and its
+attention are global), so latents beside a hole would tell of what is in it. Therefore:
+
+    x_filled = x outside the hole, the mean of what is known inside
+    m        hides each token whose square, or a neighbour's square, meets the hole
+    x'       = x outside the hole, decode(z') inside
+
+Two images that differ only inside the hole give the same result, bit for bit.
+
+    python restore.py --input photos/                   the newest run's own task
+    python restore.py --task inpaint --input photos/ --holes random --out restored.png
+    python restore.py --task reconstruct --input photos/ --ratio 0.75
+    from sample import load; from restore import reconstruct, restore_pictures
+    done = reconstruct(load("runs/NAME"), x, ratio=0.75)
+
+Shapes: B batch, n pictures, C channels, C' of a condition, N tokens of an h x w grid, f
+pixels along a place of z, p places along a token; x (n, C, H, W) in [-1, 1]; hole
+(n, 1, H, W) bool.
 """
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
-from plumbing.console import UserError
 from losses import build_reconstruction
 from mask import Mask, draw, patchify, unpatchify
-from tasks import psnr_per_image, TASKS, fold_condition
+from plumbing.console import UserError, build_parser, run_command
 from plumbing.images import grid, to_float, to_uint8
-from sample import sample
+from plumbing.inputs import UserPictures
+from plumbing.sheets import draw_sheet
+from plumbing.writer import ImageWriter
+from sample import (
+    SamplingRun, add_sampling_arguments, check_arguments, check_guided_labels, choose_seed,
+    load_asked_model, resolve_labels, sample,
+)
+from tasks import TASKS, draw_holes, fold_condition, place_side_by_side, psnr_per_image
 
-RATIOS = (0.15, 0.40, 0.55, 0.75)                                               # [LMD] where ramps start, rest, are on average, and end
-GREY = 0.0                                                                      # what a hidden square looks like in a picture
+RATIOS = (0.15, 0.40, 0.55, 0.75)               # [LMD] where ramps start, rest, are on average, end
+GREY = 0.0                                          # what a hidden square looks like in a picture
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------------------------
+# --- tasks: pictures of any size ----------------------------------------------------------
 
-def token_side(loaded):
+class Tiled(torch.nn.Module):
+    """A network for images of one side as one for larger images [MultiDiffusion].
+
+    Tiles overlap, each is seen as if it were alone, and their outputs are averaged under a
+    window that falls off towards a tile's border. All tiles are in one call, so that a
+    whole picture is sampled at once: tiles that were sampled one by one would not fit
+    together.
+
+    side: of a tile, in places of z. batch: tiles at once."""
+
+    def __init__(self, net, side, batch=64):
+        super().__init__()
+        self.net, self.side, self.batch = net, side, batch
+        rise = torch.arange(1, side + 1, dtype=torch.float32)
+        edge = rise.minimum(rise.flip(0))
+        self.window = edge[:, None] * edge[None, :]                                   # (side, side)
+
+    def starts(self, length):
+        """Where tiles begin along an axis: they overlap by half and end with it."""
+        steps = math.ceil(2 * (length - self.side) / self.side)
+        return [round(i * (length - self.side) / max(steps, 1)) for i in range(steps + 1)]
+
+    def cut_tiles(self, u, places):
+        """Tiles of u (B, C, H, W) at places [(b, i, j), ...]. -> (tiles, C, side, side)"""
+        if u is None:
+            return None
+        side = self.side
+        return torch.stack([u[b, :, i:i + side, j:j + side] for b, i, j in places])
+
+    def forward(self, zt, t, y=None, m=None, cond=None):
+        """As ViT.forward without a mask: zt (B, C, H, W), H and W at least `side`.
+        -> (B, C_out, H, W)"""
+        B, _, H, W = zt.shape
+        rows, columns = self.starts(H), self.starts(W)
+        places = [(b, i, j) for b in range(B) for i in rows for j in columns]
+        window, total, weight = self.window.to(zt), None, zt.new_zeros(B, 1, H, W)
+        for lo in range(0, len(places), self.batch):
+            some = places[lo:lo + self.batch]
+            owners = torch.tensor([b for b, _, _ in some])       # on the CPU: it indexes any device
+            labels = None if y is None else y[owners]
+            tiles, shown = self.cut_tiles(zt, some), self.cut_tiles(cond, some)
+            out = self.net(tiles, t[owners], labels, None, shown)
+            if total is None:
+                total = zt.new_zeros(B, out.shape[1], H, W)
+            for tile, (b, i, j) in zip(out, some):
+                total[b, :, i:i + self.side, j:j + self.side] += tile * window
+                weight[b, :, i:i + self.side, j:j + self.side] += window
+        return total / weight                                                   # [MultiDiffusion]
+
+
+def restore_pictures(model, cond, **how):
+    """A task's results for conditions of one size, whatever size.
+
+    cond (n, C', H, W) in [-1, 1]: as tasks.py makes it.
+    how: steps, seed, churn, ... of `sample`.
+    -> (n, C, H, W), maps (n, 1, H, W). What is known is kept: inpainting changes holes.
+    UserError as `sample`."""
+    H, W = cond.shape[2:]
+    f, side = model.space.factor, model.meta["size"]
+    bottom, right = (max(side, -(-length // f) * f) - length for length in (H, W))
+    whole = F.pad(cond, (0, right, 0, bottom), mode="replicate")           # a small picture goes on
+    task = TASKS[model.meta["task"]]
+    if max(whole.shape[2:]) > side:
+        model = replace(model, net=Tiled(model.net, side // f, how.get("batch", 64)))
+    made = sample(model, len(cond), cond=fold_condition(whole, f), **how)
+    return task.finish(made[:, :, :H, :W], cond)
+
+
+# --- reconstruction: masks ----------------------------------------------------------------
+
+def token_side(model):
     """The side of the token grid, h = w."""
-    return loaded.meta["size"] // loaded.space.factor // loaded.net.p
+    return model.meta["size"] // model.space.factor // model.net.p
 
 
-def draw_masks(loaded, n, ratio, seed=0, policy="patch", block=4):
-    """A Mask for n images, a function of the arguments alone. UserError when the ratio hides nothing."""
-    side = token_side(loaded)
-    m = draw(policy, n, side, side, ratio, torch.Generator().manual_seed(seed), block) if 0 < ratio < 1 else None
+def token_pixels(model):
+    """The side of a token's square in pixels, f p."""
+    return model.space.factor * model.net.p
+
+
+def draw_masks(model, n, ratio, seed=0, policy="patch", block=4):
+    """A Mask for n images, a function of the arguments alone.
+
+    UserError when the ratio hides nothing."""
+    side, m = token_side(model), None
+    if 0 < ratio < 1:
+        m = draw(policy, n, side, side, ratio, torch.Generator().manual_seed(seed), block)
     if m is None:
-        raise UserError(f"--ratio {ratio}: must be in (0, 1) and hide at least one of {side * side} tokens")
+        raise UserError(f"--ratio {ratio}: must be in (0, 1) and hide at least one of "
+                        f"{side * side} tokens")
     return m
 
 
@@ -59,128 +171,207 @@ def mask_rows(m, lo, hi, device):
 
 
 def hidden_pixels(m, side, square):
-    """Mask of a side x side grid -> (B, 1, side square, side square) bool, True where a pixel's token is hidden."""
+    """Mask of a side x side grid -> (B, 1, side square, side square), True where hidden."""
     hidden = ~m.visible.view(-1, 1, side, side)
     return hidden.repeat_interleave(square, 2).repeat_interleave(square, 3)
 
 
-# --- one pass ----------------------------------------------------------------------------------------------------------------------
+# --- reconstruction: one pass -------------------------------------------------------------
 
-def require_reconstruction(loaded):
+def require_reconstruction(model):
     """UserError unless this model can fill in pixels."""
-    if loaded.meta.get("objective", "denoise") != "reconstruct":
-        raise UserError("this model was trained to denoise whole images: --task reconstruct needs one that train.py --objective reconstruct has trained")
-    if loaded.meta["recon_target"] == "whitened":
-        raise UserError("this model knows hidden patches only up to their mean and contrast (--recon-target whitened), which no picture can be "
-                        "made of; train with --recon-target clean")
+    if model.meta.get("objective", "denoise") != "reconstruct":
+        raise UserError("this model was trained to denoise whole images: --task reconstruct needs "
+                        "one that train.py --objective reconstruct has trained")
+    if model.meta["recon_target"] == "whitened":
+        raise UserError("this model knows hidden patches only up to their mean and contrast "
+                        "(--recon-target whitened), which no picture can be made of; train with "
+                        "--recon-target clean")
 
 
 @torch.no_grad()
-def fill_hidden(loaded, z, m, y=None):
-    """z (B, C, h p, w p) and a Mask -> z', the visible tokens as they are and the hidden ones as the network sees them. m None: z."""
+def fill_hidden(model, z, m, y=None):
+    """z (B, C, h p, w p), Mask or None -> z', hidden tokens as the network sees them."""
     if m is None:
         return z
-    side, p = token_side(loaded), loaded.net.p
-    guess = loaded.net.eval()(z, torch.zeros(len(z), dtype=torch.float64), y, m) * loaded.schedule.data_std
-    tokens = torch.where(m.visible[:, :, None], patchify(z, p), patchify(guess, p))                                  # (B, N, P)
+    side, p = token_side(model), model.net.p
+    now = torch.zeros(len(z), dtype=torch.float64)                              # t = 0: no noise
+    guess = model.net.eval()(z, now, y, m) * model.schedule.data_std     # [LMD] s model(z, 0, y, m)
+    seen = m.visible[:, :, None]
+    tokens = torch.where(seen, patchify(z, p), patchify(guess, p))                       # (B, N, P)
     return unpatchify(tokens, p, side, side)
 
 
+def decode_pictures(model, z):
+    """z -> pictures (B, C, H, W) in [-1, 1], float32."""
+    return model.space.decode(z).clamp(-1, 1).float()
+
+
 @torch.no_grad()
-def reconstruct(loaded, x, ratio=0.75, seed=0, policy="patch", block=4, labels=None, batch=64):
-    """Hide a share `ratio` of the tokens of x (n, C, H, W) and guess them.
+def reconstruct(
+    model,              # of --objective reconstruct
+    x,                  # pictures (n, C, H, W) in [-1, 1], of the training's size
+    ratio=0.75,         # share of the tokens to hide, in (0, 1)
+    seed=0,             # of the masks
+    policy="patch",     # a name in POLICIES: which tokens
+    block=4,            # side of the squares of the policy "block", in tokens
+    labels=None,        # class names or numbers, for a model that was trained with labels
+    batch=64,           # pictures at once
+):
+    """Hide a share `ratio` of the tokens of x and guess them.
 
-    -> dict of pictures (n, C, H, W) in [-1, 1] on the CPU: masked, reconstructed, ceiling, original; and of numbers (n,): psnr,
-    ceiling_psnr (against the original, in dB) and latent_mse (over the hidden tokens of z, in units of the data's variance).
-    labels: (n,) class numbers for a model that was trained with labels. UserError for a model of another kind, or a ratio that hides nothing."""
-    require_reconstruction(loaded)
-    side, square = token_side(loaded), loaded.space.factor * loaded.net.p
-    whole, done = draw_masks(loaded, len(x), ratio, seed, policy, block), []
-    score = build_reconstruction(loaded.schedule, loaded.predict, loaded.net.p)
+    -> dict of pictures (n, C, H, W) in [-1, 1] on the CPU: masked, reconstructed, ceiling,
+    original; and of numbers (n,): psnr and ceiling_psnr, against the original in dB, and
+    latent_mse, over the hidden tokens of z in units of the data's variance.
+    UserError for a model of another kind, or a ratio that hides nothing."""
+    require_reconstruction(model)
+    side, square = token_side(model), token_pixels(model)
+    masks = draw_masks(model, len(x), ratio, seed, policy, block)
+    labels = resolve_labels(labels, len(x), model.meta["classes"])
+    done = []
     for lo in range(0, len(x), batch):
-        part = x[lo:lo + batch].to(loaded.device)
-        m = mask_rows(whole, lo, lo + batch, loaded.device)
-        z = loaded.space.encode(part)
-        full = fill_hidden(loaded, z, m, None if labels is None else torch.as_tensor(labels)[lo:lo + batch].to(loaded.device))
-        made, ceiling = (loaded.space.decode(v).clamp(-1, 1).float() for v in (full, z))
-        error = torch.stack([score(full[i:i + 1] / loaded.schedule.data_std, z[i:i + 1], None, None, mask_rows(m, i, i + 1, z.device)) for i in range(len(z))])
-        masked = torch.where(hidden_pixels(m, side, square), GREY, part)
-        done.append([v.cpu() for v in (masked, made, ceiling, part, psnr_per_image(made, part), psnr_per_image(ceiling, part), error)])
-    names = ("masked", "reconstructed", "ceiling", "original", "psnr", "ceiling_psnr", "latent_mse")
-    return {name: torch.cat(values) for name, values in zip(names, zip(*done))}
+        part = x[lo:lo + batch].to(model.device)
+        m = mask_rows(masks, lo, lo + batch, model.device)
+        y = None if labels is None else labels[lo:lo + batch].to(model.device)
+        z = model.space.encode(part)
+        filled = fill_hidden(model, z, m, y)
+        made, ceiling = decode_pictures(model, filled), decode_pictures(model, z)
+        done.append(dict(
+            masked=torch.where(hidden_pixels(m, side, square), GREY, part), reconstructed=made,
+            ceiling=ceiling, original=part, psnr=psnr_per_image(made, part),
+            ceiling_psnr=psnr_per_image(ceiling, part),
+            latent_mse=latent_errors(model, filled, z, m)))
+    return {name: torch.cat([part[name].cpu() for part in done]) for name in done[0]}
 
 
-# --- a true hole -----------------------------------------------------------------------------------------------------------------
+def latent_errors(model, filled, z, m):
+    """Each image's mean squared error of hidden tokens, over the data's variance. -> (B,)"""
+    score = build_reconstruction(model.schedule, model.predict, model.net.p)
+    guess, errors = filled / model.schedule.data_std, []
+    for i in range(len(z)):
+        hidden = mask_rows(m, i, i + 1, z.device)
+        errors.append(score(guess[i:i + 1], z[i:i + 1], None, None, hidden))
+    return torch.stack(errors)
+
+
+# --- a true hole --------------------------------------------------------------------------
 
 def hole_mask(hole, square, dilate):
-    """hole (H, W) bool, True where pixels are missing -> Mask of one image, or None when nothing is missing. A token is hidden when its
-    square meets the hole, or a square at most `dilate` tokens away does. UserError when nothing is left to see."""
-    met = F.max_pool2d(hole[None, None].float(), square)                                                             # (1, 1, h, w)
-    for reach in range(dilate, -1, -1):                                         # a narrow rim would vanish: then look closer at the hole
+    """hole (H, W) bool, True where pixels are missing -> Mask of one image, or None.
+
+    A token is hidden when its square meets the hole, or a square at most `dilate` tokens
+    away. UserError when nothing is left to see."""
+    met = F.max_pool2d(hole[None, None].float(), square)                              # (1, 1, h, w)
+    for reach in range(dilate, -1, -1):                          # smaller, where a rim would vanish
         grown = F.max_pool2d(met, 2 * reach + 1, stride=1, padding=reach)
         if grown.min() == 0:
             keep = (grown.flatten() == 0).nonzero()[:, 0]
             return Mask(keep[None], grown.numel()) if len(keep) < grown.numel() else None
-    raise UserError(f"the hole leaves no square of {square} x {square} pixels whole, and so no token to be seen: make it smaller (a random one: give another --seed)")
+    raise UserError(f"the hole leaves no square of {square} x {square} pixels whole, and so no "
+                    "token to be seen: make it smaller (a random one: give another --seed)")
 
 
 @torch.no_grad()
-def inpaint_hole(loaded, x, holes, labels=None, dilate=None, names=None):
+def inpaint_hole(
+    model,              # of --objective reconstruct
+    x,                  # pictures (n, C, H, W) in [-1, 1], of the training's size
+    holes,              # (n, 1, H, W) bool, True where pixels are missing
+    labels=None,        # class names or numbers, for a model that was trained with labels
+    dilate=None,        # tokens around a hole that are hidden, too; 1, but 0 in pixels, where
+                        # no encoder can spread the filling
+    names=None,         # of the pictures, for errors
+):
     """Fill in missing pixels. What x holds inside its hole has no influence on the result.
 
-    x (n, C, H, W) in [-1, 1]; holes (n, 1, H, W) bool, True where pixels are missing. dilate: how far around a hole tokens are hidden,
-    too; 1 when left out, 0 in pixels, where an encoder cannot spread the filling. names: of the pictures, for errors. -> dict of pictures
-    (n, C, H, W) on the CPU: masked, inpainted (known pixels are x's own), original. UserError as `reconstruct`, and when a hole leaves nothing."""
-    require_reconstruction(loaded)
-    dilate = int(loaded.space.factor > 1) if dilate is None else dilate
-    done, hidden = [], []
-    for i, hole in enumerate(holes):                                            # all of them before any work
+    -> dict of pictures (n, C, H, W) on the CPU: masked, inpainted (known pixels are x's
+    own), original. UserError as `reconstruct`, and when a hole leaves nothing."""
+    require_reconstruction(model)
+    dilate = int(model.space.factor > 1) if dilate is None else dilate
+    labels = resolve_labels(labels, len(x), model.meta["classes"])
+    masks, done = [], []
+    for i, hole in enumerate(holes):                                   # all of them before any work
         try:
-            hidden.append(hole_mask(hole[0], loaded.space.factor * loaded.net.p, dilate))
+            masks.append(hole_mask(hole[0], token_pixels(model), dilate))
         except UserError as error:
             raise UserError(f"{names[i] if names else f'picture {i}'}: {error}") from None
-    for i, (image, hole, m) in enumerate(zip(x.to(loaded.device), holes.to(loaded.device), hidden)):   # one by one: they hide different numbers of tokens
+    for i, m in enumerate(masks):                            # they hide different numbers of tokens
+        image, hole = x[i].to(model.device), holes[i].to(model.device)
+        y = None if labels is None else labels[i:i + 1].to(model.device)
         known = torch.where(hole, 0.0, image)
-        fill = known.sum((1, 2), keepdim=True) / (~hole).sum().clamp(min=1)     # the mean colour of what is known
-        z = loaded.space.encode(torch.where(hole, fill, image)[None])
+        mean = known.sum((1, 2), keepdim=True) / (~hole).sum().clamp(min=1)
+        z = model.space.encode(torch.where(hole, mean, image)[None])    # filled first, encoded then
         m = m and mask_rows(m, 0, 1, z.device)
-        y = None if labels is None else torch.as_tensor(labels)[i:i + 1].to(loaded.device)
-        made = loaded.space.decode(fill_hidden(loaded, z, m, y))[0].clamp(-1, 1).float()
-        done.append([v.cpu() for v in (torch.where(hole, GREY, image), torch.where(hole, made, image), image)])
-    return {name: torch.stack(values) for name, values in zip(("masked", "inpainted", "original"), zip(*done))}
+        made = decode_pictures(model, fill_hidden(model, z, m, y))[0]
+        done.append(dict(masked=torch.where(hole, GREY, image),
+                         inpainted=torch.where(hole, made, image), original=image))
+    return {name: torch.stack([one[name].cpu() for one in done]) for name in done[0]}
 
 
-# --- numbers and pictures for a report ----------------------------------------------------------------------------------------
+# --- numbers and pictures for a report ----------------------------------------------------
 
 @torch.no_grad()
-def reconstruction_errors(loaded, images, ratios=RATIOS, n=256, seed=1, batch=64):
-    """Held-out error of reconstruction at fixed ratios: {ratio: mean over hidden tokens of |out - patch|^2}, in the units of the model's own
-    target, so 1 is about what the mean image costs. Masks are a function of (seed, ratio) and n: the same for every model and every moment of
-    training, which training losses under a ramp are not. images: data.Images, or latents.Latents with their space."""
-    score = build_reconstruction(loaded.schedule, loaded.predict, loaded.net.p, recon_target=loaded.meta["recon_target"])
+def reconstruction_errors(
+    model,              # of --objective reconstruct
+    images,             # data.Images, or spaces.Latents with their space
+    ratios=RATIOS,      # shares of hidden tokens
+    n=256,              # images at most
+    seed=1,             # of the masks
+    batch=64,           # images at once
+):
+    """Held-out error of reconstruction at fixed ratios.
+
+    Masks are a function of (seed, ratio) and n: the same for every model and every moment
+    of training, which training losses under a ramp are not.
+    -> {ratio: mean over hidden tokens of |out - patch|^2}, in units of the model's own
+    target: 1 is about what the mean image costs."""
+    target, net = model.meta["recon_target"], model.net.eval()
+    score = build_reconstruction(model.schedule, model.predict, net.p, recon_target=target)
     n, errors = min(n, len(images)), {ratio: 0.0 for ratio in ratios}
-    whole = {ratio: draw_masks(loaded, n, ratio, seed) for ratio in ratios}
+    masks = {ratio: draw_masks(model, n, ratio, seed) for ratio in ratios}
     for some in torch.arange(n).split(batch):
         x, y = images.take(some)
-        z, y = loaded.space.encode(to_float(x).to(loaded.device)), y.to(loaded.device) if loaded.net.embed_class is not None else None
+        z = model.space.encode(to_float(x).to(model.device))
+        y = y.to(model.device) if net.embed_class is not None else None
+        now = torch.zeros(len(z), dtype=torch.float64)
         for ratio in ratios:
-            m = mask_rows(whole[ratio], int(some[0]), int(some[-1]) + 1, loaded.device)
-            out = loaded.net.eval()(z, torch.zeros(len(z), dtype=torch.float64), y, m)
-            errors[ratio] += score(out, z, None, torch.zeros(()), m).item() * len(some) / n
+            m = mask_rows(masks[ratio], int(some[0]), int(some[-1]) + 1, model.device)
+            out = net(z, now, y, m)
+            error = score(out, z, None, torch.zeros(()), m).item()
+            errors[ratio] += error * len(some) / n
     return errors
 
 
-def draw_reconstruction(done, margin=170):
-    """What `reconstruct` or `inpaint_hole` gave -> a PIL picture: a row for each image, its numbers beside it."""
+def choose_zoom(pictures, width=512):
+    """A whole number that enlarges a row of pictures (C, H, W) to about `width` pixels."""
+    return max(1, width // sum(picture.shape[2] for picture in pictures))
+
+
+def draw_reconstruction(done, names=None):
+    """What `reconstruct` or `inpaint_hole` gave -> a PIL sheet with titles and numbers.
+
+    names: of the pictures; numbers when left out."""
+    pictures = {name: to_uint8(v) for name, v in done.items() if v.ndim == 4}
+    rows = []
+    for i, row in enumerate(zip(*pictures.values())):
+        title = names[i] if names else f"image {i}"
+        if "psnr" in done:
+            title += f"\nPSNR {done['psnr'][i]:.1f} dB\nceiling {done['ceiling_psnr'][i]:.1f} dB"
+            title += f"\nlatent MSE {done['latent_mse'][i]:.3f}"
+        rows.append((title, row))
+    return draw_sheet(rows, list(pictures), choose_zoom(rows[0][1]))
+
+
+def stack_reconstruction(done, margin=170):
+    """What `reconstruct` gave -> a PIL picture without titles, for samples/ of a run."""
     pictures = [to_uint8(v) for v in done.values() if v.ndim == 4]
     sheet = grid(torch.stack(pictures, 1).flatten(0, 1), columns=len(pictures))
-    if "psnr" not in done:
-        return sheet
     canvas = Image.new("RGB", (sheet.width + margin, sheet.height), "white")
     canvas.paste(sheet)
     ink, height = ImageDraw.Draw(canvas), sheet.height / len(pictures[0])
-    for i, (got, best, error) in enumerate(zip(done["psnr"], done["ceiling_psnr"], done["latent_mse"])):
-        ink.multiline_text((sheet.width + 8, (i + 0.5) * height), f"PSNR {got:.1f} dB, ceiling {best:.1f}\nlatent MSE {error:.3f}", fill="black", anchor="lm")
+    for i, psnr in enumerate(done["psnr"]):
+        text = f"PSNR {psnr:.1f} dB, ceiling {done['ceiling_psnr'][i]:.1f}\n"
+        text += f"latent MSE {done['latent_mse'][i]:.3f}"
+        ink.multiline_text((sheet.width + 8, (i + 0.5) * height), text, fill="black", anchor="lm")
     return canvas
 
 
@@ -189,51 +380,170 @@ def describe_reconstruction(done):
     if "psnr" not in done:
         return f"{' | '.join(done)}: {len(done['original'])} images, known pixels as they were"
     mean = {name: v.mean().item() for name, v in done.items() if v.ndim == 1}
-    return (f"masked | reconstructed | ceiling | original: PSNR {mean['psnr']:.2f} dB, ceiling {mean['ceiling_psnr']:.2f} dB, "
-            f"MSE of hidden latents {mean['latent_mse']:.4f} ({len(done['psnr'])} images)")
+    return (f"masked | reconstructed | ceiling | original: PSNR {mean['psnr']:.2f} dB, "
+            f"ceiling {mean['ceiling_psnr']:.2f} dB, MSE of hidden latents "
+            f"{mean['latent_mse']:.4f} ({len(done['psnr'])} images)")
 
 
-# --- pictures of any size ---
+# --- the command --------------------------------------------------------------------------
 
-class Tiled(torch.nn.Module):
-    """A network for images of one side as a network for larger ones: overlapping tiles, each seen as if it were alone, and their outputs
-    averaged under a window that falls off towards a tile's border [MultiDiffusion, 2302.08113]. One call for all tiles, so that a whole
-    picture is sampled at once: tiles that were sampled one by one would not fit together. side: of a tile, in places of z; batch: tiles at once."""
-
-    def __init__(self, net, side, batch=64):
-        super().__init__()
-        self.net, self.side, self.batch = net, side, batch
-        edge = torch.arange(1, side + 1, dtype=torch.float32).minimum(torch.arange(side, 0, -1, dtype=torch.float32))
-        self.window = edge[:, None] * edge[None, :]                                                                  # (side, side)
-
-    def starts(self, length):
-        """Where tiles begin along an axis: they overlap by at least half and end with the picture."""
-        steps = math.ceil(2 * (length - self.side) / self.side)
-        return [round(i * (length - self.side) / max(steps, 1)) for i in range(steps + 1)]
-
-    def forward(self, zt, t, y=None, m=None, cond=None):
-        """As ViT.forward without a mask: zt (B, C, H, W), H and W at least `side` -> (B, C_out, H, W)."""
-        places = [(b, i, j) for b in range(len(zt)) for i in self.starts(zt.shape[2]) for j in self.starts(zt.shape[3])]
-        total, weight, window = 0, zt.new_zeros(zt.shape[0], 1, *zt.shape[2:]), self.window.to(zt)
-        for lo in range(0, len(places), self.batch):
-            some = places[lo:lo + self.batch]
-            tiles = lambda u: torch.stack([u[b, :, i:i + self.side, j:j + self.side] for b, i, j in some])
-            rows = torch.tensor([b for b, _, _ in some])                        # on the CPU, where it may index tensors of any device
-            out = self.net(tiles(zt), t[rows], None if y is None else y[rows], None, None if cond is None else tiles(cond))
-            total = total if torch.is_tensor(total) else zt.new_zeros(len(zt), out.shape[1], *zt.shape[2:])
-            for tile, (b, i, j) in zip(out, some):
-                total[b, :, i:i + self.side, j:j + self.side] += tile * window
-                weight[b, :, i:i + self.side, j:j + self.side] += window
-        return total / weight
+def parser():
+    p = build_parser("Restore pictures of your own with a model that was trained for it.")
+    tasks = [name for name in TASKS if name != "generate"]
+    p.add_argument("--task", choices=[*tasks, "reconstruct"],
+                   help="what the model must have been trained for; its own task when left out")
+    p.add_argument("--input", help="your pictures: a folder or .zip; for a task of any size")
+    p.add_argument("--holes", help="for inpaint: a folder or .zip of masks of the same file stems, "
+                                   "white where the hole is, or random; transparent pixels of "
+                                   "--input when left out")
+    p.add_argument("--targets", help="for a task: what should come out, a folder or .zip of the "
+                                     "same file stems, to be compared with")
+    p.add_argument("--ratio", type=float, help="for reconstruct: the share of the tokens to hide; "
+                                               "the training's when left out")
+    add_sampling_arguments(p, None, "how many pictures; all when left out", "restored.png")
+    return p
 
 
-def restore_pictures(loaded, cond, **how):
-    """A task's results for conditions of one size, whatever size: cond (n, C', H, W) in [-1, 1], as tasks.py makes it -> (n, C, H, W), maps
-    (n, 1, H, W). how: steps, seed, churn, ... of `sample`. What is known for certain is kept: inpainting changes the holes alone."""
-    H, W = cond.shape[2:]
-    f, side = loaded.space.factor, loaded.meta["size"]
-    bottom, right = max(side, -(-H // f) * f) - H, max(side, -(-W // f) * f) - W
-    whole = F.pad(cond, (0, right, 0, bottom), mode="replicate")                # a picture smaller than a tile goes on with its border
-    if max(whole.shape[2:]) > side:
-        loaded = replace(loaded, net=Tiled(loaded.net, side // f, how.get("batch", 64)))
-    return TASKS[loaded.meta["task"]].finish(sample(loaded, len(cond), cond=fold_condition(whole, f), **how)[:, :, :H, :W], cond)
+def check_inputs(args):
+    """UserError, before any work, for pictures that no model could take."""
+    if args.input is None and (args.holes or args.targets):
+        raise UserError(f"--{'holes' if args.holes else 'targets'} goes with --input, the pictures "
+                        "to work on")
+    if args.input is None:
+        raise UserError("--input: give the pictures to work on, a folder or a .zip (python "
+                        "sample.py makes images from noise)")
+    if args.out.lower().endswith(".npz"):
+        raise UserError(f"--out {args.out}: pictures of different sizes do not fit into a .npz; "
+                        "give a .png, a .zip or a folder")
+
+
+def check_task(args, meta):
+    """UserError for flags that a model of a task, with this meta, has no use for."""
+    task = meta["task"]
+    if args.task not in (None, task):
+        way = f"train.py --task {args.task}"
+        if args.task == "reconstruct":
+            way = "--objective reconstruct"
+        raise UserError(f"--task {args.task}: this model was trained for {task}; give --ckpt of "
+                        f"one that was trained with {way}")
+    if task == "generate":
+        raise UserError("--input: this model was trained to generate, from nothing (python "
+                        "sample.py); train one for it (train.py --task superres, inpaint, ...)")
+    if args.holes and task != "inpaint":
+        raise UserError(f"--holes: this model was trained for {task}, not to inpaint")
+    if args.ratio is not None:
+        raise UserError(f"--ratio: this model was trained for {task}, not to reconstruct what is "
+                        "hidden")
+    labels = resolve_labels(args.label, 1, meta["classes"])
+    check_guided_labels(args.cfg, labels, meta["classes"])
+
+
+def check_one_pass(args, inpaint):
+    """UserError for flags that a model of --objective reconstruct has no use for."""
+    if args.task not in (None, "reconstruct", "inpaint"):
+        raise UserError("this model was trained to reconstruct hidden patches: give --task "
+                        "reconstruct (or inpaint), or --ckpt of one that was trained with train.py "
+                        f"--task {args.task}, without --objective reconstruct")
+    defaults = parser()
+    for name in ("steps", "churn", "time_grid", "solver", "cfg", "cfg_interval", "amp", "targets",
+                 "trace"):
+        if getattr(args, name) != defaults.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')}: a reconstruction is one pass of the "
+                            "network, without noise and time; leave it out")
+    if (args.holes and not inpaint) or (args.ratio is not None and inpaint):
+        raise UserError("--ratio is the share of the tokens that --task reconstruct hides; --holes "
+                        "belong to --task inpaint")
+    if not args.out.lower().endswith(".png"):
+        raise UserError(f"--out {args.out}: a reconstruction is one sheet of pictures beside their "
+                        "originals, a .png")
+
+
+def open_pictures(args, meta, seed, **how):
+    """The pictures of --input with their holes and targets, for a model with this meta."""
+    return UserPictures(args.input, n=args.n, gray=meta["channels"] == 1, holes=args.holes,
+                        targets=args.targets, seed=seed, draw_holes=draw_holes, **how)
+
+
+def reconstruct_to_file(args, model):
+    """Guess what is hidden of the user's pictures in one pass, and write the sheet."""
+    inpaint = args.task == "inpaint" or (args.task is None and args.holes is not None)
+    check_one_pass(args, inpaint)
+    seed, meta = choose_seed(args), model.meta
+    inputs = list(open_pictures(args, meta, seed, needs_hole=inpaint, side=meta["size"]))
+    names, x = [one.name for one in inputs], torch.cat([one.x for one in inputs])
+    if inpaint:
+        holes = torch.cat([one.hole for one in inputs])
+        done = inpaint_hole(model, x, holes, args.label, names=names)
+    else:
+        ratio = meta["ratio"] if args.ratio is None else args.ratio
+        done = reconstruct(model, x, ratio, seed, labels=args.label, batch=args.batch)
+    with ImageWriter(args.out) as writer:
+        writer.sheet = draw_reconstruction(done, names)
+    print(f"{describe_reconstruction(done)}; wrote {args.out}, seed {seed}")
+
+
+def restore_to_file(run):
+    """Restore the user's pictures one by one, and score them where there are targets.
+
+    -> how many pictures"""
+    args, meta = run.args, run.model.meta
+    task, scores, rows = TASKS[meta["task"]], [], []
+    inputs = open_pictures(args, meta, run.seed, needs_hole=meta["task"] == "inpaint",
+                           zoom=task.zoom)
+    labels = resolve_labels(args.label, 1, meta["classes"])
+    bar = tqdm(inputs, desc=meta["task"], unit="picture", disable=len(inputs) == 1 or None)
+    with ImageWriter(args.out) as writer:
+        for i, one in enumerate(bar):
+            cond = task.ask(one.x, one.hole)
+            result = restore_pictures(run.model, cond, first=i, labels=labels, watch=run.trace,
+                                      **run.how)
+            run.trace.finish(result)
+            shown = [cond, result] if one.truth is None else [cond, result, one.truth]
+            row = list(place_side_by_side(*shown))
+            if writer.kind == ".png":
+                rows.append((one.name, row))
+            else:                                                      # by itself, and side by side
+                names = [one.name, f"{one.name}-compare"]
+                writer.add([to_uint8(result[0]), torch.cat(row, 2)], names)
+            if one.truth is not None:
+                scores.append(score_result(task, result, one.truth, cond))
+        if rows:
+            writer.sheet = draw_sheet(rows, ["condition", "result", "target"][:len(rows[0][1])],
+                                      choose_zoom(rows[0][1]))
+    print_scores(task, scores)
+    return len(inputs)
+
+
+def score_result(task, result, truth, cond):
+    """How good a result is, and what needs no network. -> {name: (score, score without)}"""
+    plain = task.plain(cond) if task.plain else None
+    scores = {}
+    for name, score in task.scores.items():
+        without = np.nan if plain is None else score(plain, truth, cond)
+        scores[name] = score(result, truth, cond), without
+    return scores
+
+
+def print_scores(task, scores):
+    """Print the means of what `score_result` gave for some pictures."""
+    for name in scores[0] if scores else ():
+        mean, without = np.mean([one[name] for one in scores], 0)
+        beside = f" (without a network {without:.3f})" if task.plain else ""
+        print(f"{name}: {mean:.3f}{beside}, the mean over {len(scores)} pictures")
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    check_arguments(args, inputs=("input", "holes", "targets"))
+    check_inputs(args)
+    model = load_asked_model(args)
+    if model.meta["objective"] == "reconstruct":
+        return reconstruct_to_file(args, model)
+    check_task(args, model.meta)
+    run = SamplingRun(args, model)
+    n = restore_to_file(run)
+    run.report(n, n)
+
+
+if __name__ == "__main__":
+    run_command(main)

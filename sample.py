@@ -1,48 +1,53 @@
 """Sampling: from noise to images in as many network calls as you like, ten by default.
 
-The idea (DDM, arXiv 2306.13720). The network looks at x_t and guesses the image x0; the step of schedules.py then goes from t to
-any earlier s exactly as it would for that image. Guess, step, guess again:
+The idea (DDM, arXiv 2306.13720). The network looks at x_t and guesses the image x0. The
+step of schedules.py then goes from t to any earlier s exactly as it would for that image:
 
     x_1 ~ b(1) N(0, I)
-    for t, s in zip(grid, grid[1:]):             grid from 1 to 0, GRIDS: uniform, edm, ...
-        x0  = split(model(x_t, t))               one network call
-        x_s = step(x_t, x0, t, s, churn)         churn 0: deterministic (DDIM), churn 1: the paper's posterior
+    for t, s in zip(grid, grid[1:]):                grid falls from 1 to 0: GRIDS
+        x0  = split(model(x_t, t))                  one network call
+        x_s = step(x_t, x0, t, s, churn)            churn 0: deterministic, 1: the posterior
 
-One step gives the mean of all images, more steps give detail; `--steps` counts network calls. A second-order solver is a better x0 for
-the same step (SOLVERS). Sampling runs on all tokens: a model trained on a tenth of them is simply handed the rest. Labels are guided by out = u + scale (c - u) (2207.12598) in one
-doubled batch, at all noise levels or in an interval of them. Every image has a seed of its own, so it does not depend on the batch that it was made in. A condition (tasks.py) is shown
-at every call; where it is larger than the training's images, the network sees overlapping tiles and its outputs are averaged (2302.08113).
+One step gives the mean of all images, and more steps give detail. `--steps` counts network
+calls. A second-order solver is a better x0 for the same step (SOLVERS). All tokens are
+visible here, also to a model that was trained on a tenth of them.
 
-    python sample.py --steps 10                              # newest run -> samples.png
-    python sample.py --n 5000 --out samples.zip              # for fid.py; also a folder or .npz
-    python sample.py --task inpaint --input photos/          # a model trained with --task restores your own pictures, of any size
-    python sample.py --trace trace.png                       # x_t and the guess of x0 at every call
-    from sample import load, sample; images = sample(load("runs/NAME/last.pt"), n=16, steps=10)        # (16, C, H, W) in [-1, 1]
+Guidance (2207.12598) moves from the guess u without a label to the guess c with it, and on:
 
-Shapes: B batch, C channels; x_t (B, C, H, W); t in [0, 1].
+    out = u + cfg (c - u)                           one doubled batch; cfg 0 or 1: one pass
+
+Every image has a seed of its own, so it does not depend on the batch that it was made in.
+
+    python sample.py --steps 10                     newest run -> samples.png
+    python sample.py --n 5000 --out samples.zip     for fid.py; also a folder or .npz
+    python sample.py --trace trace.png              x_t and the guess of x0 at every call
+    from sample import load, sample
+    images = sample(load("runs/NAME"), n=16, steps=10)        # (16, C, H, W) in [-1, 1]
+
+Shapes: B batch, C channels; x_t (B, C, H, W), zt in the code; t in [0, 1].
 """
 import math
+import shlex
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Callable
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from plumbing.checkpoint import newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, build_parser, describe_error, run_command
-from plumbing.inputs import UserPictures
+from plumbing.images import seeded, to_uint8
 from plumbing.machine import amp_type, pick_device
+from plumbing.trace import Trace
 from plumbing.writer import ImageWriter
 from schedules import SCHEDULES
-from tasks import TASKS, place_side_by_side
-from vit import ViT
-from plumbing.images import seeded, to_uint8
-from plumbing.trace import Trace
 from spaces import SPACES
+from vit import ViT
 
 
-# --- time grids: (schedule, start, steps) -> steps + 1 times, falling from start to 0 -------------------------------------------
+# --- time grids: (schedule, start, steps) -> steps + 1 times, falling from start to 0 -----
 
 def uniform_grid(schedule, start, steps):
     """Equal steps of t."""
@@ -55,359 +60,557 @@ def quadratic_grid(schedule, start, steps):
 
 
 def angle_grid(schedule, start, steps):
-    """Equal steps of theta = arctan(b / (a s)): smooth in every schedule, so first order with the right constant."""
-    top = schedule.angle(start)
-    return torch.cat([schedule.time_at(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1] * top), torch.zeros(1, dtype=torch.float64)])
+    """Equal steps of theta = arctan(b / (a s)): smooth in every schedule."""
+    shares = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+    times = schedule.time_at(shares * schedule.angle(start))
+    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
 
 def split_grid(schedule, start, steps):
-    """[DDM, released code] uniform, but with the last interval cut once more, 1e-4 before the end."""
+    """[DDM, released code] Uniform, with one more cut, 1e-4 before the end."""
     grid = uniform_grid(schedule, start, max(steps - 1, 1))
-    return grid if steps == 1 else torch.cat([grid[:-1], grid[-2:-1].div(2).clamp(max=1e-4), grid[-1:]])
+    if steps == 1:
+        return grid
+    cut = grid[-2:-1].div(2).clamp(max=1e-4)
+    return torch.cat([grid[:-1], cut, grid[-1:]])
 
 
 def edm_grid(schedule, start, steps, low=0.002, high=80.0, rho=7):
-    """[EDM] noise levels b / a from 80 (or where `start` lies) to .002, equally spaced in their seventh root, then 0."""
+    """[EDM] b / a from 80 to .002, equally spaced in its seventh root, then 0."""
     start = torch.tensor(start, dtype=torch.float64)
-    high = min(high, float(schedule.b(start) / schedule.a(start)))
-    sigma = torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64) ** rho
-    return torch.cat([schedule.time_at(torch.atan(sigma / schedule.data_std)), torch.zeros(1, dtype=torch.float64)])
+    high = min(high, float(schedule.b(start) / schedule.a(start)))              # where `start` lies
+    roots = torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64)
+    times = schedule.time_at(torch.atan(roots ** rho / schedule.data_std))
+    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
 
-GRIDS = {"uniform": uniform_grid, "quadratic": quadratic_grid, "angle": angle_grid, "split": split_grid, "edm": edm_grid}
+GRIDS = {"uniform": uniform_grid, "quadratic": quadratic_grid, "angle": angle_grid,
+         "split": split_grid, "edm": edm_grid}
 
 
-# --- solvers: a better x0 for the same step -----------------------------------------------------------------------------------------
-# In y = x / a and sigma = b / a the deterministic step is a straight line of slope eps, exact for the x0 that it is given. A second-order
-# method is therefore no other step but another x0. refine(look, schedule, zt, x0, slopes, t, s, before) -> x0; `look(zt, t)` is a call of
-# the network -> (x0, slopes), `before` the (time, x0) of the step before, or None.
+# --- solvers: a better x0 for the same step -----------------------------------------------
+# In y = x / a and sigma = b / a the deterministic step is a straight line of slope eps,
+# exact for the x0 that it is given. So a second-order method is the same step, another x0.
 
-def analytic(look, schedule, zt, x0, slopes, t, s, before):
-    """[DDM] the network's guess as it is: first order."""
-    return x0
+HISTORY = 4                                     # guesses that are kept for solvers
 
 
-def heun(look, schedule, zt, x0, slopes, t, s, before):
-    """[EDM] look again where the step would end and go along the mean of both slopes: the step from x0 = y - sigma (eps + eps') / 2."""
+@dataclass(frozen=True)
+class Solver:
+    """refine(predict_x0, schedule, zt, slopes, s, history) -> a better x0 for a step to s.
+
+    predict_x0(zt, t) -> (x0, slopes): another call of the network.
+    zt, slopes: where the step begins, and DDM's random slopes as the network guesses them.
+    history: the last HISTORY guesses [(t, x0), ...], old to new; the last one is of zt.
+    calls: of the network per step. order: the error falls as steps^-order."""
+    refine: Callable
+    calls: int = 1
+    order: int = 1
+
+
+def refine_analytic(predict_x0, schedule, zt, slopes, s, history):
+    """[DDM] The network's guess as it is: first order."""
+    return history[-1][1]
+
+
+def refine_heun(predict_x0, schedule, zt, slopes, s, history):
+    """[EDM] The mean of the slopes where a step begins and would end: second order."""
+    t, x0 = history[-1]
     there = schedule.step(zt, x0, t, s, slopes=slopes)
-    x0_there, slopes_there = look(there, s)
+    x0_there, slopes_there = predict_x0(there, s)
     eps = schedule.eps(there, x0_there, s, slopes_there)
     a, b, *e = schedule.coefficients(t, zt)
-    return (x0 + (zt - b * eps - sum(ej * Kj for ej, Kj in zip(e, slopes))) / a) / 2
+    drift = sum(ej * Kj for ej, Kj in zip(e, slopes))
+    return (x0 + (zt - b * eps - drift) / a) / 2                        # y - sigma (eps + eps') / 2
 
 
-def dpm(look, schedule, zt, x0, slopes, t, s, before):
-    """DPM-Solver++(2M) (2211.01095): x0 as a line in lambda = ln(a / b), read half a step ahead from this guess and the last one."""
-    if before is None:
+def refine_dpm(predict_x0, schedule, zt, slopes, s, history):
+    """DPM-Solver++(2M) [2211.01095], a line through the last two guesses: second order."""
+    t, x0 = history[-1]
+    if len(history) == 1:
         return x0
-    level = lambda t: float((schedule.a(t) / schedule.b(t)).log())
-    return x0 + (x0 - before[1]) * (level(s) - level(t)) / (level(t) - level(before[0])) / 2
+    before, x0_before = history[-2]
+    now = log_signal(schedule, t)
+    half_step = (log_signal(schedule, s) - now) / (now - log_signal(schedule, before)) / 2
+    return x0 + (x0 - x0_before) * half_step
 
 
-SOLVERS = {"analytic": (1, analytic), "heun": (2, heun), "dpm++": (1, dpm)}     # calls per step, refine
+def log_signal(schedule, t):
+    """lambda = ln(a / b), a number."""
+    return float((schedule.a(t) / schedule.b(t)).log())
+
+
+SOLVERS = {
+    "analytic": Solver(refine_analytic),
+    "heun": Solver(refine_heun, calls=2, order=2),
+    "dpm++": Solver(refine_dpm, order=2),
+}
 
 
 def resolve_auto(solver, time_grid, churn, steps):
-    """What "auto" stands for: the best of eighteen at ten calls, measured on a model of CIFAR-10 (README). Fresh noise wants the analytic step, and
-    few calls the uniform grid: of two on EDM's the second is at noise .002, and nothing is left for it to do."""
-    return ("analytic" if churn else "dpm++") if solver == "auto" else solver, ("uniform" if churn or steps < 5 else "edm") if time_grid == "auto" else time_grid
+    """What "auto" stands for -> (solver, time_grid).
+
+    The best of eighteen at ten calls, on a model of CIFAR-10. Fresh noise wants the
+    analytic step. Few calls want the uniform grid: of two on EDM's, the second is at noise
+    .002, where nothing is left to do."""
+    if solver == "auto":
+        solver = "analytic" if churn else "dpm++"
+    if time_grid == "auto":
+        time_grid = "uniform" if churn or steps < 5 else "edm"
+    return solver, time_grid
 
 
 def count_steps(solver, schedule, start, calls):
-    """How many steps of the grid `calls` network calls are good for. Where sigma is infinite (a = 0) and at the last step, to 0, only the
-    analytic step is defined, so a two-call solver takes single calls there, and one more where the number would not come out even."""
-    if SOLVERS[solver][0] == 1:
+    """How many steps of the grid `calls` network calls are good for.
+
+    Where sigma is infinite (a = 0) and at the last step, to 0, only the analytic step is
+    defined. A two-call solver takes single calls there, and one more where the number is
+    not even."""
+    if SOLVERS[solver].calls == 1:
         return calls
     single = 1 + bool(schedule.a(torch.tensor(start, dtype=torch.float64)) < 1e-9)
     return min(calls, single + (calls - single + 1) // 2)
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class DiffusionModel:
-    """A model and all that is needed to sample from it. `meta` is the checkpoint's: class names, grid size, prediction, ..."""
-    net: torch.nn.Module
-    schedule: object
-    space: object
-    predict: str
-    meta: dict
-    device: torch.device
-
+# --- the loop -----------------------------------------------------------------------------
 
 @torch.no_grad()
-def denoise(look, zt, ts, schedule, solver="analytic", calls=None, churn=0.0, noise=None):
-    """Follow the times `ts` (falling, the last is 0) from zt (B, C, H, W) -> (B, C, H, W), in exactly `calls` network calls.
-
-    look(zt, t) -> (x0, slopes) is one call. calls: len(ts) - 1 when left out. churn > 0 needs noise() -> N(0, I) like zt."""
-    left, before, refine = calls or len(ts) - 1, None, SOLVERS[solver][1]
+def denoise(
+    predict_x0,             # (zt, t) -> (x0, slopes): one network call
+    zt,                     # (B, C, H, W), noise at the time ts[0]
+    ts,                     # falling times, the last is 0
+    schedule,
+    solver="analytic",      # a name in SOLVERS
+    calls=None,             # exactly so many network calls; len(ts) - 1 when left out
+    churn=0.0,              # share of fresh noise per step; above 0 it needs `noise`
+    noise=None,             # () -> N(0, I) like zt
+):
+    """Follow the times `ts` from zt to images. -> (B, C, H, W)"""
+    left, history, solver = calls or len(ts) - 1, [], SOLVERS[solver]
     for i, (t, s) in enumerate(zip(ts[:-1], ts[1:])):
-        x0, slopes = look(zt, t)
+        x0, slopes = predict_x0(zt, t)                             # [DDM] x0 = split(model(x_t, t))
         left -= 1
-        best, steps_after = x0, len(ts) - 2 - i
-        extra = SOLVERS[solver][0] - 1
-        if s > 0 and schedule.a(t) > 1e-9 and left - extra >= steps_after:      # second order where it is defined and can be afforded
-            best = refine(look, schedule, zt, x0, slopes, t, s, before)
+        history = [*history, (t, x0)][-HISTORY:]
+        defined = s > 0 and schedule.a(t) > 1e-9                         # sigma is finite and not 0
+        extra, steps_after = solver.calls - 1, len(ts) - 2 - i
+        if defined and left - extra >= steps_after:                          # and the calls suffice
+            x0 = solver.refine(predict_x0, schedule, zt, slopes, s, history)
             left -= extra
-        zt, before = schedule.step(zt, best, t, s, churn, noise() if churn > 0 else None, slopes), (t, x0)
+        fresh = noise() if churn > 0 else None
+        zt = schedule.step(zt, x0, t, s, churn, fresh, slopes)       # [DDM] reverse step x_t -> x_s
     return zt
 
 
-@torch.no_grad()
-def sample(loaded, n=16, steps=10, seed=0, churn=0.0, time_grid="auto", solver="auto", labels=None, cfg=1.0, batch=64, first=0,
-           cond=None, watch=None, amp=None, cfg_interval=(0.0, math.inf)):
-    """Images (n, C, H, W) in [-1, 1], float32 on the CPU.
+@dataclass
+class DiffusionModel:
+    """A network and all that is needed to sample from it: what `load` gives."""
+    net: torch.nn.Module
+    schedule: object                    # of schedules.py
+    space: object                       # of spaces.py
+    predict: str                        # a name in PREDICTIONS
+    meta: dict                          # the checkpoint's: class names, size, task, ...
+    device: torch.device
 
-    steps: network calls. churn in [0, 1]. time_grid, solver: names in GRIDS and SOLVERS, or auto (`way`). labels: (n,) class numbers, -1 for none; cfg: guidance scale,
-    1 is plain conditional, 0 unconditional, each one pass; any other is a doubled batch. cfg_interval: the noise levels b / a
-    that are guided, low < b / a <= high (2404.07724); the others are one conditional pass. first: number of the first image, whose
-    noise is a function of (seed, number) alone. cond (n, C', h, w): a task's condition at the size of z, at least that of the training (`restore`
-    pads and folds it). watch(t, zt, x0) is told of every network call. amp: the type for autocast of the network, None for float32; the
-    steps between its calls are in float32 in any case. The model runs in evaluation mode on the whole, unmasked image."""
-    model, schedule, space = loaded.net.eval(), loaded.schedule, loaded.space
-    start, (solver, time_grid) = schedule.start_time(loaded.predict), resolve_auto(solver, time_grid, churn, steps)
+
+@dataclass
+class GuidedPredictor:
+    """One network call as `denoise` wants it: (zt, t) -> (x0, slopes), guided by labels."""
+    model: DiffusionModel
+    labels: torch.Tensor = None         # (B,) class numbers, -1 for none
+    cond: torch.Tensor = None           # (B, C', h, w), a task's condition
+    cfg: float = 1.0                    # guidance scale
+    cfg_interval: tuple = (0.0, math.inf)
+    amp: torch.dtype = None             # type for autocast of the network
+    watch: Callable = None              # is told (t, zt, x0)
+
+    def __call__(self, zt, t):
+        out = self.run_network(zt, t)
+        x0, n = self.model.schedule.split(out, zt, t, self.model.predict)
+        if self.model.space.name == "pixel":
+            x0 = x0.clamp(-1, 1)
+        if self.watch:
+            self.watch(t, zt, x0)
+        return x0, n.split(zt.shape[1], 1)[1:]
+
+    def run_network(self, zt, t):
+        """The network's output (B, C_out, H, W), guided or not, at one time for all."""
+        net, y, cond = self.model.net, self.labels, self.cond
+        level = float(self.model.schedule.b(t) / self.model.schedule.a(t))    # infinite where a = 0
+        low, high = self.cfg_interval
+        t = t.expand(len(zt))
+        with torch.autocast(zt.device.type, self.amp, enabled=self.amp is not None):
+            if y is None or self.cfg == 1 or not low < level <= high:
+                return net(zt, t, y, None, cond)
+            nobody = torch.full_like(y, -1)
+            if self.cfg == 0:
+                return net(zt, t, nobody, None, cond)
+            both = None if cond is None else torch.cat([cond, cond])
+            out = net(torch.cat([zt, zt]), torch.cat([t, t]), torch.cat([y, nobody]), None, both)
+        c, u = out.chunk(2)
+        return u + self.cfg * (c - u)                               # [CFG] classifier-free guidance
+
+
+@torch.no_grad()
+def sample(
+    model,                  # a DiffusionModel, what `load` gives
+    n=16,                   # how many images
+    steps=10,               # network calls for each
+    seed=0,                 # the noise of an image is a function of (seed, its number)
+    churn=0.0,              # share of fresh noise per step, in [0, 1]
+    time_grid="auto",       # a name in GRIDS
+    solver="auto",          # a name in SOLVERS
+    labels=None,            # class names or numbers, -1 for none: n of them, or one for all
+    cfg=1.0,                # guidance scale: 1 plain conditional, 0 unconditional
+    batch=64,               # images at once
+    first=0,                # number of the first image
+    cond=None,              # (n, C', h, w), a task's condition at the size of z or larger
+    watch=None,             # is told (t, zt, x0) at every network call
+    amp=None,               # type for autocast of the network; None: float32
+    cfg_interval=(0.0, math.inf),       # guide at noise levels low < b / a <= high [2404.07724]
+):
+    """Make images from noise. -> (n, C, H, W) in [-1, 1], float32 on the CPU
+
+    The steps between network calls are in float32 in any case. UserError when a name is
+    unknown, a number out of range, the model of another kind, or something missing."""
+    check_counts(n=n, steps=steps, batch=batch)
+    check_path(churn, time_grid, solver)
+    check_guidance(cfg, cfg_interval)
+    check_model(model, n, cond)
+    classes = model.meta.get("classes", ())
+    labels = resolve_labels(labels, n, classes)
+    check_guided_labels(cfg, labels, classes)
+    model.net.eval()
+    schedule, space = model.schedule, model.space
+    start = schedule.start_time(model.predict)
+    solver, time_grid = resolve_auto(solver, time_grid, churn, steps)
     ts = GRIDS[time_grid](schedule, start, count_steps(solver, schedule, start, steps))
-    side = loaded.meta["size"] // space.factor
-    shape = (space.channels, side, side) if cond is None else (space.channels, *cond.shape[2:])
+    side = model.meta["size"] // space.factor
+    shape = (space.channels, *((side, side) if cond is None else cond.shape[2:]))
     done = []
     for lo in range(0, n, batch):
-        generators = [seeded(seed, first + i) for i in range(lo, min(lo + batch, n))]
-
-        def noise():
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(loaded.device)
-
-        y = None if labels is None else torch.as_tensor(labels)[lo:lo + batch].to(loaded.device)
-        seen = None if cond is None else cond[lo:lo + batch].to(loaded.device)
-
-        @torch.autocast(loaded.device.type, amp, enabled=amp is not None)
-        def net(zt, t):
-            level = float(schedule.b(t) / schedule.a(t))                        # one time for all; infinite where the image is gone
-            t = t.expand(len(zt))
-            if y is None or cfg == 1 or not cfg_interval[0] < level <= cfg_interval[1]:
-                return model(zt, t, y, None, seen)
-            if cfg == 0:
-                return model(zt, t, torch.full_like(y, -1), None, seen)
-            twice = lambda u: None if u is None else torch.cat([u, u])
-            c, u = model(twice(zt), twice(t), torch.cat([y, torch.full_like(y, -1)]), None, twice(seen)).chunk(2)
-            return u + cfg * (c - u)
-
-        def look(zt, t):
-            x0, n = schedule.split(net(zt, t), zt, t, loaded.predict)
-            x0 = x0.clamp(-1, 1) if space.name == "pixel" else x0
-            if watch:
-                watch(t, zt, x0)
-            return x0, n.split(zt.shape[1], 1)[1:]
-
-        z = denoise(look, noise() * float(schedule.b(ts[0])), ts, schedule, solver, steps, churn, noise)
+        hi = min(lo + batch, n)
+        draw_noise = NoisePerImage(seed, range(first + lo, first + hi), shape, model.device)
+        y, shown = (v if v is None else v[lo:hi].to(model.device) for v in (labels, cond))
+        predict_x0 = GuidedPredictor(model, y, shown, cfg, cfg_interval, amp, watch)
+        noise = draw_noise() * float(schedule.b(ts[0]))                         # x_1 ~ b(1) N(0, I)
+        z = denoise(predict_x0, noise, ts, schedule, solver, steps, churn, draw_noise)
         done.append(space.decode(z).clamp(-1, 1).float().cpu())
     return torch.cat(done)
 
 
-# --- from a checkpoint to a model ------------------------------------------------------------------------------------------------------------------
+class NoisePerImage:
+    """() -> N(0, I) of shape (B, *shape): image i has a generator of its own, (seed, i)."""
+
+    def __init__(self, seed, numbers, shape, device):
+        self.generators = [seeded(seed, i) for i in numbers]
+        self.shape, self.device = shape, device
+
+    def __call__(self):
+        drawn = [torch.randn(self.shape, generator=g) for g in self.generators]
+        return torch.stack(drawn).to(self.device)
+
+
+# --- what is refused, by the function and by the commands ---------------------------------
+
+def check_counts(**counts):
+    """UserError for a number of images, calls, ... below 1. None: not given."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+
+
+def check_path(churn, time_grid, solver):
+    """UserError for a way from noise to image that does not exist."""
+    if not 0 <= churn <= 1:
+        raise UserError(f"--churn {churn}: must be between 0 and 1")
+    for flag, name, registry in (("time-grid", time_grid, GRIDS), ("solver", solver, SOLVERS)):
+        if name not in ("auto", *registry):
+            raise UserError(f"--{flag} {name}: choose from auto, {', '.join(registry)}")
+    if churn and solver not in ("auto", "analytic"):
+        raise UserError(f"--solver {solver} follows the deterministic path: use it with --churn 0, "
+                        "or --solver analytic")
+
+
+def check_guidance(cfg, cfg_interval):
+    """UserError for a guidance scale or interval that means nothing."""
+    low, high = cfg_interval
+    if not math.isfinite(cfg):
+        raise UserError(f"--cfg {cfg}: must be finite")
+    if not 0 <= low < high:
+        raise UserError(f"--cfg-interval {low} {high}: give two noise levels, 0 <= LOW < HIGH; "
+                        "inf is one")
+    if cfg == 1 and (low, high) != (0, math.inf):
+        raise UserError("--cfg-interval says where to guide: give the scale too, --cfg 2")
+
+
+def check_model(model, n, cond=None):
+    """UserError for a model that cannot make n images from this condition, or from none."""
+    task = model.meta.get("task", "generate")
+    if model.meta.get("objective") == "reconstruct":
+        raise UserError("this model was trained to reconstruct hidden patches and makes nothing of "
+                        "noise: give it pictures, python restore.py --task reconstruct --input "
+                        "FOLDER, or train one without --objective reconstruct")
+    if task != "generate" and cond is None:
+        raise UserError(f"this model was trained for {task}: give the pictures to work on, "
+                        "python restore.py --input FOLDER (in Python: restore_pictures)")
+    if task == "generate" and cond is not None:
+        raise UserError("this model was trained to generate, from nothing: it has no use for a "
+                        "condition; train one for it (train.py --task superres, inpaint, ...)")
+    if cond is not None and len(cond) != n:
+        raise UserError(f"{len(cond)} conditions for {n} images: give one for each")
+
+
+def check_guided_labels(cfg, labels, classes):
+    """UserError for guidance without anything to guide towards."""
+    if cfg != 1 and not classes:
+        raise UserError(f"--cfg {cfg}: this model was trained without labels, there is nothing to "
+                        "guide")
+    if cfg != 1 and labels is None:
+        raise UserError(f"--cfg {cfg} guides towards a class: give --label, one of "
+                        f"{', '.join(classes[:10])}")
+
+
+def find_class(label, classes):
+    """A label as a number. label: a class's name, its number, also as text, or -1 for none.
+
+    UserError when there is no such class."""
+    number = label
+    if isinstance(label, str):
+        number = int(label) if label.isdecimal() else None
+        number = classes.index(label) if label in classes else number
+    if number in range(0 if isinstance(label, str) else -1, len(classes)):
+        return int(number)
+    names = [*classes[:10], *["..."] * (len(classes) > 10)]
+    known = f"the classes are {', '.join(names)}"
+    if not names:
+        known = "this model was trained without labels"
+    raise UserError(f"--label {label}: {known}")
+
+
+def resolve_labels(labels, n, classes):
+    """Class names or numbers, n of them or one for all -> numbers (n,). None stays None."""
+    if labels is None:
+        return None
+    if hasattr(labels, "tolist"):                                             # a tensor or an array
+        labels = labels.tolist()
+    if not isinstance(labels, (list, tuple)):
+        labels = [labels] * n
+    if len(labels) != n:
+        raise UserError(f"--label: {len(labels)} labels for {n} images; give one for each, or one "
+                        "for all")
+    return torch.tensor([find_class(label, classes) for label in labels])
+
+
+# --- from a checkpoint to a model ---------------------------------------------------------
 
 def build_model(meta):
-    """(model, schedule, space) from a checkpoint's meta: the one place that turns its names into objects."""
+    """(net, schedule, space) from a checkpoint's meta: here its names become objects.
+
+    UserError when the autoencoder is missing or another one."""
+    vae = meta["vae"]
     schedule = replace(SCHEDULES[meta["schedule"]], data_std=meta["data_std"])
-    if meta["vae"] and not Path(meta["vae"]).expanduser().exists():
-        raise UserError(f"the autoencoder of this model is not at {meta['vae']} any more: say with --vae where it is")
-    space = SPACES[meta["space"]](meta["channels"], meta["vae"])
+    if vae and not Path(vae).expanduser().exists():
+        raise UserError(f"the autoencoder of this model is not at {vae} any more: "
+                        "say with --vae where it is")
+    space = SPACES[meta["space"]](meta["channels"], vae)
     if space.sha != meta["vae_sha"]:
-        raise UserError(f"{meta['vae']} is not the autoencoder that this model was trained with: its SHA-256 begins with {space.sha}, not {meta['vae_sha']}")
+        raise UserError(f"{vae} is not the autoencoder that this model was trained with: "
+                        f"its SHA-256 begins with {space.sha}, not {meta['vae_sha']}")
     return ViT(schedule, **meta["model"]), schedule, space
 
 
-def load_weights(model, weights):
-    """Load a checkpoint's weights into the network that was built for it. UserError when they are of another version of this program."""
+def load_weights(net, weights):
+    """Load a checkpoint's weights into the network that was built for it.
+
+    UserError when they are of another version of this program."""
     try:
-        model.load_state_dict(weights)
+        net.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"the checkpoint's weights do not fit its network as this version of the program builds it ({describe_error(error)[:200]} ...): train again") from None
+        why = f"{describe_error(error)[:200]} ..."
+        raise UserError("the checkpoint's weights do not fit its network as this version of the "
+                        f"program builds it ({why}): train again") from None
 
 
 def load(path=None, weights="ema", device="auto", vae=None):
-    """A checkpoint ready for `sample`. path: a .pt file, a run's folder, or None for the newest run; weights: "ema" or "model"; vae: where
-    the autoencoder of a model of latents is, when it has moved."""
+    """A checkpoint as a DiffusionModel, ready for `sample`.
+
+    path: a .pt file, a run's folder, or None for the newest run. weights: "ema" or "model".
+    vae: where the autoencoder of a model of latents is, when it has moved.
+    -> DiffusionModel. UserError when there is no such checkpoint, autoencoder or device."""
     ckpt = read_checkpoint(path or newest_checkpoint())
-    if vae and not ckpt["meta"]["vae"]:
+    meta = ckpt["meta"]
+    if vae and not meta["vae"]:
         raise UserError(f"--vae {vae}: this model works on pixels; leave it out")
-    model, schedule, space = build_model(ckpt["meta"] | (dict(vae=vae) if vae else {}))
-    load_weights(model, ckpt[weights])
+    net, schedule, space = build_model(meta | (dict(vae=vae) if vae else {}))
+    load_weights(net, ckpt[weights])
     device = pick_device(device)
-    meta = dict(task="generate", objective="denoise") | ckpt["meta"] | dict(step=ckpt["step"])
-    return DiffusionModel(model.to(device).eval(), schedule, space, meta["predict"], meta, device)
+    meta = dict(task="generate", objective="denoise") | meta | dict(step=ckpt["step"])
+    return DiffusionModel(net.to(device).eval(), schedule, space, meta["predict"], meta, device)
 
 
-# --- the command -------------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------
+
+def first_lines(functions):
+    """A registry of functions as help: "name: the docstring's first line" for each."""
+    return " ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in functions.items())
+
+
+def add_sampling_arguments(p, n, n_help, out):
+    """What sample.py and restore.py share. n, n_help: of --n; out: the default of --out."""
+    refine = {name: solver.refine for name, solver in SOLVERS.items()}
+    p.add_argument("--ckpt", help="a checkpoint or a run's folder; the newest run when left out")
+    p.add_argument("--weights", choices=["ema", "model"], default="ema",
+                   help="averaged weights or the raw ones")
+    p.add_argument("--vae", help="the autoencoder of a model of latents, when it has moved")
+    p.add_argument("--n", type=int, default=n, help=n_help)
+    p.add_argument("--steps", type=int, default=10, help="network calls per image")
+    p.add_argument("--churn", type=float, default=0.0,
+                   help="share of fresh noise per step: 0 deterministic, 1 the posterior")
+    p.add_argument("--time-grid", choices=["auto", *GRIDS], default="auto",
+                   help="where the steps lie. auto: edm, but uniform with --churn or below five "
+                        f"steps. {first_lines(GRIDS)}")
+    p.add_argument("--solver", choices=["auto", *SOLVERS], default="auto",
+                   help=f"auto: dpm++, with --churn analytic. {first_lines(refine)}")
+    p.add_argument("--label", help="class name or number; left out: all classes in turn, with "
+                                   "pictures of your own none")
+    p.add_argument("--cfg", type=float, default=1.0,
+                   help="guidance scale: 1 plain conditional, 0 unconditional")
+    p.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, math.inf),
+                   metavar=("LOW", "HIGH"),
+                   help="guide at noise levels b / a in (LOW, HIGH] alone, whatever the schedule: "
+                        ".3 to 3 keeps variety and saves passes")
+    p.add_argument("--trace", help="a .png of x_t and of the guess of x0 at every call, of the "
+                                   "first two images, or of the first picture")
+    p.add_argument("--seed", type=int, default=0,
+                   help="image i is a function of (seed, i); -1 picks a seed and prints it")
+    p.add_argument("--batch", type=int, default=64,
+                   help="images (or tiles of a large one) made at once; it changes no result")
+    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+                   help="mixed precision of the network; auto: bf16 where the hardware has it")
+    p.add_argument("--out", default=out,
+                   help="a .png sheet, a .zip of PNGs, or a folder of PNGs (sample.py: also .npz)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
+
 
 def parser():
-    p = build_parser("Sample images from a trained model, or restore your own with one that was trained for a task.")
-    p.add_argument("--ckpt", default=None, help="a checkpoint or a run's folder; the newest run when left out")
-    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged weights or the raw ones")
-    p.add_argument("--vae", default=None, help="the autoencoder of a model of latents, when it is no longer where it was in training")
-    p.add_argument("--n", type=int, default=None, help="how many images; 16, or with --input all of them")
-    p.add_argument("--steps", type=int, default=10, help="network calls per image")
-    p.add_argument("--churn", type=float, default=0.0, help="share of fresh noise per step: 0 deterministic, 1 the posterior")
-    p.add_argument("--time-grid", choices=["auto", *GRIDS], default="auto", help="where the steps lie; auto: edm, but uniform with --churn or below five steps")
-    p.add_argument("--solver", choices=["auto", *SOLVERS], default="auto", help="analytic is first order, heun and dpm++ are second; auto: dpm++, with --churn analytic")
-    p.add_argument("--label", default=None, help="class name or number; all classes in turn when left out")
-    p.add_argument("--cfg", type=float, default=1.0, help="guidance scale: 1 plain conditional, 0 unconditional")
-    p.add_argument("--task", choices=[*TASKS, "reconstruct"], default=None, help="what the model must have been trained for; its own task when left out")
-    p.add_argument("--ratio", type=float, default=None, help="share of the tokens to hide from a model of --objective reconstruct; its training's when left out")
-    p.add_argument("--input", default=None, help="for a task: a folder or .zip of your own pictures, of any size")
-    p.add_argument("--holes", default=None, help="for inpaint: a folder or .zip of masks of the same file stems, white where the hole is, or random; "
-                   "transparent pixels of --input when left out")
-    p.add_argument("--targets", default=None, help="for a task: what should come out, a folder or .zip of the same file stems, to be compared with")
-    p.add_argument("--trace", default=None, help="a .png of x_t and of the guess of x0 at every call, of the first two images, or of the first picture of --input")
-    p.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, math.inf), metavar=("LOW", "HIGH"),
-                   help="guide at noise levels b / a in (LOW, HIGH] alone, whatever the schedule: .3 to 3 keeps variety and saves passes")
-    p.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i); -1 picks a seed and prints it")
-    p.add_argument("--batch", type=int, default=64, help="images (or tiles of a large one) made at once; the result does not depend on it")
-    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision of the network; auto: bf16 where the hardware has it")
-    p.add_argument("--out", default="samples.png", help="a .png grid, a .npz, a .zip of PNGs, or a folder of PNGs")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p = build_parser("Sample images from noise with a trained model.")
+    add_sampling_arguments(p, 16, "how many images", "samples.png")
     return p
 
 
-def find_class(name, classes):
-    """`--label` as a number: a class's name, or its place in the list."""
-    if name in classes:
-        return classes.index(name)
-    if name.isdecimal() and int(name) < len(classes):
-        return int(name)
-    known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-    raise UserError(f"--label {name}: " + (f"the classes are {known}" if classes else "this model was trained without labels"))
+MOVED = ("--task", "--input", "--holes", "--targets", "--ratio")               # flags of restore.py
 
 
-def check_arguments(args):
-    """Refuse, before any work, what cannot be."""
-    for name in ("n", "steps", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.churn <= 1:
-        raise UserError(f"--churn {args.churn}: must be between 0 and 1")
-    if not math.isfinite(args.cfg) or abs(args.seed) >= 2**63:
-        raise UserError(f"--cfg {args.cfg}, --seed {args.seed}: must be finite, and the seed have less than 64 bits")
-    low, high = args.cfg_interval
-    if not 0 <= low < high:
-        raise UserError(f"--cfg-interval {low} {high}: give two noise levels, 0 <= LOW < HIGH; inf is one")
-    if args.cfg == 1 and (low, high) != (0, math.inf):
-        raise UserError("--cfg-interval says where to guide: give the scale too, --cfg 2")
-    if args.churn and args.solver not in ("auto", "analytic"):
-        raise UserError(f"--solver {args.solver} follows the deterministic path: use it with --churn 0, or --solver analytic")
+def refuse_moved_flags(argv):
+    """UserError that names restore.py's command if one of its flags is given."""
+    moved = [word for word in argv if word.split("=")[0] in MOVED]
+    if moved:
+        raise UserError(f"{moved[0].split('=')[0]} is about pictures of your own, and sample.py "
+                        f"makes images from noise: python restore.py {shlex.join(argv)}")
+
+
+def check_arguments(args, inputs=()):
+    """UserError for what no model could do. inputs: the arguments that name pictures."""
+    check_counts(n=args.n, steps=args.steps, batch=args.batch)
+    check_path(args.churn, args.time_grid, args.solver)
+    check_guidance(args.cfg, args.cfg_interval)
+    if abs(args.seed) >= 2 ** 63:
+        raise UserError(f"--seed {args.seed}: must have less than 64 bits")
+    if not 0 <= args.threads <= 1024:
+        raise UserError(f"--threads {args.threads}: must be 0 (torch's own choice) to 1024")
     if args.trace and not args.trace.lower().endswith(".png"):
         raise UserError(f"--trace {args.trace}: give a name that ends with .png")
-    if args.input is None and (args.holes or args.targets):
-        raise UserError(f"--{'holes' if args.holes else 'targets'} goes with --input, the pictures to work on")
-    places = [("out", args.out)] + [(name, getattr(args, name)) for name in ("trace", "input", "holes", "targets") if getattr(args, name)]
+    places = [(name, getattr(args, name)) for name in ("out", "trace", *inputs)]
+    places = [(name, path) for name, path in places if path]
     for i, (name, path) in enumerate(places):
         for other, place in places[:i]:
             if other in ("out", "trace") and Path(path).resolve() == Path(place).resolve():
                 raise UserError(f"--{other} {place} would overwrite --{name}: give it another name")
-    if args.input is not None and args.out.lower().endswith(".npz"):
-        raise UserError(f"--out {args.out}: pictures of different sizes do not fit into a .npz; give a .png, a .zip or a folder")
+
+
+def load_asked_model(args):
+    """The model that a command's arguments name, on their device and threads."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return load(args.ckpt, args.weights, args.device, args.vae)
+
+
+class SamplingRun:
+    """What sample.py and restore.py share: settings of `sample`, a trace, and counts."""
+
+    def __init__(self, args, model):
+        self.args, self.model, self.passes = args, model, 0
+        self.seed = choose_seed(args)
+        self.how = dict(steps=args.steps, seed=self.seed, churn=args.churn,
+                        time_grid=args.time_grid, solver=args.solver, cfg=args.cfg,
+                        batch=args.batch, amp=amp_type(args.amp, model.device),
+                        cfg_interval=args.cfg_interval)
+        self.trace = Trace(args.trace, self.contrast, model.space.decode)
+        model.net.register_forward_hook(self.count_passes)
+
+    def contrast(self, t):
+        """What to multiply x_t by, so that it has an image's contrast at every t."""
+        schedule = self.model.schedule
+        return float(schedule.input_scale(t)) * schedule.data_std
+
+    def count_passes(self, module, given, out):
+        """A hook of the network: images per pass are counted, not computed."""
+        self.passes += len(out)
+
+    def report(self, n, batches):
+        """Write the trace, and say what was done: n images in so many batches."""
+        args, calls = self.args, self.trace.calls // batches
+        if args.trace:
+            self.trace.save()
+            print(f"wrote {args.trace}: above x_t, scaled to the images' contrast, below the "
+                  "network's guess of x0, at every call")
+        extra = self.passes > n * calls
+        if args.cfg not in (0, 1) and not extra:
+            low, high = args.cfg_interval
+            print(f"note: no call fell between the noise levels of --cfg-interval {low} {high}: "
+                  "nothing was guided")
+        path = ", ".join(resolve_auto(args.solver, args.time_grid, args.churn, args.steps))
+        passes = (f", {self.passes / n:g} passes (a guided call takes two, each tile of a large "
+                  "picture its own)") if extra else ""
+        print(f"wrote {n} images to {args.out}: {calls} network calls each ({path} grid){passes}, "
+              f"seed {self.seed}, {args.weights} weights of step {self.model.meta['step']}")
+
+
+def choose_seed(args):
+    """--seed, or one of the machine's choice where it is negative."""
+    return args.seed if args.seed >= 0 else int(torch.seed() % 2 ** 31)
+
+
+def write_samples(run, n, labels):
+    """Make n images in batches and write them to --out as they come. -> how many batches"""
+    args, classes = run.args, run.model.meta["classes"]
+    in_turn = args.label is None and 0 < len(classes) <= 16
+    begins = range(0, n, args.batch)
+    bar = tqdm(begins, desc="sampling", unit="batch", disable=len(begins) == 1 or None)
+    with ImageWriter(args.out, columns=len(classes) if in_turn else None) as writer:
+        for lo in bar:
+            hi = min(lo + args.batch, n)
+            y = None if labels is None else labels[lo:hi]
+            images = sample(run.model, hi - lo, labels=y, first=lo, watch=run.trace, **run.how)
+            run.trace.finish(images)
+            writer.add(to_uint8(images))
+    return len(begins)
 
 
 def main(argv=None):
+    refuse_moved_flags(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     check_arguments(args)
-    loaded = load(args.ckpt, args.weights, args.device, args.vae)
-    classes, task = loaded.meta["classes"], loaded.meta["task"]
-    label = None if args.label is None else find_class(args.label, classes)
-    seed = args.seed if args.seed >= 0 else int(torch.seed() % 2**31)
-    if loaded.meta["objective"] == "reconstruct":
-        return reconstruct_to_file(args, loaded, label, seed)
-    if args.task not in (None, task):
-        raise UserError(f"--task {args.task}: this model was trained for {task}; give --ckpt of one that was trained with "
-                        + ("--objective reconstruct" if args.task == "reconstruct" else f"train.py --task {args.task}"))
-    if (task == "generate") != (args.input is None):
-        raise UserError("--input: this model was trained to generate, from nothing; train one for it (train.py --task superres, inpaint, ...)"
-                        if task == "generate" else f"this model was trained for {task}: give the pictures to work on, --input FOLDER")
-    if args.holes and task != "inpaint":
-        raise UserError(f"--holes: this model was trained for {task}, not to inpaint")
-    if args.ratio is not None:
-        raise UserError(f"--ratio: this model was trained for {task}, not to reconstruct what is hidden")
-    if args.cfg != 1 and not classes:
-        raise UserError(f"--cfg {args.cfg}: this model was trained without labels, there is nothing to guide")
-    if args.cfg != 1 and args.label is None and task != "generate":
-        raise UserError(f"--cfg {args.cfg} guides towards a class: give --label, one of {', '.join(classes[:10])}")
-    how = dict(steps=args.steps, seed=seed, churn=args.churn, time_grid=args.time_grid, solver=args.solver, cfg=args.cfg, batch=args.batch,
-               amp=amp_type(args.amp, loaded.device), cfg_interval=args.cfg_interval)
-    watch, seen = Trace(loaded, args.trace, 2), []                              # seen: images per pass through the network: counted, not computed
-    loaded.net.register_forward_hook(lambda module, given, out: seen.append(len(out)))
-    n, batches = generate_to_file(args, loaded, label, watch, how) if task == "generate" else restore_to_file(args, loaded, label, watch, how)
-    if args.trace:
-        watch.save(args.trace)
-        print(f"wrote {args.trace}: above x_t, scaled to the images' contrast, below the network's guess of x0, at every call")
-    calls = watch.calls // batches
-    if args.cfg not in (0, 1) and sum(seen) <= n * calls:
-        print(f"note: no call fell between the noise levels of --cfg-interval {' '.join(map(str, args.cfg_interval))}: nothing was guided")
-    passes = f", {sum(seen) / n:g} passes (a guided call takes two, each tile of a large picture its own)" if sum(seen) > n * calls else ""
-    print(f"wrote {n} images to {args.out}: {calls} network calls each ({', '.join(resolve_auto(args.solver, args.time_grid, args.churn, args.steps))} grid){passes}, seed {seed}, {args.weights} weights of step {loaded.meta['step']}")
-
-
-def reconstruct_to_file(args, loaded, label, seed):
-    """--task reconstruct (or inpaint) with a model of --objective reconstruct: hide tokens (or what lies in a hole) of pictures, guess them in one pass."""
-    from restore import describe_reconstruction, draw_reconstruction, inpaint_hole, reconstruct
-    if args.task not in (None, "reconstruct", "inpaint") or args.input is None:
-        raise UserError("this model was trained to reconstruct hidden patches and makes nothing of noise: give --task reconstruct (or inpaint) and --input "
-                        "FOLDER, or train one without --objective reconstruct")
-    defaults = parser()
-    for name in ("steps", "churn", "time_grid", "solver", "cfg", "cfg_interval", "amp", "targets", "trace"):
-        if getattr(args, name) != defaults.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')}: a reconstruction is one pass of the network, without noise and time; leave it out")
-    inpaint = args.task == "inpaint" or (args.task is None and args.holes is not None)
-    if (args.holes and not inpaint) or (args.ratio is not None and inpaint):
-        raise UserError("--ratio is the share of the tokens that --task reconstruct hides; --holes belong to --task inpaint")
-    if not args.out.lower().endswith(".png"):
-        raise UserError(f"--out {args.out}: a reconstruction is one sheet of pictures beside their originals, a .png")
-    inputs = list(UserPictures(args.input, args.n, loaded.meta["channels"] == 1, args.holes, None, inpaint, side=loaded.meta["size"], seed=seed))
-    x, labels = torch.cat([one.x for one in inputs]), None if label is None else torch.full((len(inputs),), label)
-    if inpaint:
-        done = inpaint_hole(loaded, x, torch.cat([one.hole for one in inputs]), labels, names=[one.name for one in inputs])
-    else:
-        done = reconstruct(loaded, x, loaded.meta["ratio"] if args.ratio is None else args.ratio, seed, labels=labels, batch=args.batch)
-    with ImageWriter(args.out) as writer:
-        writer.sheet = draw_reconstruction(done)
-    print(f"{describe_reconstruction(done)}; wrote {args.out}, seed {seed}")
-
-
-def generate_to_file(args, loaded, label, watch, how):
-    """From nothing: --n images to --out. -> (how many, in how many batches)."""
-    classes, n = loaded.meta["classes"], args.n or 16
-    labels = torch.full((n,), label) if label is not None else torch.arange(n) % len(classes) if classes else None
-    begins = range(0, n, args.batch)
-    with ImageWriter(args.out, columns=len(classes) if classes and label is None and len(classes) <= 16 else None) as writer:
-        for lo in tqdm(begins, desc="sampling", unit="batch", disable=len(begins) == 1 or None):
-            hi = min(lo + args.batch, n)
-            images = sample(loaded, hi - lo, labels=None if labels is None else labels[lo:hi], first=lo, watch=watch, **how)
-            watch.done(images)
-            writer.add(to_uint8(images))
-    return n, len(begins)
-
-
-def restore_to_file(args, loaded, label, watch, how):
-    """A task on the user's own pictures, one by one: condition | result (| target), and scores where there are targets.
-    -> (how many, the same)."""
-    from restore import restore_pictures
-    task, scores, baseline = TASKS[loaded.meta["task"]], {}, {}
-    inputs = UserPictures(args.input, args.n, loaded.meta["channels"] == 1, args.holes, args.targets, loaded.meta["task"] == "inpaint", task.zoom, seed=how["seed"])
-    labels = None if label is None else torch.tensor([label])
-    with ImageWriter(args.out, columns=2 + bool(args.targets)) as writer:
-        for i, one in enumerate(tqdm(inputs, desc=loaded.meta["task"], unit="picture", disable=len(inputs) == 1 or None)):
-            cond = task.ask(one.x, one.hole)
-            result = restore_pictures(loaded, cond, first=i, labels=labels, watch=watch, **how)
-            watch.done(result)
-            row = place_side_by_side(cond, result, *([one.truth] if args.targets else []))
-            if writer.kind == ".png":
-                writer.add(row)
-            else:                                                               # the result by itself, and side by side
-                writer.add([to_uint8(result[0]), torch.cat(list(row), 2)], [one.name, f"{one.name}-compare"])
-            for key, score in task.scores.items() if args.targets else ():
-                scores.setdefault(key, []).append(score(result, one.truth, cond))
-                baseline.setdefault(key, []).append(score(task.plain(cond), one.truth, cond) if task.plain else np.nan)
-    for key in scores:
-        print(f"{key}: {np.mean(scores[key]):.3f}" + (f" (without a network {np.mean(baseline[key]):.3f})" if task.plain else "") + f", the mean over {len(inputs)} pictures")
-    return len(inputs), len(inputs)
+    model = load_asked_model(args)
+    check_model(model, args.n)
+    classes, labels = model.meta["classes"], args.label
+    if labels is None and classes:
+        labels = torch.arange(args.n) % len(classes)                           # all classes in turn
+    labels = resolve_labels(labels, args.n, classes)
+    check_guided_labels(args.cfg, labels, classes)
+    run = SamplingRun(args, model)
+    run.report(args.n, write_samples(run, args.n, labels))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Inputs: your own pictures, with their holes and targets, checked before the first network call.
+"""Inputs: your own pictures, with their holes and targets, checked before any work.
 
-The idea. A long computation must not fail at its end, so every file is opened once at the beginning: a picture that cannot be read is named
-and skipped, a hole or a target that is missing or of another size stops the program with one line. Pictures keep their own size.
+The idea. A long computation must not fail at its end, so every file is opened once at the
+beginning. A picture that cannot be read is named and skipped. A hole or a target that is
+missing or of another size stops the program with one line. Pictures keep their own size.
 
-    --input photos/                       every picture below it
-    --holes random | masks/ | nothing     for inpainting: drawn; white in a mask of the same file stem; or the transparent part of the picture
-    --targets truth/                      what should come out, of the same file stem
+    --input photos/                    every picture below it
+    --holes random | masks/ | nothing  for inpainting: drawn; or white in a mask of the same
+                                       file stem; or the transparent part of the picture
+    --targets truth/                   what should come out, of the same file stem
 
-Shapes: x (1, C, H, W) in [-1, 1]; hole (1, 1, H, W) bool, True where to paint; truth like the result.
+Shapes: x (1, C, H, W) in [-1, 1]; hole (1, 1, H, W) bool, True where to paint; truth like
+the result.
 """
 import sys
 from dataclasses import dataclass
@@ -18,30 +21,32 @@ import torch
 from PIL import Image, ImageOps
 
 from plumbing.console import UserError, describe_error
-from plumbing.sources import Paired, to_8_bit, open_images, crop_square
-from tasks import draw_holes
 from plumbing.images import seeded, to_float
+from plumbing.sources import Paired, crop_square, open_images, to_8_bit
 
 
 @dataclass
 class UserPicture:
-    """One picture to work on. `name` is its own, without folders and ending; hole and truth may be None."""
+    """One picture to work on. `name` is without folders and ending."""
     name: str
     x: torch.Tensor
-    hole: torch.Tensor
-    truth: torch.Tensor
+    hole: torch.Tensor                  # or None
+    truth: torch.Tensor                 # or None
 
 
 def picture_to_tensor(picture, mode, side=None):
-    """A PIL picture -> (1, C, H, W) in [-1, 1], turned as its EXIF tag says; side: cut to its centred square and resized, as in training."""
+    """A PIL picture -> (1, C, H, W) in [-1, 1], turned as its EXIF tag says.
+
+    side: cut it to its centred square and resize that, as in training."""
     if side:
         return to_float(torch.from_numpy(crop_square(picture, side, mode == "L"))[None])
     array = np.array(to_8_bit(ImageOps.exif_transpose(picture)).convert(mode))
-    return to_float(torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None].contiguous())
+    pixels = torch.from_numpy(array.reshape(*array.shape[:2], -1))
+    return to_float(pixels.permute(2, 0, 1)[None].contiguous())
 
 
 def flatten_over_black(picture):
-    """A mask as mode L: what is transparent does not count, so white painted on nothing is white on black."""
+    """A mask as mode L, what is transparent as if it lay on black."""
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -49,45 +54,60 @@ def flatten_over_black(picture):
     return to_8_bit(picture).convert("L")
 
 
+def read_transparency(picture):
+    """The opacity of a PIL picture as mode L: black where it is transparent."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        return picture.convert("RGBA").getchannel("A")
+    return Image.new("L", picture.size, 255)
+
+
 class UserPictures:
-    """The pictures of --input (at most n of them), an iterable of Input with a length. UserError for whatever would fail later.
+    """The pictures of --input, an iterable of UserPicture with a length.
 
-    gray: one channel instead of three. holes: "random", a source of masks, or None for transparency; needed if needs_hole. targets: a
-    source, or None; they have `zoom` times the size. side: cut everything to a square of so many pixels. seed: of random holes."""
+    UserError for whatever would fail later: nothing to read, no hole, a partner that is
+    missing or of another size."""
 
-    def __init__(self, path, n=None, gray=False, holes=None, targets=None, needs_hole=False, zoom=1, side=None, seed=0):
-        self.mode, self.needs_hole, self.zoom, self.side, self.seed = "L" if gray else "RGB", needs_hole, zoom, side, seed
-        self.source = open_flag("--input", path)
+    def __init__(
+        self,
+        path,                   # a folder or .zip
+        n=None,                 # at most so many of them
+        gray=False,             # one channel instead of three
+        holes=None,             # "random", a source of masks, or None: the transparent parts
+        targets=None,           # a source of what should come out, or None
+        needs_hole=False,       # whether every picture must have a hole
+        zoom=1,                 # the targets' side over the pictures' side
+        side=None,              # cut everything to a square of so many pixels
+        seed=0,                 # of random holes
+        draw_holes=None,        # (B, H, W, generator) -> (B, 1, H, W) bool: the random ones
+    ):
+        self.mode, self.needs_hole, self.zoom = "L" if gray else "RGB", needs_hole, zoom
+        self.side, self.seed, self.draw_holes = side, seed, draw_holes
         self.random = holes == "random"
-        self.holes = Paired(self.source, open_flag("--holes", holes), "mask", "--holes") if holes and not self.random else None
-        self.targets = Paired(self.source, open_flag("--targets", targets), "target", "--targets") if targets else None
-        partners = [set(pairs.names) for pairs in (self.holes, self.targets) if pairs]
-        names = [name for name in self.source.names if all(name in some for some in partners)]         # masks that lie below the pictures are none
+        self.source = open_flag("--input", path)
+        self.holes = self.targets = None
+        if holes and not self.random:
+            self.holes = Paired(self.source, open_flag("--holes", holes), "mask", "--holes")
+        if targets:
+            self.targets = Paired(self.source, open_flag("--targets", targets), "target",
+                                  "--targets")
+        names = self.list_names()
         if not names:
             raise UserError(f"--input {path}: holds no images")
-        self.names, skipped = [], []
+        self.names, skipped = [], []                                # (number, name); why it is none
         for i, name in enumerate(names[:n]):
-            try:
-                with self.source.picture(name) as picture:
-                    picture.load()
-            except Exception as error:                                          # on damaged files decoders raise nearly everything
-                skipped.append(f"{name} ({describe_error(error)})")
+            trouble = self.find_trouble(name)
+            if trouble:
+                skipped.append(f"{name} ({trouble})")
                 continue
-            self.read(name, i)                                                  # holes and targets: a UserError now, not in an hour
+            self.read(name, i)                                     # a UserError now, not in an hour
             self.names.append((i, name))
         if skipped:
-            print(f"skipped {len(skipped)} of {len(skipped) + len(self.names)} pictures that could not be read: {', '.join(skipped[:5])}", file=sys.stderr)
+            print(f"skipped {len(skipped)} of {len(skipped) + len(self.names)} pictures that could "
+                  f"not be read: {', '.join(skipped[:5])}", file=sys.stderr)
         if not self.names:
             raise UserError(f"--input {path}: none of its pictures can be read")
-        stems = [Path(name).stem for _, name in self.names]
-        whole = [name.replace("/", "_") if stems.count(stem) > 1 else stem for stem, (_, name) in zip(stems, self.names)]
-        self.outs, taken = [], set()
-        for k, name in enumerate(whole):                                        # NAME-compare is written beside NAME, and may be another's name
-            name = f"{name}-{k}" if whole.count(name) > 1 else name
-            while {name, f"{name}-compare"} & taken:
-                name = f"{name}-{k}"
-            self.outs.append(name)
-            taken |= {name, f"{name}-compare"}
+        self.outs = name_outputs([name for _, name in self.names])
 
     def __len__(self):
         return len(self.names)
@@ -96,44 +116,82 @@ class UserPictures:
         for out, (i, name) in zip(self.outs, self.names):
             yield UserPicture(out, *self.read(name, i))
 
+    def list_names(self):
+        """The pictures' names, without masks and targets that lie below --input."""
+        partners = [set(pairs.names) for pairs in (self.holes, self.targets) if pairs]
+        return [name for name in self.source.names if all(name in some for some in partners)]
+
+    def find_trouble(self, name):
+        """Why picture `name` cannot be read, or None."""
+        try:
+            with self.source.picture(name) as picture:
+                picture.load()
+        except Exception as error:                                # decoders raise nearly everything
+            return describe_error(error)
+
     def read(self, name, i):
         """Picture `name`, the i-th -> x, hole, truth."""
         with self.source.picture(name) as picture:
             x = picture_to_tensor(picture, self.mode, self.side)
-            hole = self.hole(name, picture, i, x.shape[2:]) if self.needs_hole else None
+            hole = None
+            if self.needs_hole:
+                hole = self.read_hole(name, picture, i, x.shape[2:])
         truth = None
         if self.targets:
-            wanted = tuple(self.zoom * k for k in x.shape[2:])
-            truth = self.partner(self.targets, name, wanted, lambda picture: picture_to_tensor(picture, self.mode, self.side and self.side * self.zoom))
+            size = tuple(self.zoom * k for k in x.shape[2:])
+            side = self.side and self.side * self.zoom
+            truth = self.read_partner(self.targets, name, size, self.mode, side)
         return x, hole, truth
 
-    def partner(self, pairs, name, size, convert):
-        """The file that belongs to picture `name`, converted; it must have the size (H, W)."""
+    def read_partner(self, pairs, name, size, mode, side, prepare=lambda picture: picture):
+        """The file that belongs to picture `name`. -> (1, C, *size)
+
+        UserError when it is missing, unreadable or of another size."""
         try:
             with pairs.map(name) as picture:
-                out = convert(picture)
+                out = picture_to_tensor(prepare(picture), mode, side)
         except Exception as error:
             raise UserError(f"{name}: {describe_error(error)}") from None
         if out.shape[2:] != size:
-            raise UserError(f"{name}: its {pairs.what} has {out.shape[3]} x {out.shape[2]} pixels, it should have {size[1]} x {size[0]}")
+            raise UserError(f"{name}: its {pairs.what} has {out.shape[3]} x {out.shape[2]} pixels, "
+                            f"it should have {size[1]} x {size[0]}")
         return out
 
-    def hole(self, name, picture, i, size):
-        """Where to paint, (1, 1, H, W) bool."""
+    def read_hole(self, name, picture, i, size):
+        """Where to paint. -> (1, 1, *size) bool. UserError for none and for everywhere."""
         if self.random:
-            return draw_holes(1, *size, seeded(self.seed, i, 1))
+            return self.draw_holes(1, *size, seeded(self.seed, i, 1))
         if self.holes:
-            hole = self.partner(self.holes, name, size, lambda mask: picture_to_tensor(flatten_over_black(mask), "L", self.side)) > 0
+            mask = self.read_partner(self.holes, name, size, "L", self.side, flatten_over_black)
+            hole, nowhere, everywhere = mask > 0, "its mask is nowhere white", "its mask is white"
         else:
-            picture = ImageOps.exif_transpose(picture)
-            alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else Image.new("L", picture.size, 255)
-            hole = picture_to_tensor(alpha, "L", self.side) < 0
+            hole = picture_to_tensor(read_transparency(picture), "L", self.side) < 0
+            nowhere = ("make a part of it transparent, or give --holes FOLDER (white where to "
+                       "paint) or --holes random")
+            everywhere = "it is transparent"
         if not hole.any():
-            raise UserError(f"{name} has no hole: " + ("its mask is nowhere white" if self.holes else
-                            "make a part of it transparent, or give --holes FOLDER (white where to paint) or --holes random"))
+            raise UserError(f"{name} has no hole: {nowhere}")
         if hole.all():
-            raise UserError(f"{name} is nothing but a hole: " + ("its mask is white everywhere" if self.holes else "it is transparent everywhere"))
+            raise UserError(f"{name} is nothing but a hole: {everywhere} everywhere")
         return hole
+
+
+def name_outputs(names):
+    """The pictures' names -> names of the results: file stems, paths where stems repeat.
+
+    NAME-compare is written beside NAME, and may be another picture's name."""
+    stems = [Path(name).stem for name in names]
+    wanted = []
+    for stem, name in zip(stems, names):
+        wanted.append(name.replace("/", "_") if stems.count(stem) > 1 else stem)
+    outs, taken = [], set()
+    for k, name in enumerate(wanted):
+        name = f"{name}-{k}" if wanted.count(name) > 1 else name
+        while {name, f"{name}-compare"} & taken:
+            name = f"{name}-{k}"
+        outs.append(name)
+        taken |= {name, f"{name}-compare"}
+    return outs
 
 
 def open_flag(flag, path):

@@ -1,10 +1,10 @@
-"""Pictures out: files of samples, and the way that a sample came.
+"""Pictures out: files of samples.
 
-The idea. Samples are written as they are made, so that fifty thousand of them need no memory, and what cannot be written is said before
-the work and not after it. A *trace* shows the sampler at work: at every network call the noisy image and what the network takes it for.
+The idea. Samples are written as they are made, so fifty thousand of them need no memory.
+What cannot be written is said before the work and not after it.
 
-    --out grid.png     one sheet              --out many.zip, --out folder     a PNG for each            --out many.npz     one array
-    --trace way.png    x_t (scaled to the images' contrast), and below it the guess of x0
+    --out grid.png     one sheet              --out many.zip    a PNG for each
+    --out many.npz     one array              --out many        a folder of PNGs
 
 Shapes: B images, C channels (1 or 3), H x W pixels; uint8.
 """
@@ -30,33 +30,40 @@ def encode_png(pixels):
 
 
 class ImageWriter:
-    """Where samples go, by the name of --out: a .png sheet, a .npz, a .zip of PNGs, or a folder of PNGs, written as they come. A file is made
-    beside its place and takes it at the end, so that what stood there survives a failure:
+    """Where samples go, by the name of --out: a .png, a .npz, a .zip or a folder.
 
-        with Writer("samples.zip") as writer:
+    A file is made beside its place and takes it at the end: an old one survives a failure.
+
+        with ImageWriter("samples.zip") as writer:
             writer.add(images)
-    """
+
+    columns: of a .png. sheet: a PIL picture to write instead of a grid."""
 
     def __init__(self, out, columns=None):
-        self.out, self.columns, self.kept, self.n, self.sheet = Path(out), columns, [], 0, None
+        self.out, self.columns = Path(out), columns
+        self.kept, self.n, self.sheet = [], 0, None
         self.kind = self.out.suffix.lower() or "folder"
-        if self.kind not in (".png", ".npz", ".zip", "folder") or self.out.name.lower() in (".png", ".npz", ".zip"):
-            raise UserError(f"--out {out}: give a name that ends with .png, .npz or .zip, or that has no ending for a folder")
+        endings = (".png", ".npz", ".zip")
+        if self.kind not in (*endings, "folder") or self.out.name.lower() in endings:
+            raise UserError(f"--out {out}: give a name that ends with .png, .npz or .zip, "
+                            "or that has no ending for a folder")
         if self.kind == "folder":
             if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-                raise UserError(f"--out {self.out} exists and is not an empty folder: old images would be mixed with new ones; give another name")
+                raise UserError(f"--out {self.out} exists and is not an empty folder: old images "
+                                "would be mixed with new ones; give another name")
             self.out.mkdir(parents=True, exist_ok=True)
         elif self.out.is_dir():
             raise UserError(f"--out {self.out} is a folder; give a name in it")
         else:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.part = self.out.with_name(f"{self.out.name}.{os.getpid()}.part")        # another process may write this name, too
-            open(self.part, "wb").close()                                       # what cannot be written is told now, not after the work
+            self.part = self.out.with_name(f"{self.out.name}.{os.getpid()}.part")   # one a process
+            open(self.part, "wb").close()                             # told now, not after the work
         self.zip = zipfile.ZipFile(self.part, "w") if self.kind == ".zip" else None
 
     def add(self, images, names=()):
-        """uint8 (B, C, H, W), or a list of (C, H, W) of any size; names: of the files, numbers when left out. On a sheet of several sizes, every
-        call is `columns` images of one size."""
+        """Write uint8 (B, C, H, W) or a list of (C, H, W), of one size in a .png or .npz.
+
+        names: of the files, without ending; numbers when left out."""
         for i, image in enumerate(images):
             name = f"{names[i] if names else f'{self.n:06d}'}.png"
             if self.kind == "folder":
@@ -79,21 +86,10 @@ class ImageWriter:
             self.part.unlink(missing_ok=True)
             return
         if self.kind == ".png":
-            (self.sheet or stack_rows(self.kept, self.columns)).save(self.part, "PNG")
+            sheet = self.sheet or grid(torch.stack(self.kept), self.columns)
+            sheet.save(self.part, "PNG")
         elif self.kind == ".npz":
+            images = torch.stack(self.kept).permute(0, 2, 3, 1).numpy()
             with open(self.part, "wb") as file:
-                np.savez_compressed(file, images=torch.stack(self.kept).permute(0, 2, 3, 1).numpy())
+                np.savez_compressed(file, images=images)
         os.replace(self.part, self.out)
-
-
-def stack_rows(images, columns):
-    """uint8 images (C, H, W) -> one PIL picture: a grid, or where sizes differ a row for every `columns` of them."""
-    if len({image.shape for image in images}) == 1:
-        return grid(torch.stack(images), columns)
-    rows = [grid(torch.stack(images[lo:lo + columns]), columns, zoom=1) for lo in range(0, len(images), columns)]
-    canvas = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    for i, row in enumerate(rows):
-        canvas.paste(row, (0, sum(other.height for other in rows[:i])))
-    return canvas
-
-

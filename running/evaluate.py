@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing.images import grid, seeded, to_float, to_uint8
-from restore import draw_reconstruction, reconstruct, reconstruction_errors, restore_pictures
+from restore import reconstruct, reconstruction_errors, restore_pictures, stack_reconstruction
 from sample import sample
 from tasks import TASKS, make_condition, place_side_by_side
 
@@ -69,7 +69,7 @@ def evaluate_model(model, held_out, shown, pixel_space, o, path, dtype=None):
     if o.objective == "reconstruct":
         if o.recon_target == "clean":           # of whitened patches there is no picture
             whole = dataclasses.replace(model, space=pixel_space)
-            draw_reconstruction(reconstruct(whole, to_float(shown), o.mask)).save(path)
+            stack_reconstruction(reconstruct(whole, to_float(shown), o.mask)).save(path)
         errors = reconstruction_errors(model, held_out)
         return sum(errors.values()) / len(errors)
     if o.task == "generate":
