@@ -257,7 +257,7 @@ def latent_errors(model, filled, z, m):
 # --- a true hole --------------------------------------------------------------------------
 
 def hole_mask(hole, square, dilate):
-    """hole (H, W) bool, True where pixels are missing -> Mask of one image, or None.
+    """hole (H, W) bool, True where pixels miss -> Mask of one image, or None for no hole.
 
     A token is hidden when its square meets the hole, or a square at most `dilate` tokens
     away. UserError when nothing is left to see."""
