@@ -15,7 +15,7 @@ any image without noise. So it is shown images with a little, b / (a s) = 0.1, a
 Beside its accuracy stand those of the same network before training, of the pixels alone,
 and of always naming the most frequent class: without them a number says nothing.
 
-    python probe.py --data cifar10-train.zip        # the newest run, a folder for each class
+    python probe.py --data cifar10-train.zip        # newest run, a folder for each class
     python probe.py --from runs/A --weights model   # a run's own data, its raw weights
 
 Shapes: n images, B batch, D width, K classes; f (n, D), y (n,), W (D + 1, K) with the bias.
@@ -237,8 +237,8 @@ def load_parts(o):
     return images, held_out
 
 
-def main(argv=None):
-    given = vars(parser().parse_args(argv))
+def probe_checkpoint(given):
+    """Probe a checkpoint with the options that were given, a dict, and print one line."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("probe.py is the work of one process: start it without torchrun")
     source = given.get("from_") or str(newest_checkpoint())
@@ -257,6 +257,22 @@ def main(argv=None):
           f"{len(images.classes)} classes; accuracy on {len(held_out)} held-out images: "
           f"encoder {accuracy['trained']:.1%}, untrained encoder {accuracy['untrained']:.1%}, "
           f"pixels {accuracy['pixels']:.1%}, chance {accuracy['chance']:.1%}")
+
+
+def main(argv=None):
+    probe_checkpoint(vars(parser().parse_args(argv)))
+
+
+# Until finetune.py has no --probe any more.
+READS = {"probe", "probe_noise", "from_", "weights", "fraction", "device", "threads", "vae",
+         *INHERITED}
+
+
+def run_probe(o, source):
+    """What `finetune.py --probe` calls."""
+    flags = dict(from_=source, noise=o.probe_noise, weights=o.weights, device=o.device,
+                 threads=o.threads, fraction=o.fraction, **{k: getattr(o, k) for k in INHERITED})
+    return probe_checkpoint(flags)
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def reconstruct(
 
 
 def latent_errors(model, filled, z, m):
-    """Each image's mean squared error of hidden tokens, over the data's variance. -> (B,)"""
+    """Each image's mean squared error of hidden tokens over the data's variance. -> (B,)"""
     score = build_reconstruction(model.schedule, model.predict, model.net.p)
     guess, errors = filled / model.schedule.data_std, []
     for i in range(len(z)):
@@ -341,9 +341,9 @@ def reconstruction_errors(
     return errors
 
 
-def choose_zoom(pictures, width=512):
-    """A whole number that enlarges a row of pictures (C, H, W) to about `width` pixels."""
-    return max(1, width // sum(picture.shape[2] for picture in pictures))
+def choose_zoom(rows, width=512):
+    """A whole number that enlarges rows of pictures (C, H, W) to about `width` pixels."""
+    return max(1, width // max(sum(picture.shape[2] for picture in row) for row in rows))
 
 
 def draw_reconstruction(done, names=None):
@@ -358,7 +358,7 @@ def draw_reconstruction(done, names=None):
             title += f"\nPSNR {done['psnr'][i]:.1f} dB\nceiling {done['ceiling_psnr'][i]:.1f} dB"
             title += f"\nlatent MSE {done['latent_mse'][i]:.3f}"
         rows.append((title, row))
-    return draw_sheet(rows, list(pictures), choose_zoom(rows[0][1]))
+    return draw_sheet(rows, list(pictures), choose_zoom([row for _, row in rows]))
 
 
 def stack_reconstruction(done, margin=170):
@@ -508,8 +508,8 @@ def restore_to_file(run):
             if one.truth is not None:
                 scores.append(score_result(task, result, one.truth, cond))
         if rows:
-            writer.sheet = draw_sheet(rows, ["condition", "result", "target"][:len(rows[0][1])],
-                                      choose_zoom(rows[0][1]))
+            columns = ["condition", "result", "target"][:len(shown)]
+            writer.sheet = draw_sheet(rows, columns, choose_zoom([row for _, row in rows]))
     print_scores(task, scores)
     return len(inputs)
 

@@ -93,7 +93,7 @@ def one_run(run):
         assert all(q.grad is not None and torch.isfinite(q.grad).all() for q in net.parameters()), "every parameter takes part"
         optimizer.step()
         optimizer.zero_grad()
-    loaded = DiffusionModel(net, schedule, space, run["predict"], dict(size=8 * space.factor, task=run["task"]), torch.device("cpu"))
+    loaded = DiffusionModel(net, schedule, space, run["predict"], dict(size=8 * space.factor, task=run["task"], classes=["a", "b", "c"][:run["classes"]]), torch.device("cpu"))
     how = dict(steps=2, churn=run["churn"], time_grid=run["grid"], solver=run["solver"], labels=torch.tensor([0, 2]) if run["classes"] else None)
     if cond is None:
         images = sample(loaded, 2, **how)

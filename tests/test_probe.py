@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-import finetune
 import probe
 import train
+from conftest import status
 from plumbing.console import UserError
 from data import load_images
+from running.options import Options
 from sample import load
 from plumbing.images import to_float
 
@@ -82,14 +83,14 @@ def test_a_feature_that_never_changes_does_no_harm():
 
 
 def test_features_are_the_mean_over_all_tokens_of_the_encoders_last_block(colours, run):
-    loaded, images = load(run("reconstruct"), device="cpu"), load_images(colours, 16, labels=True)
-    f, y = probe.extract_features(loaded.net, loaded, images)
+    model, images = load(run("reconstruct"), device="cpu"), load_images(colours, 16, labels=True)
+    f, y = probe.extract_features(model.net, model, images)
     assert f.shape == (60, 192) and torch.equal(y, images.take(range(60))[1])
-    net, x = loaded.net, to_float(images.take([7])[0])
+    net, x = model.net, to_float(images.take([7])[0])
     from mask import patchify
     from vit import positions, sincos
     with torch.no_grad():
-        u = net.embed(patchify(x / loaded.schedule.data_std, 4)) + positions(4, 4, 192, x.device)
+        u = net.embed(patchify(x / model.schedule.data_std, 4)) + positions(4, 4, 192, x.device)
         c = net.embed_time(sincos(torch.zeros(1), 256))
         for block in net.blocks:
             u = block(u, c)
@@ -101,7 +102,7 @@ def test_features_are_the_mean_over_all_tokens_of_the_encoders_last_block(colour
 def test_the_command_measures_any_checkpoint_beside_what_knows_nothing(run, objective, capsys):
     told, source = [], run(objective)
     for _ in range(1 + (objective == "reconstruct")):                           # and twice the same
-        finetune.main(["--probe", "--from", source])                            # the run's own data, its split
+        probe.main(["--from", source])                            # the run's own data, its split
         told.append(capsys.readouterr().out.splitlines()[-1])
     assert told[0] == told[-1] and "45 images, 3 classes" in told[0] and "15 held-out" in told[0]
     for word in ("encoder", "untrained encoder", "pixels", "chance"):
@@ -115,15 +116,16 @@ def test_in_latents_both_networks_share_one_cache(colours, capsys):
     vae.main(["--data", colours, "--size", "16", "--steps", "1", "--batch", "4", "--out", "vae.pt", "--threads", "1"])
     train.main(["--data", colours, *TINY, "--patch", "2", "--objective", "reconstruct", "--mask", "0.5", "--decoder", "1", "--space", "latent", "--vae", "vae.pt", "--latents", "kept", "--out", "runs/a"])
     assert len(list(Path("kept").iterdir())) == 1
-    finetune.main(["--probe"])
+    probe.main([])
     assert len(list(Path("kept").iterdir())) == 2 and "linear probe" in capsys.readouterr().out      # one without mirrors
 
 
 REFUSED = [
-    (["--lr", "1"], "--lr"), (["--mask", "0.5"], "--mask"), (["--steps", "3"], "--steps"), (["--no-probe", "--probe-noise", "0.1"], "--probe"),
-    (["--probe-noise", "-1"], "--probe-noise"), (["--probe-noise", "nan"], "--probe-noise"), (["--gray"], "--gray"), (["--size", "18"], "--size"),
+    (["--noise", "-1"], "--noise"), (["--noise", "nan"], "--noise"), (["--gray"], "--gray"), (["--size", "18"], "--size"), (["--size", "0"], "--size"),
+    (["--seed", "-1"], "--seed"), (["--cache-gb", "nan"], "--cache-gb"), (["--threads", "-1"], "--threads"), (["--val", "2"], "--val"),
+    (["--latents", "x"], "--space latent"), (["--no-cache-latents"], "--space latent"), (["--vae", "x"], "--vae"),
     (["--fraction", "0"], "--fraction"), (["--data", "FLAT"], "subfolder"), (["--data", "ONE"], "two classes"), (["--from", "nowhere"], "nowhere"),
-    (["--from", "RECONSTRUCT", "--probe-noise", "0.1"], "which has seen none")]
+    (["--from", "RECONSTRUCT", "--noise", "0.1"], "which has seen none")]
 
 
 @pytest.mark.parametrize("arguments, word", REFUSED, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
@@ -131,5 +133,18 @@ def test_what_cannot_be_probed_is_refused_in_one_line(colours, run, arguments, w
     shutil.copytree(Path(colours) / "red", "one/red")
     places = {"FLAT": str(Path(colours) / "red"), "ONE": "one"} | ({"RECONSTRUCT": run("reconstruct")} if "RECONSTRUCT" in arguments else {})
     with pytest.raises(UserError, match=word) as error:
-        finetune.main(["--probe", "--from", run("denoise"), *(places.get(a, a) for a in arguments)])
+        probe.main(["--from", run("denoise"), *(places.get(a, a) for a in arguments)])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [["--lr", "1"], ["--mask", "0.5"], ["--steps", "3"]])
+def test_what_a_probe_does_not_read_is_no_flag_of_it(flags, capsys):
+    assert status(probe, flags) == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_held_out_images_belong_to_their_data():
+    """With other data, --val is the default and not the run's; what is given wins, and an older run has the defaults."""
+    config = dict(data="a", val="0.25", size=16)
+    o = probe.inherit_options({}, config)
+    assert (o.data, o.val, o.size, o.seed, o.weights) == ("a", "0.25", 16, Options.seed, "model")
+    assert probe.inherit_options(dict(data="b"), config).val == Options.val and probe.inherit_options(dict(data="b", val="0.5"), config).val == "0.5"

@@ -1,5 +1,6 @@
 """Laws of sampling: order of convergence on a Gaussian with a perfect network, counted calls, noise per image, guidance, files."""
 import math
+import shlex
 import zipfile
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 import sample as S
+from conftest import status
 from plumbing.console import UserError
 from sample import GRIDS, SOLVERS, DiffusionModel, denoise, count_steps, load
 from schedules import PREDICTIONS, SCHEDULES
@@ -61,10 +63,10 @@ def test_for_ddm_a_quadratic_grid_beats_a_uniform_one():
 
 def oracle(schedule):
     """A network call that knows zero-mean Gaussian data: it says 0 in the `unit` prediction."""
-    def look(zt, t):
+    def predict_x0(zt, t):
         x0, n = schedule.split(torch.zeros(1, schedule.head_count("unit"), 1, 1, dtype=f64), zt, t, "unit")
         return x0, n.split(1, 1)[1:]
-    return look
+    return predict_x0
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -76,13 +78,15 @@ def test_every_solver_converges_and_at_least_with_first_order(name, solver):
         ts = GRIDS["angle"](schedule, 1.0, count_steps(solver, schedule, 1.0, calls))
         return abs(denoise(oracle(schedule), schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls).item() - 0.5)
 
-    assert error(320) < 0.01 and error(80) / error(320) > 3.5
+    assert error(320) < 0.01 and (error(320) < 1e-4 or error(80) / error(320) > 3.5)
 
 
-@pytest.mark.parametrize("solver", ["heun", "dpm++"])
+@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if solver.order > 1])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_second_order_solvers_quarter_the_error_when_the_calls_double(name, solver):
-    """On a grid that is smooth in ln sigma at both ends. (Equal steps of angle cost a logarithm: the ratio there is 3.1.)"""
+def test_solvers_of_a_higher_order_keep_it_when_the_calls_double(name, solver):
+    """On a grid that is smooth in ln sigma at both ends: a second-order solver quarters its error.
+
+    Equal steps of angle cost a logarithm: the ratio there is 3.1."""
     schedule = replace(SCHEDULES[name], data_std=0.5)
 
     def error(grid, calls):
@@ -90,7 +94,8 @@ def test_second_order_solvers_quarter_the_error_when_the_calls_double(name, solv
         end = denoise(oracle(schedule), schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls)
         return abs(end.item() - 0.5)
 
-    assert error("edm", 80) / error("edm", 160) == pytest.approx(4.2, abs=0.4)
+    ratio = error("edm", 80) / error("edm", 160)
+    assert error("edm", 160) < 1e-6 or ratio == pytest.approx(1.05 * 2 ** SOLVERS[solver].order, rel=0.09)
     assert error("angle", 320) < error_of(schedule, 320, "angle") / 10
 
 
@@ -100,8 +105,8 @@ def test_second_order_solvers_quarter_the_error_when_the_calls_double(name, solv
 def test_every_solver_makes_exactly_the_stated_number_of_calls(solver, name, calls):
     schedule, made = replace(SCHEDULES[name], data_std=0.5), []
     ts = GRIDS["angle"](schedule, 1.0, count_steps(solver, schedule, 1.0, calls))
-    look = oracle(schedule)
-    denoise(lambda zt, t: (made.append(1), look(zt, t))[1], torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls)
+    predict_x0 = oracle(schedule)
+    denoise(lambda zt, t: (made.append(1), predict_x0(zt, t))[1], torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls)
     assert len(made) == calls
 
 
@@ -165,33 +170,33 @@ def tiny(classes=0, predict="unit", schedule="ddm", channels=1):
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_steps_are_network_calls(steps):
-    loaded, calls = tiny(), []
-    loaded.net.register_forward_hook(lambda *_: calls.append(1))
-    S.sample(loaded, n=3, steps=steps, batch=3)
+    model, calls = tiny(), []
+    model.net.register_forward_hook(lambda *_: calls.append(1))
+    S.sample(model, n=3, steps=steps, batch=3)
     assert len(calls) == steps
 
 
 @pytest.mark.parametrize("churn", [0.0, 0.7])
 def test_an_image_depends_on_its_seed_and_number_not_on_its_batch(churn):
-    loaded = tiny()
-    together = S.sample(loaded, n=5, steps=4, seed=3, churn=churn)
+    model = tiny()
+    together = S.sample(model, n=5, steps=4, seed=3, churn=churn)
     for batch in (1, 2):
-        assert torch.allclose(S.sample(loaded, n=5, steps=4, seed=3, churn=churn, batch=batch), together, atol=1e-5)
-    assert torch.allclose(S.sample(loaded, n=2, steps=4, seed=3, churn=churn, first=3), together[3:], atol=1e-5)
-    assert not torch.allclose(S.sample(loaded, n=5, steps=4, seed=4, churn=churn), together, atol=1e-2)
+        assert torch.allclose(S.sample(model, n=5, steps=4, seed=3, churn=churn, batch=batch), together, atol=1e-5)
+    assert torch.allclose(S.sample(model, n=2, steps=4, seed=3, churn=churn, first=3), together[3:], atol=1e-5)
+    assert not torch.allclose(S.sample(model, n=5, steps=4, seed=4, churn=churn), together, atol=1e-2)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
 def test_churn_changes_the_path_and_its_absence_draws_no_noise():
-    loaded = tiny()
-    assert not torch.allclose(S.sample(loaded, n=2, steps=4, churn=1.0), S.sample(loaded, n=2, steps=4), atol=1e-3)
-    assert torch.equal(S.sample(loaded, n=2, steps=4), S.sample(loaded, n=2, steps=4))
+    model = tiny()
+    assert not torch.allclose(S.sample(model, n=2, steps=4, churn=1.0), S.sample(model, n=2, steps=4), atol=1e-3)
+    assert torch.equal(S.sample(model, n=2, steps=4), S.sample(model, n=2, steps=4))
 
 
 def test_the_grid_and_the_solver_matter():
-    loaded = tiny()
-    images = ([S.sample(loaded, n=2, steps=5, time_grid=g, solver="analytic") for g in GRIDS]
-              + [S.sample(loaded, n=2, steps=5, solver=s, time_grid="uniform") for s in ("heun", "dpm++")])
+    model = tiny()
+    images = ([S.sample(model, n=2, steps=5, time_grid=g, solver="analytic") for g in GRIDS]
+              + [S.sample(model, n=2, steps=5, solver=s, time_grid="uniform") for s in ("heun", "dpm++")])
     for a in range(len(images)):
         for b in range(a):
             assert not torch.allclose(images[a], images[b], atol=1e-4)
@@ -199,17 +204,17 @@ def test_the_grid_and_the_solver_matter():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_sampling_starts_from_noise_of_the_schedules_own_size(name):
-    loaded, seen = tiny(schedule=name), []
-    loaded.net.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    S.sample(loaded, n=16, steps=1)
-    assert seen[0].std().item() == pytest.approx(loaded.schedule.b(torch.tensor(1.0, dtype=f64)).item(), rel=0.1)
+    model, seen = tiny(schedule=name), []
+    model.net.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    S.sample(model, n=16, steps=1)
+    assert seen[0].std().item() == pytest.approx(model.schedule.b(torch.tensor(1.0, dtype=f64)).item(), rel=0.1)
 
 
 def test_auto_is_dpm_on_edms_grid_and_with_churn_the_analytic_step_on_a_uniform_one():
-    loaded = tiny()
-    assert torch.equal(S.sample(loaded, 2, 5), S.sample(loaded, 2, 5, solver="dpm++", time_grid="edm"))
-    assert torch.equal(S.sample(loaded, 2, 4), S.sample(loaded, 2, 4, solver="dpm++", time_grid="uniform"))
-    assert torch.equal(S.sample(loaded, 2, 4, churn=0.5), S.sample(loaded, 2, 4, churn=0.5, solver="analytic", time_grid="uniform"))
+    model = tiny()
+    assert torch.equal(S.sample(model, 2, 5), S.sample(model, 2, 5, solver="dpm++", time_grid="edm"))
+    assert torch.equal(S.sample(model, 2, 4), S.sample(model, 2, 4, solver="dpm++", time_grid="uniform"))
+    assert torch.equal(S.sample(model, 2, 4, churn=0.5), S.sample(model, 2, 4, churn=0.5, solver="analytic", time_grid="uniform"))
     assert S.resolve_auto("heun", "auto", 0.0, 10) == ("heun", "edm") and S.resolve_auto("auto", "split", 1.0, 10) == ("analytic", "split")
 
 
@@ -221,22 +226,22 @@ def test_neighbouring_seeds_are_unrelated():
 
 
 def test_guidance_1_is_conditional_and_0_unconditional_bit_for_bit_each_in_one_pass():
-    loaded, sizes = tiny(classes=3), []
-    loaded.net.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    model, sizes = tiny(classes=3), []
+    model.net.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     labels = torch.tensor([0, 1, 2])
-    conditional = S.sample(loaded, 3, 4, labels=labels, cfg=1.0)
-    unconditional = S.sample(loaded, 3, 4, labels=labels, cfg=0.0)
+    conditional = S.sample(model, 3, 4, labels=labels, cfg=1.0)
+    unconditional = S.sample(model, 3, 4, labels=labels, cfg=0.0)
     assert set(sizes) == {3}
-    assert torch.equal(unconditional, S.sample(loaded, 3, 4, labels=torch.full((3,), -1)))
+    assert torch.equal(unconditional, S.sample(model, 3, 4, labels=torch.full((3,), -1)))
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
-    S.sample(loaded, 3, 4, labels=labels, cfg=2.0)
+    S.sample(model, 3, 4, labels=labels, cfg=2.0)
     assert sizes[-1] == 6
 
 
 def test_guidance_extrapolates_from_the_unconditional_guess():
-    loaded = tiny(classes=2)
+    model = tiny(classes=2)
     labels = torch.tensor([0, 1])
-    ends = [S.sample(loaded, 2, 1, labels=labels, cfg=cfg) for cfg in (0.0, 1.0, 0.5)]
+    ends = [S.sample(model, 2, 1, labels=labels, cfg=cfg) for cfg in (0.0, 1.0, 0.5)]
     inside = (ends[0].abs() < 1) & (ends[1].abs() < 1) & (ends[2].abs() < 1)          # one step is linear in the guess where nothing clips
     assert inside.float().mean() > 0.3
     assert torch.allclose(ends[2][inside], (ends[0] + ends[1])[inside] / 2, atol=1e-4)
@@ -246,14 +251,14 @@ def test_guidance_extrapolates_from_the_unconditional_guess():
 @pytest.mark.parametrize("name", ["ddm", "edm"])
 def test_outside_of_the_interval_a_guided_call_is_one_conditional_pass(name, solver):
     """Twice the batch where low < b / a <= high and once elsewhere, in whatever order a solver calls."""
-    loaded, calls = tiny(classes=2, schedule=name), []
-    loaded.net.register_forward_pre_hook(lambda module, args: calls.append((float(loaded.schedule.b(args[1][0]) / loaded.schedule.a(args[1][0])), len(args[0]))))
+    model, calls = tiny(classes=2, schedule=name), []
+    model.net.register_forward_pre_hook(lambda module, args: calls.append((float(model.schedule.b(args[1][0]) / model.schedule.a(args[1][0])), len(args[0]))))
     labels = torch.tensor([0, 1])
-    S.sample(loaded, 2, 9, labels=labels, cfg=2.0, solver=solver, time_grid="angle", cfg_interval=(0.3, 3.0))
+    S.sample(model, 2, 9, labels=labels, cfg=2.0, solver=solver, time_grid="angle", cfg_interval=(0.3, 3.0))
     assert all(size == (4 if 0.3 < level <= 3 else 2) for level, size in calls) and {size for _, size in calls} == {2, 4} and len(calls) == 9
-    everywhere, nowhere = (S.sample(loaded, 2, 9, labels=labels, cfg=2.0, cfg_interval=i) for i in ((0.0, math.inf), (1e8, 1e9)))
-    assert torch.equal(everywhere, S.sample(loaded, 2, 9, labels=labels, cfg=2.0))
-    assert torch.equal(nowhere, S.sample(loaded, 2, 9, labels=labels))
+    everywhere, nowhere = (S.sample(model, 2, 9, labels=labels, cfg=2.0, cfg_interval=i) for i in ((0.0, math.inf), (1e8, 1e9)))
+    assert torch.equal(everywhere, S.sample(model, 2, 9, labels=labels, cfg=2.0))
+    assert torch.equal(nowhere, S.sample(model, 2, 9, labels=labels))
 
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
@@ -302,6 +307,20 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
         load(tmp_path / "code.pt")
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_is_handed_the_last_guesses_from_old_to_new(solver, monkeypatch):
+    """The times in the history are those of the path, the last one is now, and each x0 is the network's own."""
+    schedule, seen = replace(SCHEDULES["ddm"], data_std=0.5), []
+    refine = SOLVERS[solver].refine
+    monkeypatch.setitem(SOLVERS, solver, replace(SOLVERS[solver], calls=1, refine=lambda *args: (seen.append((args[2], args[-1])), refine(*args))[1]))
+    ts = GRIDS["angle"](schedule, 1.0, 8)
+    denoise(oracle(schedule), torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, 8)
+    assert len(seen) == 6                                                       # not where a = 0, not to 0
+    for k, (zt, history) in enumerate(seen):
+        times = [t for t, _ in history]
+        assert times == list(ts[:k + 2][-S.HISTORY:]) and torch.equal(history[-1][1], oracle(schedule)(zt, times[-1])[0])
+
+
 def test_labels_are_given_by_name_or_number():
     assert S.find_class("cat", ["dog", "cat"]) == 1 and S.find_class("0", ["dog", "cat"]) == 0
     for name, classes in (("cow", ["dog", "cat"]), ("2", ["dog", "cat"]), ("²", ["dog", "cat"]), ("dog", [])):
@@ -309,11 +328,52 @@ def test_labels_are_given_by_name_or_number():
             S.find_class(name, classes)
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--n", "0"], ["--churn", "1.5"], ["--churn", "0.5", "--solver", "heun"], ["--ckpt", "nowhere"], ["--device", "cuda:77"], ["--device", "foo"], ["--cfg", "nan"], ["--cfg", "2", "--cfg-interval", "3", "0.3"], ["--cfg", "2", "--cfg-interval", "nan", "1"], ["--cfg-interval", "0.3", "3"],
+def test_the_function_takes_names_and_one_label_for_all():
+    model = tiny(classes=3)
+    numbers = S.sample(model, 3, 2, labels=torch.tensor([0, 2, -1]))
+    for labels in (["class0", "class2", -1], ["0", 2, -1], (0, "class2", -1), torch.tensor([0, 2, -1]).numpy()):
+        assert torch.equal(S.sample(model, 3, 2, labels=labels), numbers)
+    for label in ("class1", "1", 1, torch.tensor(1)):
+        assert torch.equal(S.sample(model, 3, 2, labels=label), S.sample(model, 3, 2, labels=[1, 1, 1]))
+
+
+@pytest.mark.parametrize("how, why", [
+    (dict(n=0), "--n 0"), (dict(steps=0), "--steps 0"), (dict(steps=-1), "--steps -1"), (dict(batch=0), "--batch 0"), (dict(solver="euler"), "--solver euler"),
+    (dict(time_grid="log"), "--time-grid log"), (dict(churn=1.5), "--churn 1.5"), (dict(churn=0.5, solver="heun"), "--solver heun"), (dict(cfg=2.0), "--label"),
+    (dict(cfg=math.nan, labels=0), "--cfg nan"), (dict(cfg_interval=(0.3, 3)), "--cfg-interval"), (dict(cfg=2.0, labels=0, cfg_interval=(3, 0.3)), "--cfg-interval 3 0.3"),
+    (dict(labels=[0]), "1 labels for 2 images"), (dict(labels=torch.zeros(3, dtype=torch.int64)), "3 labels for 2 images"), (dict(labels=[0, 3]), "--label 3"),
+    (dict(labels=-2), "--label -2"), (dict(labels=["class0", "cow"]), "--label cow"), (dict(labels=[0, 0.5]), "--label 0.5"),
+    (dict(cond=torch.zeros(2, 1, 8, 8)), "trained to generate")])
+def test_what_the_command_refuses_the_function_refuses(how, why):
+    """In one line, before the first call of the network."""
+    model = tiny(classes=3)
+    model.net.register_forward_pre_hook(lambda *_: pytest.fail("the network was called"))
+    with pytest.raises(UserError, match=why) as error:
+        S.sample(model, **dict(n=2, steps=2) | how)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("meta, how, why", [
+    (dict(task="superres"), {}, "trained for superres"), (dict(task="superres"), dict(cond=torch.zeros(3, 1, 8, 8)), "3 conditions for 2"),
+    (dict(objective="reconstruct"), {}, "reconstruct hidden patches"), ({}, dict(cfg=2.0), "without labels"), ({}, dict(labels=0), "without labels")])
+def test_models_of_another_kind_are_refused_by_the_function(meta, how, why):
+    model = tiny()
+    model.meta |= meta
+    with pytest.raises(UserError, match=why) as error:
+        S.sample(model, 2, 2, **how)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [["--task", "inpaint"], ["--input", "photos"], ["--holes=random"], ["--targets", "x"], ["--ratio", "0.5"], ["--steps", "3", "--input", "my photos"]])
+def test_pictures_of_ones_own_are_another_command_which_is_named(flags, capsys):
+    assert status(S, flags) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "python restore.py " + shlex.join(flags) in said
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--threads", "-1"], ["--n", "0"], ["--churn", "1.5"], ["--churn", "0.5", "--solver", "heun"], ["--ckpt", "nowhere"], ["--device", "cuda:77"], ["--device", "foo"], ["--cfg", "nan"], ["--cfg", "2", "--cfg-interval", "3", "0.3"], ["--cfg", "2", "--cfg-interval", "nan", "1"], ["--cfg-interval", "0.3", "3"],
                                        ["--out", "x.jpg"], ["--no-such-flag"]])
 def test_bad_arguments_are_one_line_and_exit_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        S.run_command(lambda: S.main(arguments))
-    assert end.value.code == 2
+    assert status(S, arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, strategies as st
 from PIL import Image
 
-import sample as S
 import running.setup
 import train
 from plumbing.console import UserError
@@ -21,6 +20,7 @@ from tasks import (TASKS, back_project, cut_hole, draw_holes, enlarge, fill_with
                    psnr, read_hole, recover_small, shrink, sobel_edges)
 from vit import ViT
 from plumbing.images import seeded, to_float, to_uint8
+from plumbing.writer import ImageWriter
 import spaces
 import restore
 
@@ -206,7 +206,7 @@ def small(task="superres", channels=1, predict="unit", classes=0, awake=True):
         with torch.no_grad():
             for q in net.parameters():
                 q.add_(0.1 * torch.randn_like(q))
-    return DiffusionModel(net, schedule, spaces.PixelSpace(channels), predict, dict(size=8, task=task, classes=[], channels=channels, step=0), torch.device("cpu"))
+    return DiffusionModel(net, schedule, spaces.PixelSpace(channels), predict, dict(size=8, task=task, classes=[f"class{i}" for i in range(classes)], channels=channels, step=0), torch.device("cpu"))
 
 
 def test_a_new_condition_leaves_the_network_as_it_was():
@@ -248,7 +248,7 @@ def test_a_task_trains_and_restores_pictures_of_other_sizes_from_the_command_lin
         face.save(tmp_path / "in" / f"face{i}.png")
         face.resize((4 * size[0], 4 * size[1]) if task == "superres" else size).convert("L" if TASKS[task].exact else "RGB").save(tmp_path / "truth" / f"face{i}.png")
     more = ["--holes", "random"] if task == "inpaint" else []
-    S.main(["--task", task, "--input", "in", "--targets", "truth", "--out", "out", "--steps", "2", "--trace", "way.png", *more])
+    restore.main(["--task", task, "--input", "in", "--targets", "truth", "--out", "out", "--steps", "2", "--trace", "way.png", *more])
     said = capsys.readouterr().out
     assert "2 network calls each" in said and all(name in said for name in TASKS[task].scores)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["face0-compare.png", "face0.png", "face1-compare.png", "face1.png"]
@@ -270,16 +270,16 @@ def test_your_own_hole_is_a_transparent_part_or_a_mask_and_the_rest_survives(few
     Image.fromarray(np.dstack([face, np.where(hole, 0, 255).astype(np.uint8)])).save("alpha/a.png")
     Image.fromarray(face).save("plain/a.png")
     Image.fromarray((hole * 255).astype(np.uint8)).save("holes/a.png")
-    S.main(["--input", "alpha", "--out", "one", "--steps", "2"])
-    S.main(["--input", "plain", "--holes", "holes", "--out", "two", "--steps", "2"])
+    restore.main(["--input", "alpha", "--out", "one", "--steps", "2"])
+    restore.main(["--input", "plain", "--holes", "holes", "--out", "two", "--steps", "2"])
     one, two = (np.array(Image.open(f"{folder}/a.png")) for folder in ("one", "two"))
     assert (one[~hole] == face[~hole]).all() and (two[~hole] == face[~hole]).all() and (one[hole] != face[hole]).any()
     with pytest.raises(UserError, match="has no hole"):
-        S.main(["--input", "plain", "--out", "three"])
+        restore.main(["--input", "plain", "--out", "three"])
     (tmp_path / "holes" / "a.png").unlink()
     Image.fromarray((hole * 255).astype(np.uint8)).resize((20, 20)).save("holes/a.png")
     with pytest.raises(UserError, match="20 x 20"):
-        S.main(["--input", "plain", "--holes", "holes", "--out", "four"])
+        restore.main(["--input", "plain", "--holes", "holes", "--out", "four"])
 
 
 @pytest.mark.parametrize("arguments, why", [
@@ -293,7 +293,7 @@ def test_what_cannot_be_restored_is_refused_in_one_line(arguments, why, few_face
     Image.new("RGB", (8, 8)).save("x/a.png")
     train.main([*FLAGS[:6], "--steps", "1", *FLAGS[8:], "--task", "superres", "--out", "run"])
     with pytest.raises(UserError, match=why) as error:
-        S.main(arguments)
+        restore.main(arguments)
     assert "\n" not in str(error.value)
 
 
@@ -360,30 +360,30 @@ def test_tiles_of_a_pointwise_network_are_the_network():
 
 
 def test_a_picture_of_the_training_size_is_not_tiled():
-    loaded, cond = small("edges"), pictures(2, 8, 1)
-    assert torch.equal(restore.restore_pictures(loaded, cond, steps=3), sample(loaded, 2, 3, cond=cond))
+    model, cond = small("edges"), pictures(2, 8, 1)
+    assert torch.equal(restore.restore_pictures(model, cond, steps=3), sample(model, 2, 3, cond=cond))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 8), (3, 3), (20, 9), (8, 31)])
 def test_any_size_is_restored_and_a_part_far_away_does_not_matter(size):
-    loaded = small("inpaint")
+    model = small("inpaint")
     cond = cut_hole(pictures(1, 40, 1)[:, :, :size[0], :size[1]], draw_holes(1, 40, 40, seeded(1))[:, :, :size[0], :size[1]])
-    out = restore.restore_pictures(loaded, cond, steps=2)
+    out = restore.restore_pictures(model, cond, steps=2)
     assert out.shape == (1, 1, *size) and torch.isfinite(out).all()
     if size == (8, 31):
         touched = cond.clone()
         touched[..., :4] = 0.9
-        again = restore.restore_pictures(loaded, touched, steps=1)
-        assert torch.equal(again[..., 20:], restore.restore_pictures(loaded, cond, steps=1)[..., 20:])
+        again = restore.restore_pictures(model, touched, steps=1)
+        assert torch.equal(again[..., 20:], restore.restore_pictures(model, cond, steps=1)[..., 20:])
 
 
 def test_the_condition_is_shown_at_every_call_and_doubled_for_guidance():
-    loaded, seen = small("superres", classes=2), []
-    loaded.net.register_forward_pre_hook(lambda module, args: seen.append(args[4]))
+    model, seen = small("superres", classes=2), []
+    model.net.register_forward_pre_hook(lambda module, args: seen.append(args[4]))
     cond = pictures(2, 8, 1)
-    sample(loaded, 2, 3, cond=cond, labels=torch.tensor([0, 1]))
+    sample(model, 2, 3, cond=cond, labels=torch.tensor([0, 1]))
     assert len(seen) == 3 and all(torch.equal(c, cond) for c in seen)
-    sample(loaded, 2, 1, cond=cond, labels=torch.tensor([0, 1]), cfg=2.0)
+    sample(model, 2, 1, cond=cond, labels=torch.tensor([0, 1]), cfg=2.0)
     assert torch.equal(seen[-1], torch.cat([cond, cond]))
 
 
@@ -418,10 +418,10 @@ def mask(path, size=(20, 14), box=(3, 3, 9, 8), mode="L", paint=255):
 def test_the_users_own_files_are_never_overwritten_and_an_older_result_survives_a_failure(own):
     for flags in (["--input", "mine", "--out", "mine"], ["--input", "in.zip", "--out", "in.zip"], ["--input", "mine", "--out", "a.png", "--trace", "a.png"]):
         with pytest.raises(UserError, match="would overwrite"):
-            S.main(["--ckpt", "sr", *flags])
-    S.main(["--ckpt", "sr", "--input", "mine", "--out", "good.zip", "--steps", "1"])
+            restore.main(["--ckpt", "sr", *flags])
+    restore.main(["--ckpt", "sr", "--input", "mine", "--out", "good.zip", "--steps", "1"])
     before = (own / "good.zip").read_bytes()
-    with pytest.raises(UserError), S.ImageWriter("good.zip") as writer:
+    with pytest.raises(UserError), ImageWriter("good.zip") as writer:
         writer.add(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
         raise UserError("half way")
     assert (own / "good.zip").read_bytes() == before and not list(own.glob("*.part"))
@@ -432,12 +432,12 @@ def test_a_broken_picture_is_named_and_skipped_and_names_never_collide(own, caps
     Image.open("mine/f0.png").save("mine/f0.bmp")
     (own / "mine" / "deep").mkdir()
     Image.open("mine/f1.png").save("mine/deep/f1.png")
-    S.main(["--ckpt", "sr", "--input", "mine", "--out", "out", "--steps", "1"])
+    restore.main(["--ckpt", "sr", "--input", "mine", "--out", "out", "--steps", "1"])
     said = capsys.readouterr()
     assert "skipped 1 of 6 pictures that could not be read: broken.png" in said.err and "wrote 5 images" in said.out
     assert len(list((own / "out").iterdir())) == 10
     Image.open("mine/f0.png").save("mine/f2-compare.png")                       # what stands beside f2 has this name
-    S.main(["--ckpt", "sr", "--input", "mine", "--out", "again", "--steps", "1"])
+    restore.main(["--ckpt", "sr", "--input", "mine", "--out", "again", "--steps", "1"])
     assert "wrote 6 images" in capsys.readouterr().out and len(list((own / "again").iterdir())) == 12
 
 
@@ -445,7 +445,7 @@ def test_masks_that_lie_below_the_pictures_are_no_pictures(own, capsys):
     (own / "mine" / "masks").mkdir()
     for i in range(3):
         mask(own / "mine" / "masks" / f"f{i}.png")
-    S.main(["--ckpt", "ip", "--input", "mine", "--holes", "mine/masks", "--out", "out", "--steps", "1"])
+    restore.main(["--ckpt", "ip", "--input", "mine", "--holes", "mine/masks", "--out", "out", "--steps", "1"])
     assert "wrote 3 images" in capsys.readouterr().out
 
 
@@ -456,18 +456,18 @@ def test_holes_and_targets_are_checked_before_anything_is_computed(own, monkeypa
     for why, flags in (("no mask f2", ["--holes", "holes"]), ("--holes nowhere: there is no such", ["--holes", "nowhere"]), ("no target f0", ["--holes", "random", "--targets", "empty"])):
         (own / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=why):
-            S.main(["--ckpt", "ip", "--input", "mine", "--out", "out", *flags])
+            restore.main(["--ckpt", "ip", "--input", "mine", "--out", "out", *flags])
     for box, why in ((None, "nowhere white"), ((0, 0, 20, 14), "white everywhere")):
         mask(own / "holes" / "f2.png", box=box)
         with pytest.raises(UserError, match=why):
-            S.main(["--ckpt", "ip", "--input", "mine", "--out", "out", "--holes", "holes"])
+            restore.main(["--ckpt", "ip", "--input", "mine", "--out", "out", "--holes", "holes"])
     assert not (own / "out").exists()
 
 
 def test_a_mask_painted_white_on_nothing_is_what_is_white(own):
     for i in range(3):
         mask(own / "holes" / f"f{i}.png", mode="RGBA", paint=(255, 255, 255, 255))
-    S.main(["--ckpt", "ip", "--input", "mine", "--holes", "holes", "--out", "out", "--steps", "1"])
+    restore.main(["--ckpt", "ip", "--input", "mine", "--holes", "holes", "--out", "out", "--steps", "1"])
     before, after = (np.array(Image.open(own / folder / "f0.png")).astype(int) for folder in ("mine", "out"))
     same = (before == after).all(2)
     same[3:8, 3:9] = True
@@ -483,17 +483,17 @@ def test_a_picture_of_any_shape_gets_a_hole(size):
 def test_a_trace_and_a_sheet_of_small_and_long_pictures_fit(own):
     Image.new("RGB", (4, 3), "red").save("mine/a.png")                          # smaller than a tile, and the first
     Image.new("RGB", (60, 3), "blue").save("mine/z.png")
-    S.main(["--ckpt", "sr", "--input", "mine", "--out", "new/sheet.png", "--trace", "new/way.png", "--steps", "2"])
+    restore.main(["--ckpt", "sr", "--input", "mine", "--out", "new/sheet.png", "--trace", "new/way.png", "--steps", "2"])
     assert Image.open("new/sheet.png").size[0] >= 2 * 240 and Image.open("new/way.png").size[0] > 100
 
 
 def test_guidance_of_a_task_needs_a_class(own):
     train.main([*FLAGS, "--task", "superres", "--labels", "--out", "lab"])
     with pytest.raises(UserError, match="give --label"):
-        S.main(["--ckpt", "lab", "--input", "mine", "--cfg", "3", "--out", "a.png"])
+        restore.main(["--ckpt", "lab", "--input", "mine", "--cfg", "3", "--out", "a.png"])
     images = []
     for cfg in ("1", "3"):
-        S.main(["--ckpt", "lab", "--input", "mine", "--cfg", cfg, "--label", "happy", "--out", f"cfg{cfg}", "--steps", "1"])
+        restore.main(["--ckpt", "lab", "--input", "mine", "--cfg", cfg, "--label", "happy", "--out", f"cfg{cfg}", "--steps", "1"])
         images.append(np.array(Image.open(f"cfg{cfg}/f0.png")))
     assert images[0].shape == images[1].shape
 
@@ -502,16 +502,16 @@ def test_a_model_of_reconstruction_takes_holes_by_name_and_refuses_what_it_does_
     train.main([*FLAGS, "--objective", "reconstruct", "--decoder", "1", "--mask", "0.5", "--out", "rec"])
     for i, box in enumerate(((0, 0, 10, 14), (10, 0, 20, 14), (0, 0, 20, 6))):
         mask(own / "holes" / f"f{i}.png", box=box)
-    S.main(["--task", "inpaint", "--input", "mine", "--holes", "holes", "--out", "a.png"])
+    restore.main(["--task", "inpaint", "--input", "mine", "--holes", "holes", "--out", "a.png"])
     sheet = np.array(Image.open("a.png")).astype(int)
-    S.main(["--task", "inpaint", "--input", "mine", "--holes", "holes", "--n", "1", "--out", "b.png"])
+    restore.main(["--task", "inpaint", "--input", "mine", "--holes", "holes", "--n", "1", "--out", "b.png"])
     assert sheet.shape[2] == 3 and Image.open("b.png").size[0] > 100
-    S.main(["--task", "reconstruct", "--input", "mine", "--ratio", "0.5", "--out", "c.png", "--seed", "-1"])
+    restore.main(["--task", "reconstruct", "--input", "mine", "--ratio", "0.5", "--out", "c.png", "--seed", "-1"])
     assert "PSNR" in capsys.readouterr().out
     for flags, why in ((["--solver", "heun"], "--solver: a reconstruction is one pass"), (["--steps", "3"], "--steps"), (["--cfg", "2"], "--cfg"), (["--out", "x.zip"], "one sheet"),
                        (["--task", "reconstruct", "--holes", "holes"], "--task inpaint"), (["--task", "inpaint"], "has no hole"), (["--task", "edges"], "was trained to reconstruct")):
         with pytest.raises(UserError, match=why):
-            S.main(["--ckpt", "rec", "--input", "mine", *flags])
+            restore.main(["--ckpt", "rec", "--input", "mine", *flags])
 
 
 def test_maps_belong_to_their_pictures(tmp_path):

@@ -20,7 +20,7 @@ import spaces
 N = 5
 
 
-def model(kind, recon_target="clean", objective="reconstruct", decoder=2):
+def build(kind, recon_target="clean", objective="reconstruct", decoder=2):
     """A network of random weights, gates and head too, in the space `kind`: 16 places along a side of z or x, tokens of 2."""
     torch.manual_seed(0)
     space = spaces.PixelSpace(3) if kind == "pixel" else LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=4, channels=3), std=torch.ones(4) * 0.2)
@@ -32,15 +32,15 @@ def model(kind, recon_target="clean", objective="reconstruct", decoder=2):
     return DiffusionModel(net.eval(), schedule, space, "x0", meta, torch.device("cpu"))
 
 
-def images(loaded, n=N, seed=0):
+def images(model, n=N, seed=0):
     small = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return F.interpolate(small, size=loaded.meta["size"], mode="bilinear")
+    return F.interpolate(small, size=model.meta["size"], mode="bilinear")
 
 
-def upscaled(visible, loaded):
+def upscaled(visible, model):
     """(n, N) bool of tokens -> (n, 1, H, W) of pixels, by repetition in a loop."""
-    square = 2 * loaded.space.factor
-    out = torch.zeros(len(visible), 1, loaded.meta["size"], loaded.meta["size"], dtype=torch.bool)
+    square = 2 * model.space.factor
+    out = torch.zeros(len(visible), 1, model.meta["size"], model.meta["size"], dtype=torch.bool)
     for b in range(len(visible)):
         for k in range(64):
             i, j = divmod(k, 8)
@@ -53,35 +53,35 @@ both_spaces = pytest.mark.parametrize("kind", ["pixel", "latent"])
 
 @both_spaces
 def test_visible_tokens_pass_through_and_hidden_ones_are_the_networks(kind):
-    loaded = model(kind)
-    x = images(loaded)
-    z, m = loaded.space.encode(x), draw_masks(loaded, N, 0.7)
-    full = fill_hidden(loaded, z, m)
+    model = build(kind)
+    x = images(model)
+    z, m = model.space.encode(x), draw_masks(model, N, 0.7)
+    full = fill_hidden(model, z, m)
     seen = m.visible
     assert torch.equal(patchify(full, 2)[seen], patchify(z, 2)[seen])
-    guess = 0.5 * loaded.net(z, torch.zeros(N, dtype=torch.float64), None, m)
+    guess = 0.5 * model.net(z, torch.zeros(N, dtype=torch.float64), None, m)
     torch.testing.assert_close(patchify(full, 2)[~seen], patchify(guess, 2)[~seen])
 
 
 @both_spaces
 def test_what_is_hidden_has_no_influence(kind):
     """Tokens of z that are hidden may be anything: z' is the same, bit for bit."""
-    loaded = model(kind)
-    z, m = loaded.space.encode(images(loaded)), draw_masks(loaded, N, 0.7)
-    hidden = ~upscaled(m.visible, replace(loaded, meta=dict(size=16), space=spaces.PixelSpace(3)))
-    assert torch.equal(fill_hidden(loaded, z, m), fill_hidden(loaded, torch.where(hidden, 99.0, z), m))
+    model = build(kind)
+    z, m = model.space.encode(images(model)), draw_masks(model, N, 0.7)
+    hidden = ~upscaled(m.visible, replace(model, meta=dict(size=16), space=spaces.PixelSpace(3)))
+    assert torch.equal(fill_hidden(model, z, m), fill_hidden(model, torch.where(hidden, 99.0, z), m))
 
 
 @both_spaces
 def test_pictures_and_numbers_are_what_they_are_called(kind):
-    loaded = model(kind)
-    x, m = images(loaded), draw_masks(loaded, N, 0.7, 3)
-    done = reconstruct(loaded, x, 0.7, seed=3)
-    z, hidden = loaded.space.encode(x), ~upscaled(m.visible, loaded)
+    model = build(kind)
+    x, m = images(model), draw_masks(model, N, 0.7, 3)
+    done = reconstruct(model, x, 0.7, seed=3)
+    z, hidden = model.space.encode(x), ~upscaled(m.visible, model)
     assert torch.equal(done["original"], x) and torch.equal(done["masked"], torch.where(hidden, 0.0, x))
-    torch.testing.assert_close(done["ceiling"], loaded.space.decode(z).clamp(-1, 1))
-    full = fill_hidden(loaded, z, m)
-    torch.testing.assert_close(done["reconstructed"], loaded.space.decode(full).clamp(-1, 1))
+    torch.testing.assert_close(done["ceiling"], model.space.decode(z).clamp(-1, 1))
+    full = fill_hidden(model, z, m)
+    torch.testing.assert_close(done["reconstructed"], model.space.decode(full).clamp(-1, 1))
     for i in range(N):
         mse = ((done["reconstructed"][i].double() - x[i]) ** 2).mean()
         assert done["psnr"][i].item() == pytest.approx((10 * torch.log10(4 / mse)).item(), abs=1e-4)
@@ -93,9 +93,9 @@ def test_pictures_and_numbers_are_what_they_are_called(kind):
 
 
 def test_a_reconstruction_does_not_depend_on_the_batch_and_is_reproducible():
-    loaded = model("latent")
-    x = images(loaded)
-    one, two, other = (reconstruct(loaded, x, 0.5, seed, batch=batch) for seed, batch in ((0, 64), (0, 2), (1, 64)))
+    model = build("latent")
+    x = images(model)
+    one, two, other = (reconstruct(model, x, 0.5, seed, batch=batch) for seed, batch in ((0, 64), (0, 2), (1, 64)))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-4)
     assert not torch.equal(one["masked"], other["masked"])
@@ -105,8 +105,8 @@ def test_a_reconstruction_does_not_depend_on_the_batch_and_is_reproducible():
 @pytest.mark.parametrize("shape", ["square", "rim", "scattered"])
 def test_images_that_differ_only_inside_the_hole_give_the_same_result_bit_for_bit(kind, shape):
     """Also beside the hole, also where the autoencoder's norms and attention look everywhere."""
-    loaded = model(kind)
-    x, side = images(loaded), loaded.meta["size"]
+    model = build(kind)
+    x, side = images(model), model.meta["size"]
     holes = torch.zeros(N, 1, side, side, dtype=torch.bool)
     if shape == "square":
         for i in range(N):
@@ -117,11 +117,11 @@ def test_images_that_differ_only_inside_the_hole_give_the_same_result_bit_for_bi
     else:
         holes[:, :, 5, 5] = holes[:, :, side - 2, 1] = True
     other = torch.where(holes, torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), x)
-    done, again = inpaint_hole(loaded, x, holes), inpaint_hole(loaded, other, holes)
+    done, again = inpaint_hole(model, x, holes), inpaint_hole(model, other, holes)
     assert not torch.equal(x, other) and torch.equal(done["inpainted"], again["inpainted"]) and torch.equal(done["masked"], again["masked"])
     known = ~holes.expand_as(x)
     assert torch.equal(done["inpainted"][known], x[known])                      # known pixels are pasted back
-    naive = [loaded.space.decode(fill_hidden(loaded, loaded.space.encode(v[:1]), hole_mask(holes[0, 0], 2 * loaded.space.factor, 0))) for v in (x, other)]
+    naive = [model.space.decode(fill_hidden(model, model.space.encode(v[:1]), hole_mask(holes[0, 0], 2 * model.space.factor, 0))) for v in (x, other)]
     if kind == "latent":
         assert not torch.equal(*naive)                                          # the leak: encoding the hole's content, as training does
 
@@ -140,27 +140,27 @@ def test_a_token_is_hidden_when_its_square_or_a_neighbours_meets_the_hole():
 def test_a_square_in_the_middle_is_filled_and_reported():
     holes = torch.zeros(N, 1, 16, 16, dtype=torch.bool)
     holes[:, :, 4:12, 4:12] = True
-    loaded = model("pixel")
-    done = inpaint_hole(loaded, images(loaded), holes)
+    model = build("pixel")
+    done = inpaint_hole(model, images(model), holes)
     assert list(done) == ["masked", "inpainted", "original"] and "inpainted" in describe_reconstruction(done) and draw_reconstruction(done).width > 300
 
 
 def test_no_hole_changes_nothing_and_a_hole_over_everything_is_refused():
-    loaded = model("latent")
-    x = images(loaded)
+    model = build("latent")
+    x = images(model)
     holes = torch.zeros(N, 1, 32, 32, dtype=torch.bool)
-    assert torch.equal(inpaint_hole(loaded, x, holes)["inpainted"], x)
+    assert torch.equal(inpaint_hole(model, x, holes)["inpainted"], x)
     with pytest.raises(UserError, match="hole"):
-        inpaint_hole(loaded, x, ~holes)
+        inpaint_hole(model, x, ~holes)
 
 
-@pytest.mark.parametrize("use", [lambda l, x: reconstruct(l, x), lambda l, x: inpaint_hole(l, x, x[:, :1] > 0)], ids=["reconstruct", "inpaint_hole"])
+@pytest.mark.parametrize("use", [lambda model, x: reconstruct(model, x), lambda model, x: inpaint_hole(model, x, x[:, :1] > 0)], ids=["reconstruct", "inpaint_hole"])
 def test_models_that_cannot_fill_in_pixels_are_refused(use):
-    for wrong, word in ((model("pixel", objective="denoise"), "--objective reconstruct"), (model("pixel", "whitened"), "--recon-target clean")):
+    for wrong, word in ((build("pixel", objective="denoise"), "--objective reconstruct"), (build("pixel", "whitened"), "--recon-target clean")):
         with pytest.raises(UserError, match=word) as error:
             use(wrong, images(wrong))
         assert "\n" not in str(error.value)
-    old = model("pixel")
+    old = build("pixel")
     del old.meta["objective"], old.meta["recon_target"]                         # a checkpoint from before there was a choice
     with pytest.raises(UserError):
         use(old, images(old))
@@ -169,32 +169,32 @@ def test_models_that_cannot_fill_in_pixels_are_refused(use):
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, 0.001, float("nan")])
 def test_a_ratio_that_hides_nothing_or_everything_is_refused(ratio):
     with pytest.raises(UserError, match="--ratio"):
-        reconstruct(model("pixel"), images(model("pixel")), ratio)
+        reconstruct(build("pixel"), images(build("pixel")), ratio)
 
 
 @both_spaces
 @pytest.mark.parametrize("target", ["clean", "whitened"])
 def test_held_out_errors_are_the_masked_mse_at_fixed_ratios_and_masks(kind, target):
-    loaded = model(kind, target)
-    pixels = (images(loaded) * 127.5 + 127.5).round().byte()
-    data = Images(loaded.meta["size"], 3, torch.zeros(N, dtype=torch.int64), pixels=pixels)
-    errors = reconstruction_errors(loaded, data, batch=2)
+    model = build(kind, target)
+    pixels = (images(model) * 127.5 + 127.5).round().byte()
+    data = Images(model.meta["size"], 3, torch.zeros(N, dtype=torch.int64), pixels=pixels)
+    errors = reconstruction_errors(model, data, batch=2)
     assert tuple(errors) == RATIOS == (0.15, 0.4, 0.55, 0.75)
-    z = loaded.space.encode(to_float(pixels))
+    z = model.space.encode(to_float(pixels))
     for ratio, error in errors.items():
-        m = draw_masks(loaded, N, ratio, 1)
-        out = patchify(loaded.net(z, torch.zeros(N, dtype=torch.float64), None, m), 2)
+        m = draw_masks(model, N, ratio, 1)
+        out = patchify(model.net(z, torch.zeros(N, dtype=torch.float64), None, m), 2)
         u = patchify(z, 2)
         wanted = u / 0.5 if target == "clean" else (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + 1e-6).sqrt()
         assert error == pytest.approx(((out - wanted)[~m.visible] ** 2).mean().item(), rel=1e-4)
         assert len(m.keep[0]) == round(64 * (1 - ratio))
-    assert reconstruction_errors(loaded, data) == reconstruction_errors(loaded, data)
+    assert reconstruction_errors(model, data) == reconstruction_errors(model, data)
 
 
 @pytest.mark.parametrize("decoder", [1, 3])
 def test_any_split_of_encoder_and_decoder_reconstructs(decoder):
-    loaded = model("latent", decoder=decoder)
-    assert torch.isfinite(reconstruct(loaded, images(loaded))["psnr"]).all()
+    model = build("latent", decoder=decoder)
+    assert torch.isfinite(reconstruct(model, images(model))["psnr"]).all()
 
 
 def test_psnr_of_an_error_of_a_tenth_of_the_range_is_20_db():
