@@ -130,9 +130,8 @@ def refine_dpm(predict_x0, schedule, zt, slopes, s, history):
     if len(history) == 1:
         return x0
     before, x0_before = history[-2]
-    now = log_signal(schedule, t)
-    half_step = (log_signal(schedule, s) - now) / (now - log_signal(schedule, before)) / 2
-    return x0 + (x0 - x0_before) * half_step
+    there, now, back = (log_signal(schedule, time) for time in (s, t, before))
+    return x0 + (x0 - x0_before) * (there - now) / (now - back) / 2             # half a step ahead
 
 
 def log_signal(schedule, t):
