@@ -272,6 +272,9 @@ def run_probe(o, source):
     """What `finetune.py --probe` calls."""
     flags = dict(from_=source, noise=o.probe_noise, weights=o.weights, device=o.device,
                  threads=o.threads, fraction=o.fraction, **{k: getattr(o, k) for k in INHERITED})
+    for name in ("latents", "cache_latents"):
+        if flags[name] == getattr(Options, name):
+            del flags[name]
     return probe_checkpoint(flags)
 
 
