@@ -1,93 +1,180 @@
-"""Fine-tuning: stage two, from a masked model to a whole one, or to other data.
+"""Fine-tuning: stage two, from a masked model to all tokens, or to other data.
 
-The idea (MaskDM, arXiv 2306.11363, and MaskDiT's unmasking tuning, 2306.09305). A model that was trained on a tenth of the tokens has
-never seen a whole image; a short stage with all tokens visible teaches it how the parts belong together. The first stage's weights are
-loaded into a fresh network with a fresh optimizer and a fresh average, and train.py's own loop runs on. MaskDM starts from the raw
-weights (`--weights model`), not from their average. This stage has a warm-up and a decay of its own: on the built-in faces a peak of 2e-3 ended
+The idea (MaskDM, arXiv 2306.11363, and MaskDiT's unmasking tuning, 2306.09305). A model
+that was trained on a tenth of the tokens has never seen a whole image. A short stage with
+all tokens visible teaches it how the parts belong together. The first stage's weights are
+loaded into a new network with a new optimizer and a new average, and train.py's own loop
+runs on. MaskDM starts from the raw weights (`--weights model`), not from their average.
+This stage has a warm-up and a decay of its own. On the built-in faces a peak of 2e-3 ended
 better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
 
-    python train.py --mask 0.9 --minutes 4 && python finetune.py --minutes 2      # the newest run, all tokens visible
-    python finetune.py --from runs/A/last.pt --data photos/ --fraction 0.1        # to other data, a tenth of it [MaskDM transfer]
-    python finetune.py --mask-from 0.5 --mask 0 --ramp cosine4 --recon 0.1        # a falling ratio, on 8 token counts [MaskDiT]
-    python finetune.py --recipe maskdit                                           # the paper's unmasking: zero ratio, half the learning rate
-    python finetune.py --task superres                                            # to a task: the condition's embedding starts at zero
-    python finetune.py --probe --data cifar10-train.zip                           # a linear probe of the features (probe.py) [MAE, LMD]
+    # the newest run, all tokens visible
+    python train.py --mask 0.9 --minutes 4 && python finetune.py --minutes 2
+    # to other data, a tenth of it [MaskDM transfer]
+    python finetune.py --from runs/A/last.pt --data photos/ --fraction 0.1
+    # a falling ratio, on 8 token counts [MaskDiT]
+    python finetune.py --mask-from 0.5 --mask 0 --ramp cosine4 --recon 0.1
+    # the paper's own unmasking: all tokens, half the learning rate
+    python finetune.py --recipe maskdit
+    # to a task: the condition's embedding starts at zero
+    python finetune.py --task superres
 
-Network, objective, schedule, prediction, space, data and batch are the first stage's unless a flag says otherwise.
+What this stage inherits. Four values may set an option; the first that there is wins:
+
+    given      on the command line
+    recipe     of --recipe, for stage two
+    inherited  the first stage's value, if the option is in the table INHERITED and its
+               condition holds
+    default    of TuneOptions
+
+So network, prediction and data go on as they were. What a stage is about (mask, ramp,
+recon, learning rate, length) is not inherited. The network and what its output means cannot
+change. Some options go with another one, and are inherited as long as that one stays as it
+was: held-out images with their data, maps with their task, the size of blocks with their
+policy.
 """
 import os
+import sys
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
-import probe
 import train
 from plumbing.checkpoint import newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, run_command
-from running.options import Options, check, flag_name, options_parser, resolve_options, option, is_same_value
+from running.options import Options, is_same_value, option, options_parser, resolve_options
 from running.recipes import recipe_options
-
-FIXED = ("objective", "predict", "space", "model", "patch", "skips", "decoder", "economy")  # cannot change: the weights would mean something else
-# What a first stage hands on unless a flag says otherwise. The rest (mask, ramp, learning rate, length, ...) is this stage's own.
-INHERITED = FIXED + ("vae", "data", "task", "targets", "val", "seed", "size", "gray", "flip", "policy", "block", "schedule", "weighting", "time_sampling",
-                     "labels", "label_dropout", "latents", "cache_latents", "batch", "micro_batch", "cache_gb", "workers", "amp")
 
 
 @dataclass(frozen=True)
 class TuneOptions(Options):
     """train.py's options with this stage's defaults, and where it starts from."""
-    from_: str = option(None, "checkpoint or folder of the first stage; the newest run when left out", kind=str, name="from")
-    weights: str = option("model", "start from the raw weights or from their average", choices=("model", "ema"))
-    probe: bool = option(False, "train nothing but a linear classifier on the frozen encoder's features; --data has a folder for each class")
-    probe_noise: float = option(None, "noise on the images of --probe, as a share of their contrast; left out: 0.1, for a reconstruction 0", kind=float)
-    minutes: float = option(None, "length of this stage; 2 when neither this nor --steps is given", kind=float)
+    stage: ClassVar[str] = "finetune"
+
+    from_: str = option(
+        "run", None, "checkpoint or folder of the first stage; the newest run when left out",
+        kind=str, name="from")
+    weights: str = option(
+        "run", "model", "start from the raw weights (model) or from their average (ema)",
+        choices=("model", "ema"))
+    minutes: float = option(
+        "optimisation", None, "length of this stage; 2 when neither this nor --steps is given",
+        kind=float)
+
+
+# --- what is inherited --------------------------------------------------------------------
+
+def always(was, now):
+    """Whatever changes beside it."""
+    return True
+
+
+def keeps_data(was, now):
+    """Held-out images belong to their data."""
+    return is_same_value(was.data, now.data)
+
+
+def keeps_maps(was, now):
+    """Maps belong to the data and the task that they were made for."""
+    return keeps_data(was, now) and was.task == now.task
+
+
+def has_labels(was, now):
+    """Without labels, none is dropped."""
+    return now.labels
+
+
+def hides_tokens(was, now):
+    """Where nothing is hidden, no policy says what."""
+    return bool(now.mask or now.mask_from)
+
+
+def hides_blocks(was, now):
+    """Blocks belong to their policy."""
+    return hides_tokens(was, now) and now.policy == "block"
+
+
+def guesses_hidden(was, now):
+    """Where hidden patches are guessed, their target stays."""
+    return bool(now.objective == "reconstruct" or now.recon)
+
+
+def has_no_condition(was, now):
+    """Of latents for a task, nothing is kept."""
+    return now.task == "generate"
+
+
+# These cannot change: the weights would mean something else.
+FIXED = ("objective", "predict", "space", "model", "patch", "skips", "decoder", "economy")
+
+# option -> whether it is inherited: a function of the first stage's options (was) and of
+# this stage's (now: as they are if all in this table is inherited).
+INHERITED = dict.fromkeys(FIXED, always) | {
+    "data": always, "size": always, "gray": always, "flip": always, "seed": always,
+    "batch": always, "micro_batch": always, "amp": always, "cache_gb": always, "workers": always,
+    "schedule": always, "weighting": always, "time_sampling": always,
+    "vae": always, "task": always, "labels": always,
+    "val": keeps_data,
+    "targets": keeps_maps,
+    "label_dropout": has_labels,
+    "policy": hides_tokens,
+    "block": hides_blocks,
+    "recon_target": guesses_hidden,
+    "latents": has_no_condition,
+    "cache_latents": has_no_condition,
+}
+
+
+def first_options(ckpt):
+    """The options of the run that made a checkpoint. One that is younger than the run has
+    its default; the autoencoder is where it lies now."""
+    config = ckpt["config"] | dict(vae=ckpt["meta"]["vae"])
+    names = {f.name for f in fields(Options)}
+    return Options(**{name: value for name, value in config.items() if name in names})
+
+
+def inherit_options(was, chosen):
+    """What a second stage takes over from its first. was: the first stage's Options.
+    chosen: {name: value} of command line and recipe. -> {name: value}, without `chosen`."""
+    everything = {name: getattr(was, name) for name in INHERITED}
+    now = TuneOptions(**(everything | chosen))
+    return {name: everything[name] for name, applies in INHERITED.items() if applies(was, now)}
+
+
+def check_fits(was, given, source):
+    """Refuse what the weights of `source` do not fit: another network, another output."""
+    for name in FIXED:
+        if name in given and given[name] != getattr(was, name):
+            raise UserError(f"--{name} {given[name]}: {source} was trained with "
+                            f"{getattr(was, name)}, and its weights fit nothing else")
+
+
+# --- the command --------------------------------------------------------------------------
+
+def check_moved(arguments):
+    """Say where the linear probe is now."""
+    for word in arguments:
+        if word.partition("=")[0] in ("--probe", "--no-probe", "--probe-noise"):
+            raise UserError(f"{word}: the linear probe is a command of its own, python probe.py")
 
 
 def main(argv=None):
-    given = vars(options_parser(TuneOptions, __doc__.split("\n")[0], INHERITED).parse_args(argv))
-    asked = TuneOptions(**given)
-    unread = [flag_name(f) for f in fields(TuneOptions) if f.name in given and f.name not in probe.READS]
-    if asked.probe and unread:
-        raise UserError(f"{unread[0]} has no part in --probe: leave it out")
-    if asked.probe_noise is not None and not asked.probe:
-        raise UserError("--probe-noise needs --probe")
-    if not asked.probe:
-        o, ckpt = resolve_options(TuneOptions, given, "finetune")
-        if ckpt:
-            return train.continue_run(o, ckpt, "finetune")
-    source = asked.from_ or str(newest_checkpoint())
+    check_moved(sys.argv[1:] if argv is None else argv)
+    parser = options_parser(TuneOptions, __doc__.split("\n")[0], INHERITED)
+    given = vars(parser.parse_args(argv))
+    o, ckpt = resolve_options(TuneOptions, given, "finetune")
+    if ckpt:
+        return train.continue_run(o, ckpt, "finetune")
+    source = o.from_ or str(newest_checkpoint())
     first = read_checkpoint(source)
-    first["config"]["vae"] = first["meta"]["vae"]                               # where it lies, not what it was called then
-    was = lambda name: first["config"].get(name, getattr(Options, name))        # a run from before an option existed has its default
-    if asked.probe:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError("--probe is the work of one process: start it without torchrun")
-        same_data = is_same_value(given.get("data", was("data")), was("data"))
-        o = TuneOptions(**({name: was(name) for name in probe.INHERITED if name != "val" or same_data} | given))
-        check(o)
-        probe.run_probe(o, source)
-        return
-    for name in FIXED:
-        if name in given and given[name] != was(name):
-            raise UserError(f"--{name} {given[name]}: {source} was trained with {was(name)}, and its weights fit nothing else")
-    inherited = {name: was(name) for name in INHERITED}
-    if inherited["objective"] == "reconstruct" or given.get("recon"):           # goes on with the same target
-        inherited["recon_target"] = was("recon_target")
-    if given.get("labels") is False:
-        del inherited["label_dropout"]
-    if not all(is_same_value(given.get(name, was(name)), was(name)) for name in ("task", "data")):     # maps belong to the task and the data that they were made for
-        del inherited["targets"]
-    if not is_same_value(given.get("data", was("data")), was("data")):                    # and held-out images to their data
-        del inherited["val"]
+    was = first_options(first)
+    check_fits(was, given, source)
     chosen = recipe_options(o.recipe, "finetune", given)
-    if chosen.get("task", was("task")) != "generate":                           # of latents for a task, nothing is kept
-        del inherited["latents"], inherited["cache_latents"]
-    if not (chosen.get("mask") or chosen.get("mask_from")):                     # nothing is hidden: no policy says what
-        del inherited["policy"], inherited["block"]
-    elif chosen.get("policy", was("policy")) != "block":
-        del inherited["block"]
     length = {} if "steps" in chosen or "minutes" in chosen else dict(minutes=2.0)
-    o = TuneOptions(**(inherited | length | chosen | dict(from_=source, out=o.out)))
+    o = TuneOptions(**(inherit_options(was, chosen) | length | chosen
+                       | dict(from_=source, out=o.out)))
     if os.environ.get("RANK", "0") == "0":
-        print(f"from {source}, step {first['step']}, {'averaged' if o.weights == 'ema' else 'raw'} weights")
+        kind = "averaged" if o.weights == "ema" else "raw"
+        print(f"from {source}, step {first['step']}, {kind} weights")
     train.train(o, first=(first[o.weights], first["meta"]), stage="finetune")
 
 

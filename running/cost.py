@@ -1,17 +1,26 @@
 """Cost: what a step takes, counted before it is paid for (train.py --dry-run).
 
-The idea. Masking is about cost, and cost is arithmetic: a linear layer multiplies and adds once per weight and row, attention twice per
-channel and pair of tokens. The network runs once on torch's meta device, where tensors have shapes but no numbers, and every layer tells
-what it was given; so no formula here has to know about masks, economies or decoders.
+The idea. Masking is about cost, and cost is arithmetic. A linear layer multiplies and adds
+once per weight and row, attention twice per channel and pair of tokens. The network runs
+once on torch's meta device, where tensors have shapes but no numbers. Every layer tells
+what it was given, so no formula here has to know about masks, economies or decoders.
 
-    linear       rows x in x out       multiply-adds; rows: the tokens, or 1 for what is computed once per image (time, class, modulation)
-    attention    2 K^2 D               q k^T, then the weights times v, for K tokens of width D
-    training     2 x 3 x them          FLOP: a multiply-add is two, and the backward pass costs two forward passes (blocks recomputed: 4)
-    parameters   4 + 4 + 8 + 4 + 4     bytes each: weight, gradient, AdamW's moments, average, DDP's bucket; + 2 for a 16-bit copy
-    activations  (4 x 4 + 16 h) K D    bytes per block, h = 2 or 4: four float32 values (both inputs of the norms, and their outputs) and 16 of
-                                       the matrix products' type (2 modulated, 3 qkv, 1 attention, 2 gated, 8 inside the mlp)
+    linear       rows x in x out     multiply-adds; rows: the tokens, or 1 for what is
+                                     computed once per image (time, class, modulation)
+    attention    2 K^2 D             q k^T, then the weights times v, for K tokens
+    training     2 x 3 x them        FLOP: a multiply-add is two, a backward pass costs two
+                                     forward passes (blocks recomputed: 4 instead of 3)
+    parameters   4 + 4 + 8 + 4 + 4   bytes each: weight, gradient, AdamW's moments, average,
+                                     DDP's bucket; + 2 for a 16-bit copy
+    activations  (4 x 4 + 16 h) K D  bytes per block, h = 2 or 4: four float32 values (both
+                                     inputs of the norms, and their outputs) and 16 of the
+                                     matrix products' type (2 modulated, 3 qkv, 1 attention,
+                                     2 gated, 8 inside the mlp)
 
-Papers on transformers print multiply-adds as "Gflops": DiT-XL/2's 118.6 at 256 px, MaskDiT's 65.4 at half of the tokens.
+Papers on transformers print multiply-adds as "Gflops": DiT-XL/2's 118.6 at 256 px,
+MaskDiT's 65.4 at half of the tokens.
+
+Shapes: h x w tokens, K of them visible, D the width of a block.
 """
 import shlex
 from collections import Counter
@@ -23,18 +32,26 @@ from torch import nn
 
 from data import load_images
 from mask import Mask, ratio_at, visible_count
-from schedules import SCHEDULES
 from plumbing.sources import class_folders, open_images
-from vit import Block, ViT
+from schedules import SCHEDULES
 from spaces import SPACES
+from vit import Block, ViT
 
-PARTS = {"mixer": "mixer", "enter": "mixer", "connect": "decoder", "connect_ada": "decoder", "mask_token": "decoder", "decoder": "decoder"}
+GPUS = 8                                                       # of the machine that is described
+NAMES = ("mixer", "encoder", "decoder", "attention")           # the parts, in reading order
+PARTS = {"mixer": "mixer", "enter": "mixer", "connect": "decoder", "connect_ada": "decoder",
+         "mask_token": "decoder", "decoder": "decoder"}        # by the name of a layer
 
+
+# --- counting -----------------------------------------------------------------------------
 
 def part_name(net, name):
-    """The part that a parameter or a layer belongs to, by its name: mixer, encoder or decoder (the head is the last one's)."""
+    """The part that a parameter or a layer belongs to, by its name: mixer, encoder or
+    decoder (the head is the last one's)."""
     top = name.partition(".")[0]
-    return "decoder" if top in ("head", "head_ada") and net.decoder is not None else PARTS.get(top, "encoder")
+    if top in ("head", "head_ada") and net.decoder is not None:
+        return "decoder"
+    return PARTS.get(top, "encoder")
 
 
 def count_parameters(net):
@@ -45,76 +62,153 @@ def count_parameters(net):
     return counts
 
 
+def blank_image(layer, net, h, w):
+    """An image on the default device that an embedding `layer` takes; None for no layer."""
+    if layer is None:
+        return None
+    return torch.empty(1, layer.in_features // net.p ** 2, h * net.p, w * net.p)
+
+
 def forward_cost(net, h, w, visible=None):
-    """One image of h x w tokens, `visible` of them (None: no mask), through a network on the meta device. -> ({part: multiply-adds}, with
-    "attention" for the products of tokens with tokens; K D of every block, in the order in which they run)."""
+    """Count one image's way through a network on the meta device.
+
+    h, w: the grid of tokens. visible: how many are seen (None: no mask).
+    -> {part: multiply-adds}, with "attention" for the products of tokens with tokens; and
+    the list of K D of every block, in the order in which they run."""
     adds, blocks, handles = Counter(), [], []
+
+    def count_pairs(block, given, out):
+        _, K, D = out.shape
+        adds["attention"] += 2 * K * K * D
+        blocks.append(K * D)
+
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear):
-            def count(layer, given, out, where=part_name(net, name)):
-                adds[where] += out.numel() * layer.in_features
-            handles.append(module.register_forward_hook(count))
+            def count_rows(layer, given, out, part=part_name(net, name)):
+                adds[part] += out.numel() * layer.in_features
+            handles.append(module.register_forward_hook(count_rows))
         elif isinstance(module, Block):
-            def pairs(block, given, out):
-                _, K, D = out.shape
-                adds["attention"] += 2 * K * K * D
-                blocks.append(K * D)
-            handles.append(module.register_forward_hook(pairs))
+            handles.append(module.register_forward_hook(count_pairs))
     with torch.device("meta"), torch.no_grad():
-        image = lambda layer: torch.empty(1, layer.in_features // net.p ** 2, h * net.p, w * net.p) if layer is not None else None
-        y = torch.zeros(1, dtype=torch.int64) if net.embed_class is not None else None
-        m = None if visible in (None, h * w) else Mask(torch.zeros(1, visible, dtype=torch.int64), h * w)
-        net(image(net.embed), torch.zeros(1), y, m, image(net.embed_cond))
+        y, m = None, None
+        if net.embed_class is not None:
+            y = torch.zeros(1, dtype=torch.int64)
+        if visible not in (None, h * w):
+            m = Mask(torch.zeros(1, visible, dtype=torch.int64), h * w)
+        image, cond = (blank_image(e, net, h, w) for e in (net.embed, net.embed_cond))
+        net(image, torch.zeros(1), y, m, cond)
     for handle in handles:
         handle.remove()
     return adds, blocks
 
 
 def estimate_memory(net, blocks, images, half=True, recompute=False):
-    """About how many bytes training holds, on each of several GPUs: (for the parameters, for the activations of `images` images)."""
+    """About how many bytes training holds on each of several GPUs.
+
+    blocks: K D of every block, from `forward_cost`. images: per forward pass. half: matrix
+    products in 16 bits. recompute: --checkpoint-blocks.
+    -> (bytes for the parameters, bytes for the activations)"""
     each = 16 + 16 * (2 if half else 4)
-    kept = 4 * sum(blocks) + (each - 4) * max(blocks) if recompute else each * sum(blocks)
-    return sum(q.numel() for q in net.parameters()) * (26 if half else 24), images * kept
+    kept = each * sum(blocks)
+    if recompute:                                           # one input a block, and one block whole
+        kept = 4 * sum(blocks) + (each - 4) * max(blocks)
+    parameters = sum(q.numel() for q in net.parameters())
+    return parameters * (26 if half else 24), images * kept
 
 
-def class_count(o):
-    """How many classes the data has, from names alone. Without data, for a recipe: ImageNet's 1000."""
-    if not o.labels or o.data is None:
-        return 1000 if o.labels else 0
+# --- the text of --dry-run ----------------------------------------------------------------
+
+def count_classes(o):
+    """How many classes the data has, from names alone. Without data, for a recipe:
+    ImageNet's 1000."""
+    if not o.labels:
+        return 0
+    if o.data is None:
+        return 1000
     path = Path(o.data).expanduser()
-    if o.data == "faces" or not path.exists():
-        return len(load_images(o.data, o.size, labels=True, count=1).classes)   # or its one clear line
+    if o.data == "faces" or not path.exists():              # a wrong path gets its one clear line
+        return len(load_images(o.data, o.size, labels=True, count=1).classes)
     return len(set(class_folders(open_images(path))))
 
 
-def describe_cost(o, network, script, arguments):
-    """What `python script arguments` would train and what it would take, as text. network: train.network, the options of a ViT."""
+def build_without_numbers(o, network_options):
+    """The network of options `o` on the meta device, and its space. -> (net, space)"""
     channels = 1 if o.gray else 3
-    if o.space != "pixel" and o.vae is None:                                    # a recipe without its files: Stable Diffusion's
-        space = SimpleNamespace(channels=4, factor=8)
+    if o.space != "pixel" and o.vae is None:                # a recipe without its files:
+        space = SimpleNamespace(channels=4, factor=8)       # Stable Diffusion's autoencoder
     else:
         space = SPACES[o.space](channels, o.vae)
     with torch.device("meta"):
-        net = ViT(SCHEDULES[o.schedule], **network(o, channels, space, class_count(o)))
+        settings = network_options(o, channels, space, count_classes(o))
+        return ViT(SCHEDULES[o.schedule], **settings), space
+
+
+def visible_shares(o, tokens):
+    """How often a run sees each number of tokens: {K: times out of 1001}."""
+    start = o.mask if o.mask_from is None else o.mask_from
+    ratios = (ratio_at(o.ramp, i / 1000, start, o.mask, share=o.ramp_share) for i in range(1001))
+    return Counter(visible_count(tokens, ratio) for ratio in ratios)
+
+
+def list_parts(counts, unit):
+    """{part: number} -> text, in the order of NAMES; parts without any are left out."""
+    return ", ".join(f"{name} {counts[name] / unit:.4g}" for name in NAMES if counts.get(name))
+
+
+def describe_work(o, total, full, is_ramp, mean):
+    """Two lines of --dry-run: one forward pass, and training. total, full: multiply-adds
+    per image with the masks of the run and with all tokens. mean: `total` by parts."""
+    forward = f"forward      {total / 1e9:.4g} G multiply-adds per image"
+    if is_ramp:
+        forward += " in the mean"
+    if full != total:
+        forward += f", {full / 1e9:.4g} with all tokens, as in a call of sampling"
+    flop = 2 * (4 if o.checkpoint_blocks else 3)            # of training, for each multiply-add
+    parts = list_parts({name: flop * adds for name, adds in mean.items()}, 1e9)
+    return [forward, f"training     {flop * total / 1e9:.4g} GFLOP per image: {parts}"]
+
+
+def describe_memory(o, net, blocks, micro):
+    """A line of --dry-run: what one GPU holds. micro: images per forward pass."""
+    half = o.amp != "off"
+    fixed, moving = estimate_memory(net, blocks, micro, half, o.checkpoint_blocks)
+    return (f"memory       about {(fixed + moving) / 1e9:.3g} GB on each of {GPUS} GPUs: "
+            f"{fixed / 1e9:.3g} for the parameters, {moving / 1e9:.3g} for the activations of "
+            f"{micro} images in {16 if half else 32} bits")
+
+
+def describe_command(o, script, arguments, micro):
+    """A line of --dry-run: the command for several GPUs, with the files that are
+    missing."""
+    words = [a for a in arguments if a != "--dry-run"]
+    line = shlex.join(["torchrun", f"--nproc_per_node={GPUS}", script, *words])
+    if o.data is None:
+        line += " --data PATH"
+    if o.vae is None and o.space != "pixel":
+        line += " --vae PATH"
+    if o.batch % (GPUS * micro):
+        line += f"    (--batch {o.batch} must become a multiple of {GPUS * micro})"
+    return f"{GPUS} GPUs       {line}"
+
+
+def describe_cost(o, network_options, script, arguments):
+    """What `python script arguments` would train and what it would take, as text.
+
+    o: Options. network_options(o, channels, space, classes) -> the options of a ViT."""
+    net, space = build_without_numbers(o, network_options)
+    square = space.factor * o.patch                                   # pixels along a token's side
     side = o.size // space.factor // o.patch
-    lo, gpus, half = o.mask if o.mask_from is None else o.mask_from, 8, o.amp != "off"
-    shares = Counter(visible_count(side * side, ratio_at(o.ramp, i / 1000, lo, o.mask, share=o.ramp_share)) for i in range(1001))
+    shares = visible_shares(o, side * side)
     costs = {k: forward_cost(net, side, side, k) for k in shares}
-    mean = {name: sum(costs[k][0][name] * share for k, share in shares.items()) / shares.total() for name in ("mixer", "encoder", "decoder", "attention")}
-    times = 4 if o.checkpoint_blocks else 3
-    micro = o.micro_batch or max(1, o.batch // gpus)
-    fixed, moving = estimate_memory(net, costs[max(shares)][1], micro, half, o.checkpoint_blocks)
-    split = lambda counts, unit: ", ".join(f"{name} {counts[name] / unit:.4g}" for name in ("mixer", "encoder", "decoder", "attention") if counts.get(name))
-    missing = [f"--{name} PATH" for name in ("data", "vae") if getattr(o, name) is None and (name == "data" or o.space != "pixel")]
-    command = ["torchrun", f"--nproc_per_node={gpus}", script, *(a for a in arguments if a != "--dry-run")]
-    total, full = sum(mean.values()), sum(forward_cost(net, side, side)[0].values())
+    mean = {name: sum(costs[k][0][name] * share for k, share in shares.items()) / shares.total()
+            for name in NAMES}
+    full = sum(forward_cost(net, side, side)[0].values())
+    sizes = count_parameters(net)
+    seen = ", ".join(map(str, sorted(shares)))
+    micro = o.micro_batch or max(1, o.batch // GPUS)
     return "\n".join([
-        f"parameters   {sum(count_parameters(net).values()) / 1e6:.2f} M: {split(count_parameters(net), 1e6)}",
-        f"tokens       {side * side} of {space.factor * o.patch} x {space.factor * o.patch} pixels, visible {', '.join(map(str, sorted(shares)))}",
-        f"forward      {total / 1e9:.4g} G multiply-adds per image" + (" in the mean" if len(shares) > 1 else "")
-        + (f", {full / 1e9:.4g} with all tokens, as in a call of sampling" if full != total else ""),
-        f"training     {2 * times * total / 1e9:.4g} GFLOP per image: {split({name: 2 * times * value for name, value in mean.items()}, 1e9)}",
-        f"memory       about {(fixed + moving) / 1e9:.3g} GB on each of {gpus} GPUs: {fixed / 1e9:.3g} for the parameters, {moving / 1e9:.3g} for the activations of "
-        f"{micro} images in {'16' if half else '32'} bits",
-        f"{gpus} GPUs       {shlex.join(command)}{''.join(' ' + m for m in missing)}"
-        + (f"    (--batch {o.batch} must become a multiple of {gpus * micro})" if o.batch % (gpus * micro) else "")])
+        f"parameters   {sum(sizes.values()) / 1e6:.2f} M: {list_parts(sizes, 1e6)}",
+        f"tokens       {side * side} of {square} x {square} pixels, visible {seen}",
+        *describe_work(o, sum(mean.values()), full, len(shares) > 1, mean),
+        describe_memory(o, net, costs[max(shares)][1], micro),
+        describe_command(o, script, arguments, micro)])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,6 @@ from plumbing.checkpoint import open_run_folder, save_atomic
 from conftest import ROOT
 from plumbing.console import UserError
 from plumbing.machine import amp_type
-from running.options import REFUSALS, resolve_options
-from running.recipes import RECIPES, recipe_options
 from sample import DiffusionModel
 from vit import ECONOMIES, ViT
 from plumbing.images import seeded
@@ -133,19 +130,6 @@ def test_classes_are_kept_in_the_checkpoint(photos, capsys):
     assert "nothing was guided" in capsys.readouterr().out
 
 
-def test_the_second_stage_forgets_blocks_with_their_policy(photos):
-    go(photos, "--steps", 1, "--mask", 0.5, "--policy", "block", "--block", 2, "--out", "runs/a")
-    finetune.main(["--from", "runs/a", "--steps", "1", "--policy", "patch", "--mask", "0.5", "--out", "runs/b"])
-    assert read("runs/b/last.pt")["config"]["policy"] == "patch"
-
-
-def test_help_says_what_the_second_stage_inherits(capsys):
-    with pytest.raises(SystemExit):
-        finetune.main(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "the side (default: the first stage's)" in said.replace("resized to this side", "the side") and "(default: faces)" not in said
-
-
 def test_training_learns():
     """Faces, a hundred steps: the denoising error on held-out images falls well below what a linear guess knows."""
     train.main(["--size", "16", "--steps", "100", "--mask", "0.5", "--batch", "32", "--out", "runs/a", "--seed", "1", "--threads", "1"])
@@ -202,29 +186,11 @@ def test_resume_without_a_checkpoint_starts_and_after_the_end_does_nothing(photo
     assert read("runs/a/last.pt")["step"] == 5 and [r["step"] for r in rows("runs/a")] == ["0", "3", "5"]
 
 
-@pytest.mark.parametrize("change, word", [(["--batch", "16"], "--batch"), (["--mask", "0.3"], "--mask"), (["--steps", "2"], "--steps"),
-                                          (["--minutes", "9"], "--minutes")])
-def test_a_resume_that_would_be_another_run_is_refused_by_name(photos, change, word):
-    train.main(["--data", photos, *TINY, "--steps", "3", "--out", "runs/a"])
-    with pytest.raises(UserError, match=word):
-        train.main(["--out", "runs/a", "--resume", *change])
-
-
 def test_a_run_killed_before_its_first_checkpoint_starts_a_log_of_its_own(photos):
     go(photos, "--steps", 3, "--out", "runs/a")
     Path("runs/a/last.pt").unlink()
     go(photos, "--steps", 3, "--out", "runs/a", "--resume")
     assert [r["step"] for r in rows("runs/a")] == ["0", "3"]
-
-
-def test_a_resumed_run_of_minutes_does_not_take_its_recipes_steps_for_the_users(photos):
-    go(photos, "--steps", 2, "--out", "runs/a")
-    ckpt = read("runs/a/last.pt")
-    ckpt["config"] |= dict(recipe="ddm", steps=None, minutes=60.0)
-    ckpt["meta"]["plan"] = 10**8                                        # more than the recipe's steps
-    save_atomic(ckpt, Path("runs/a/last.pt"))
-    o, _ = resolve_options(train.Options, dict(recipe="ddm", out="runs/a", resume=True), "train")
-    assert (o.minutes, o.steps) == (60.0, None)
 
 
 def test_two_runs_never_share_a_folder(photos):
@@ -239,14 +205,6 @@ def test_two_runs_never_share_a_folder(photos):
         process.kill()
         process.wait()
     assert open_run_folder("runs/busy")[0] == Path("runs/busy")                   # its lock ended with it, however it ended
-
-
-def test_an_existing_run_is_not_overwritten(photos):
-    go(photos, "--steps", 2, "--out", "runs/a")
-    with pytest.raises(UserError, match="--resume"):
-        go(photos, "--steps", 2, "--out", "runs/a")
-    with pytest.raises(UserError, match="train.py"):
-        finetune.main(["--out", "runs/a", "--resume"])
 
 
 def start(photos, *arguments):
@@ -562,78 +520,9 @@ def test_twenty_bad_steps_in_a_row_end_the_run_with_one_line(photos, monkeypatch
         go(photos, "--steps", 100, "--out", "runs/a", "--sample-every", 5)
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------------------------
+# --- economies, costs ----------------------------------------------------------------------------------------------------------------------
 
 RECONSTRUCT = ["--objective", "reconstruct", "--decoder", "1", "--mask", "0.5"]
-REFUSED = [["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "linear"], ["--ramp", "linear"], ["--mask-from", "0.1"],
-           ["--patch", "5"], ["--recon", "0.1"], ["--recon", "0.1", "--decoder", "1"], ["--weighting", "ddm", "--predict", "unit"], ["--fraction", "0"],
-           ["--block", "0"], ["--batch", "0"], ["--steps", "0"], ["--minutes", "0"], ["--save-every", "0"], ["--lr", "0"], ["--ema", "1"],
-           ["--lr-end", "2"], ["--amp", "fp16"], ["--batch", "9", "--micro-batch", "4"], ["--data", "nowhere"], ["--val", "2"],
-           ["--device", "cuda:99"], ["--dry-run", "--labels", "--data", "FLAT"], ["--device", "foo"], ["--labels", "--data", "FLAT"], ["--patch", "0"], ["--patch", "-8"], ["--lr", "nan"],
-           ["--clip", "inf"], ["--minutes", "nan"], ["--decoder", "-1"], ["--recon", "-1"], ["--workers", "-1"], ["--threads", "100000"], ["--seed", "-1"],
-           ["--label-dropout", "0.3"], ["--label-dropout", "2", "--labels"], ["--recon-target", "noisy"], ["--block", "2"], ["--policy", "block"], ["--economy", "route"], ["--data", ""],
-           ["--val", ""], ["--val", "nowhere"], ["--wd", "-1"], ["--out", "FILE/x"],
-           ["--economy", "route", "--skips"], ["--economy", "defer", "--decoder", "1", "--mask", "0.5", "--recon", "0.1"], ["--recipe", "maskdit"],
-           ["--ramp-share", "0.5"], ["--ramp", "linear", "--mask-from", "0.1", "--ramp-share", "0"], [*RECONSTRUCT[:2], "--mask", "0.5"],
-           [*RECONSTRUCT[:4]], [*RECONSTRUCT, "--mask-from", "0", "--ramp", "linear"], [*RECONSTRUCT, "--recon", "0.1"], [*RECONSTRUCT, "--recon-target", "noisy"],
-           [*RECONSTRUCT, "--predict", "v"], [*RECONSTRUCT, "--schedule", "edm"], [*RECONSTRUCT, "--time-sampling", "lognormal"], [*RECONSTRUCT, "--weighting", "ddm"],
-           [*RECONSTRUCT[:4], "--mask", "0.1"], [*RECONSTRUCT, "--economy", "defer"], [*RECONSTRUCT, "--task", "superres"],
-           [*RECONSTRUCT, "--gray", "--patch", "1", "--recon-target", "whitened"], ["--task", "superres", "--size", "18", "--patch", "3"], ["--latents", "x"],
-           ["--task", "superres", "--space", "latent", "--vae", "vae.pt", "--latents", "x"],
-           ["--targets", "FLAT"], ["--task", "saliency", "--data", "FLAT"], ["--task", "edges", "--data", "faces", "--targets", "FLAT"],
-           ["--space", "latent"], ["--vae", "vae.pt"], ["--space", "latent", "--vae", "nowhere.pt"]]
-
-
-@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
-def test_what_cannot_be_is_refused_in_one_line_before_any_work(photos, arguments, capsys):
-    Path("file").write_text("x")
-    places = {"FLAT": str(Path(photos) / "day"), "FILE/x": "file/x"}
-    arguments = [places.get(a, a) for a in arguments]
-    with pytest.raises(SystemExit) as end:
-        train.run_command(lambda: train.main(["--data", photos, *TINY, "--steps", "1", "--out", "runs/a", *arguments]))
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ")
-    assert not Path("runs").exists()
-
-
-def test_every_refusal_of_the_table_can_happen():
-    """Each line of the table is reached by one of the cases above."""
-    given = [vars(train.options_parser(train.Options, "").parse_args(arguments)) for arguments in [*REFUSED, ["--recipe", "ddm"]]]
-    cases = [train.Options(**recipe_options(g.get("recipe"), "train", g)) for g in given]
-    for refused, why in REFUSALS:
-        assert any(refused(o) for o in cases), why
-        assert not refused(train.Options()), why
-
-
-# --- recipes, economies, costs -------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("recipe, stage", [(name, stage) for name, stages in RECIPES.items() for stage in stages])
-def test_a_recipe_sets_known_options_that_fit_together_and_flags_beside_it_win(recipe, stage):
-    kind = {"train": train.Options, "finetune": finetune.TuneOptions}[stage]
-    o = kind(**recipe_options(recipe, stage, {"lr": 0.5}))
-    assert o.lr == 0.5 and o.steps and kind(**recipe_options(recipe, stage, {"minutes": 1.0})).steps is None
-    train.check(replace(o, data="faces", vae="x" if o.space == "latent" else None))
-    if stage == "train":
-        with pytest.raises(UserError, match="--data"):
-            train.check(o)
-
-
-def test_maskdits_second_stage_is_at_half_the_rate_and_ddms_does_not_exist(photos, capsys):
-    assert RECIPES["maskdit"]["finetune"]["lr"] == RECIPES["maskdit"]["train"]["lr"] / 2
-    own = ["--recipe", "ddm", "--model", "tiny", "--out", "runs/a"]
-    go(photos, *own, "--steps", 2)
-    config = read("runs/a/last.pt")["config"]
-    assert (config["recipe"], config["weighting"], config["size"], config["lr"]) == ("ddm", "ddm", 16, 1e-4)
-    go(photos, *own, "--steps", 3, "--resume")
-    assert read("runs/a/last.pt")["step"] == 3
-    with pytest.raises(UserError, match="--recipe maskdm"):
-        go(photos, "--recipe", "maskdm", "--out", "runs/a", "--resume")
-    with pytest.raises(UserError, match="no second stage"):
-        finetune.main(["--recipe", "ddm"])
-    finetune.main(["--recipe", "maskdit", "--steps", "1", "--batch", "8", "--out", "runs/b"])
-    config = read("runs/b/last.pt")["config"]
-    assert (config["lr"], config["amp"], config["schedule"], config["data"]) == (5e-5, "off", "ddm", photos)
 
 
 @pytest.mark.parametrize("economy", ECONOMIES)
@@ -649,26 +538,6 @@ def test_every_economy_trains_tunes_and_samples_and_cannot_become_another(photos
     S.main(["--n", "2", "--steps", "2", "--cfg", "2", "--label", "day"])
     with pytest.raises(UserError, match="--economy"):
         finetune.main(["--economy", "route" if economy == "drop" else "drop", "--steps", "1", "--out", "runs/c"])
-
-
-def test_a_stage_without_hidden_tokens_forgets_the_policy_and_refuses_a_new_one(photos):
-    go(photos, "--policy", "block", "--block", 2, "--mask", 0.5, "--steps", 1, "--out", "runs/a")
-    finetune.main(["--steps", "1", "--mask", "0.5", "--out", "runs/b"])
-    finetune.main(["--from", "runs/a", "--steps", "1", "--out", "runs/c"])
-    assert [(read(f"runs/{run}/last.pt")["config"]["policy"], read(f"runs/{run}/last.pt")["config"]["block"]) for run in "bc"] == [("block", 2), ("patch", 4)]
-    with pytest.raises(UserError, match="--policy"):
-        finetune.main(["--from", "runs/a", "--steps", "1", "--policy", "crop", "--out", "runs/d"])
-
-
-def test_a_checkpoint_from_before_an_option_existed_goes_on_with_its_default(photos):
-    go(photos, "--steps", 2, "--out", "runs/a")
-    ckpt = read("runs/a/last.pt")
-    del ckpt["config"]["economy"], ckpt["config"]["recipe"], ckpt["config"]["dry_run"], ckpt["meta"]["model"]["economy"]
-    save_atomic(ckpt, Path("runs/a/last.pt"))
-    finetune.main(["--steps", "1", "--out", "runs/b", "--economy", "drop"])
-    with pytest.raises(UserError, match="--economy"):
-        go(photos, "--steps", 3, "--out", "runs/a", "--resume", "--economy", "route")
-    go(photos, "--steps", 3, "--out", "runs/a", "--resume", "--economy", "drop")
 
 
 def test_a_dry_run_prints_the_published_costs_reads_no_image_and_writes_nothing(photos, capsys, monkeypatch):
@@ -771,14 +640,6 @@ def test_a_run_from_before_there_were_objectives_is_tuned_and_sampled(photos):
     save_atomic(old, Path("runs/a/last.pt"))
     finetune.main(["--steps", "1", "--out", "runs/b"])
     S.main(["--ckpt", "runs/a", "--n", "1", "--steps", "1"])
-
-
-def test_finetune_refuses_what_does_not_fit(photos):
-    go(photos, "--steps", 2, "--out", "runs/a")
-    for arguments, word in ((["--patch", "4"], "--patch"), (["--predict", "eps"], "--predict"), (["--model", "small"], "--model"),
-                            (["--gray"], "does not fit"), (["--from", "nowhere"], "does not exist")):
-        with pytest.raises(UserError, match=word):
-            finetune.main(["--steps", "2", *arguments])
 
 
 def test_finetune_starts_from_raw_or_averaged_weights_with_a_fresh_optimizer(photos):
