@@ -1,4 +1,4 @@
-"""Laws of the cost: counted on shapes, equal to what torch counts, and to what papers print."""
+"""Laws of the cost: counted on shapes, equal to torch's count and to what papers print."""
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +16,7 @@ for name in ECONOMIES:
         VARIANTS[name] = dict(economy=name)
         VARIANTS[name + "+decoder"] = dict(economy=name, decoder=1)
 SMALL = dict(channels=3, heads_out=2, patch=2, width=32, depth=4, heads=2, decoder_width=32)
-DIT = dict(channels=4, heads_out=2, patch=2, classes=1001, **MODELS["xl"])   # learns a variance, too
+DIT = dict(channels=4, heads_out=2, patch=2, classes=1001, **MODELS["xl"])   # learns variances
 MASKDIT = dict(channels=4, patch=2, classes=1000, decoder=8, **MODELS["xl"])
 
 
@@ -50,9 +50,10 @@ def test_the_count_is_torchs_own(variant, visible):
 
 
 def test_the_published_costs_come_out():
-    """DiT-XL/2 prints 118.6 "Gflops" at 256 px, MaskDiT 65.4 at ratio 0.5 and 6 % more than DiT
-    unmasked: all are multiply-adds, attention included. 524.5 and 280.2 are the same at 512 px,
-    where attention counts more. Counted here, with modulation, clock and head: 118.621, 65.449."""
+    """DiT-XL/2 prints 118.6 "Gflops" at 256 px, MaskDiT 65.4 at ratio 0.5 and 6 % more than
+    DiT unmasked: all are multiply-adds, attention included. 524.5 and 280.2 are the same at
+    512 px, where attention counts more. Counted here, with modulation, clock and head:
+    118.621, 65.449."""
     def giga(net, side, visible=None):
         return sum(forward_cost(net, side, side, visible)[0].values()) / 1e9
 
@@ -81,8 +82,8 @@ def test_the_published_sizes_come_out():
 
 
 def test_the_memory_of_a_block_is_what_autograd_keeps():
-    """16 D float32 values per token of the products, 4 of the norms: the storages that are saved
-    for the backward pass, each once."""
+    """16 D float32 values per token of the products, 4 of the norms: the storages that are
+    saved for the backward pass, each once."""
     net = ViT(SCHEDULES["edm"], width=128, depth=4, heads=4, patch=2)
     own = {q.untyped_storage().data_ptr() for q in net.parameters()}
     kept = {}
@@ -101,8 +102,8 @@ def test_the_memory_of_a_block_is_what_autograd_keeps():
 
 
 def test_the_memory_of_maskdit_is_near_its_published_bars():
-    """GB per GPU on 8 GPUs, read off the release's charts: 26 and 49 with 32 and 128 images each
-    in 16 bits, 28 and 65 in 32, DiT 39 and 109."""
+    """GB per GPU on 8 GPUs, read off the release's charts: 26 and 49 with 32 and 128 images
+    each in 16 bits, 28 and 65 in 32, DiT 39 and 109."""
     maskdit, dit = on_meta(**MASKDIT), on_meta(**DIT)
     for net, visible, images, half, published in (
             (maskdit, 128, 32, True, 26), (maskdit, 128, 128, True, 49),

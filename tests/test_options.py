@@ -1,5 +1,5 @@
-"""Laws of the options: what cannot be is refused in one line; a recipe and a first stage hand
-on what fits; a resumed run stays the run it was."""
+"""Laws of the options: what cannot be is refused in one line; a recipe and a first stage
+hand on what fits; a resumed run stays the run it was."""
 import ast
 import dataclasses
 import inspect
