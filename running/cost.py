@@ -31,8 +31,9 @@ import torch
 from torch import nn
 
 from data import load_images
-from mask import Mask, ratio_at, visible_count
+from mask import Mask, visible_count
 from plumbing.sources import class_folders, open_images
+from running.setup import mask_ratio
 from schedules import SCHEDULES
 from spaces import SPACES
 from vit import Block, ViT
@@ -145,9 +146,7 @@ def build_without_numbers(o, network_options):
 
 def visible_shares(o, tokens):
     """How often a run sees each number of tokens: {K: times out of 1001}."""
-    start = o.mask if o.mask_from is None else o.mask_from
-    ratios = (ratio_at(o.ramp, i / 1000, start, o.mask, share=o.ramp_share) for i in range(1001))
-    return Counter(visible_count(tokens, ratio) for ratio in ratios)
+    return Counter(visible_count(tokens, mask_ratio(o, i / 1000)) for i in range(1001))
 
 
 def list_parts(counts, unit):

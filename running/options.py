@@ -119,8 +119,7 @@ class Options:
         "noise", "uniform", "how training times are drawn", choices=TIMES, explain=True)
 
     objective: str = option(
-        "task", "denoise", "what is learned: to denoise, or, without noise and time, to "
-        "reconstruct hidden patches (LMD)", choices=OBJECTIVES)
+        "task", "denoise", "what is learned", choices=OBJECTIVES, explain=True)
     recon: float = option(
         "task", 0.0, "weight of reconstructing hidden patches (MaskDiT: 0.1); needs --decoder "
         "and --mask")
