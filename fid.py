@@ -1,30 +1,38 @@
-"""How far apart are two sets of images? The Fréchet Inception distance (FID), and honest proxies that need no weights.
+"""How far apart are two sets of images? FID, and honest proxies that need no weights.
 
-The idea (Heusel et al. 2017, arXiv 1706.08500). Turn every image into the 2048 pooled features of a fixed classifier, describe
-a set by the mean m and covariance S of its features, and measure how far apart the two Gaussians are:
+The idea (Heusel et al. 2017, arXiv 1706.08500). Turn every image into the 2048 pooled
+features of a fixed classifier. Describe a set by the mean m and the covariance S of its
+features. Measure how far apart the two Gaussians are (the Fréchet Inception distance):
 
     FID = |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
 
-The classifier is Inception-v3 (Szegedy et al. 2015, arXiv 1512.00567) with the weights of TensorFlow's graph of 2015-12-05.
-Other weights, another resize or another n give another number, hence three rules:
+The classifier is Inception-v3 (Szegedy et al. 2015, arXiv 1512.00567) with the weights of
+TensorFlow's graph of 2015-12-05; plumbing/inception.py holds its layers. Other weights,
+another resize or another n give another number. Hence three rules:
 
-    protocol   how a uint8 image becomes a 299 x 299 input. Two are in use, and on CIFAR they differ by 7.5 grey levels. Saved
-               statistics record protocol and weights; what differs in either is never compared.
-    n          two samples of ONE distribution are at a distance of about constant / n, not 0 (Chong & Forsyth 2020,
-               arXiv 1911.07023): numbers at different n cannot be compared, and n <= 2048 measures mostly this bias.
-    float64    for sums, covariances and roots: the formula is a small difference of large terms.
+    protocol   how a uint8 image becomes a 299 x 299 input. Two are in use, and on CIFAR
+               they differ by 7.5 grey levels. Saved statistics record protocol and weights;
+               sets that differ in either are never compared.
+    n          two samples of ONE distribution are at a distance of about constant / n, not
+               0 (Chong & Forsyth 2020, arXiv 1911.07023). Numbers at different n cannot be
+               compared, and n <= 2048 measures mostly this bias.
+    float64    for sums, covariances and roots: the formula is a small difference of large
+               terms.
 
-    python fid.py samples.zip images/             # FID; the weights (95 MB) are found, or downloaded once
-    python fid.py images/ --save stats.npz        # keep a reference's statistics, then: python fid.py samples.zip stats.npz
-    python fid.py samples.zip images/ --proxy     # no weights and no FID: three distances beside their floors
+    python fid.py samples.zip images/           # FID; weights (95 MB) are downloaded once
+    python fid.py images/ --save stats.npz      # keep a reference's statistics
+    python fid.py samples.zip stats.npz         # and compare with them
+    python fid.py samples.zip images/ --proxy   # no weights and no FID: three distances
 
-Shapes: n, m images in a set, B batch, C = 1 or 3 channels, d features (2048), k images a side in a proxy. Images are uint8.
+Shapes: n, m images in a set, B batch, C = 1 or 3 channels, d features (2048), k images a
+side in a proxy. Images are uint8 (n, C, H, W).
 """
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +43,18 @@ from tqdm import tqdm
 
 from plumbing.console import UserError, build_parser, describe_error, replacing, run_command
 from plumbing.faces import draw_faces
-from plumbing.machine import pick_device
-from plumbing.sources import Folder, Zip, to_8_bit, crop_square
 from plumbing.images import to_float
 from plumbing.inception import load_inception
+from plumbing.machine import pick_device
+from plumbing.sources import Folder, Zip, crop_square, to_8_bit
 
-# --- the protocol: uint8 (B, 3, H, W) -> float (B, 3, 299, 299) --------------------------------------------------------------
+# --- the protocol: uint8 (B, 3, H, W) -> float (B, 3, 299, 299) ---------------------------
+
 
 def resize_pytorch_fid(x):
     """half-pixel bilinear to 299, no antialias, x / 127.5 - 1"""
-    return 2 * F.interpolate(x.float() / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
+    x = F.interpolate(x.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
+    return 2 * x - 1
 
 
 def resize_tf1(x):
@@ -52,33 +62,42 @@ def resize_tf1(x):
     x = x.float()
     for axis in (2, 3):
         size = x.shape[axis]
-        src = torch.arange(299, device=x.device) * (size / 299)         # no half pixel: the picture moves up and left
-        low = src.long()
-        part = (src - low).view((-1, 1) if axis == 2 else (-1,))
-        x = torch.lerp(x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1)), part)
+        # No half pixel is added: the picture moves up and left.
+        place = torch.arange(299, device=x.device) * (size / 299)
+        low = place.long()
+        high = (low + 1).clamp(max=size - 1)
+        part = (place - low).view((-1, 1) if axis == 2 else (-1,))
+        x = torch.lerp(x.index_select(axis, low), x.index_select(axis, high), part)
     return (x - 128) / 128
 
 
 PROTOCOLS = {"pytorch-fid": resize_pytorch_fid, "tf1": resize_tf1}
 
 
-# --- moments and distance ------------------------------------------------------------------------------------------------------
+# --- moments and distance -----------------------------------------------------------------
 
 class Moments:
-    """Mean and covariance of features that arrive in batches: one pass, float64, the same for every way to cut the batches."""
+    """Mean and covariance of features that arrive in batches: one pass, float64, the same
+    for every way to cut the batches."""
 
     def __init__(self):
         self.n, self.total, self.outer = 0, 0, 0
 
     def add(self, x):
-        """x (B, d) of any float type. All sums are of x - pilot, else the covariance would be a difference of large sums."""
+        """Take in some rows of features.
+
+        x (B, d): of any float type. All sums are of x - pilot, the first batch's mean; else
+        the covariance would be a difference of large sums."""
         x = x.double()
         self.pilot = self.pilot if self.n else x.mean(0)
         x = x - self.pilot
-        self.n, self.total, self.outer = self.n + len(x), self.total + x.sum(0), self.outer + x.T @ x
+        self.n += len(x)
+        self.total = self.total + x.sum(0)                                                  # (d,)
+        self.outer = self.outer + x.T @ x                                                 # (d, d)
 
     def finish(self):
-        """-> mean (d,), covariance (d, d) with divisor n - 1. UserError for fewer than 2 rows or non-finite features."""
+        """-> mean (d,), covariance (d, d) with divisor n - 1. UserError for fewer than 2
+        rows or features that are not finite."""
         if self.n < 2:
             raise UserError(f"n = {self.n}: a covariance needs at least 2 images")
         shift = self.total / self.n
@@ -89,32 +108,43 @@ class Moments:
 
 
 def frechet(m1, S1, m2, S2):
-    """FID's formula for means (d,) and covariances (d, d), tensors or arrays -> float >= 0.
+    """FID's formula for two Gaussians.
 
-    S1 S2 is not symmetric but similar to R S2 R with R = S1^(1/2), which is: two symmetric eigenproblems, no complex numbers.
-    Where n <= d, zero eigenvalues come out slightly negative: they are clamped, and no eps is added."""
+    m1, m2 (d,): means. S1, S2 (d, d): covariances. Tensors or arrays. -> float >= 0
+
+    S1 S2 is not symmetric but similar to R S2 R with R = S1^(1/2), which is. So two
+    symmetric eigenproblems do, without complex numbers. Where n <= d, zero eigenvalues come
+    out slightly negative: they are clamped, and no eps is added."""
     m1, S1, m2, S2 = (torch.as_tensor(v, dtype=torch.float64) for v in (m1, S1, m2, S2))
     w, V = torch.linalg.eigh(S1)
     R = (V * w.clamp(min=0).sqrt()) @ V.T
-    root = torch.linalg.eigvalsh(R @ S2 @ R).clamp(min=0).sqrt().sum()                     # tr (S1 S2)^(1/2)
-    return max(0.0, ((m1 - m2).square().sum() + S1.trace() + S2.trace() - 2 * root).item())
+    root = torch.linalg.eigvalsh(R @ S2 @ R).clamp(min=0).sqrt().sum()      # tr (S1 S2)^(1/2)
+    distance = (m1 - m2).square().sum() + S1.trace() + S2.trace() - 2 * root             # [FID]
+    return max(0.0, distance.item())
 
 
 def frechet_features(X1, X2):
-    """The same from features (n1, d) and (n2, d), at least 2 rows each.
+    """FID's formula for the moments of two sets of features.
 
-    With S = A^T A, tr (S1 S2)^(1/2) is the nuclear norm of A1 A2^T (n1, n2). For n <= d this is the smaller problem (0.8 s
-    instead of 7 at n = 1000, d = 2048), and the exacter one: no root is taken of a rounded zero."""
-    (m1, A1), (m2, A2) = ((X.mean(0), (X - X.mean(0)) / (len(X) - 1) ** 0.5) for X in (X1.double(), X2.double()))
-    if max(X1.shape[0], X2.shape[0]) > X1.shape[1]:
+    X1 (n1, d), X2 (n2, d): at least 2 rows each. -> float >= 0
+
+    With S = A^T A, tr (S1 S2)^(1/2) is the nuclear norm of A1 A2^T (n1, n2). For n <= d
+    this is the smaller problem (0.8 s instead of 7 at n = 1000, d = 2048). It is the
+    exacter one, too: no root is taken of a rounded zero."""
+    X1, X2 = X1.double(), X2.double()
+    m1, m2 = X1.mean(0), X2.mean(0)
+    A1, A2 = ((X - m) / (len(X) - 1) ** 0.5 for X, m in ((X1, m1), (X2, m2)))
+    if max(len(X1), len(X2)) > X1.shape[1]:
         return frechet(m1, A1.T @ A1, m2, A2.T @ A2)
     root = torch.linalg.svdvals(A1 @ A2.T).sum()
-    return max(0.0, ((m1 - m2).square().sum() + A1.square().sum() + A2.square().sum() - 2 * root).item())
+    distance = (m1 - m2).square().sum() + A1.square().sum() + A2.square().sum() - 2 * root
+    return max(0.0, distance.item())
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What FID needs of a set of images, and what says with which others it may be compared; a saved .npz has these keys."""
+    """What FID needs of a set of images, and what says with which others it may be
+    compared. A saved .npz has these keys."""
     mu: np.ndarray              # (d,) float64
     sigma: np.ndarray           # (d, d) float64
     n: int
@@ -122,180 +152,315 @@ class Statistics:
     weights: str                # the first 8 hex digits of the weight file's SHA-256
 
 
-def statistics(images, net, weights, protocol="pytorch-fid", device="cpu", batch=50):
-    """Inception's moments -> Statistics. `images` has a length, and images[i] is uint8 (C, H, W), C 1 or 3, sizes may differ:
-    a tensor (n, C, H, W) will do. `net, weights` come from `load_inception`."""
+def statistics(
+    images,                     # has a length; images[i] is uint8 (C, H, W), sizes may differ
+    net,                        # net and weights come from `load_inception`
+    weights,
+    protocol="pytorch-fid",     # a name in PROTOCOLS
+    device="cpu",
+    batch=50,                   # images in one pass
+):
+    """Inception's moments of a set of images. -> Statistics
+
+    images: a tensor uint8 (n, C, H, W), or anything else that can be indexed like one."""
     net, result = net.to(device), Moments()
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)                     # TF32 would keep 3 digits
-    with torch.no_grad(), exact, ThreadPoolExecutor() as threads:                          # Pillow decodes in parallel
-        for part in tqdm(torch.arange(len(images)).split(batch), unit="batch", disable=None):
-            group = [x.to(device).expand(1, 3, -1, -1) for x in threads.map(images.__getitem__, part.tolist())]
-            result.add(net(torch.cat([PROTOCOLS[protocol](x) for x in group])).cpu())                        # (B, 2048)
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 keeps 3 digits
+    with torch.no_grad(), exact, ThreadPoolExecutor() as threads:   # Pillow decodes in parallel
+        for some in tqdm(torch.arange(len(images)).split(batch), unit="batch", disable=None):
+            group = threads.map(images.__getitem__, some.tolist())
+            group = [x.to(device).expand(1, 3, -1, -1) for x in group]
+            inputs = torch.cat([PROTOCOLS[protocol](x) for x in group])         # (B, 3, 299, 299)
+            result.add(net(inputs).cpu())                                              # (B, 2048)
     mu, sigma = result.finish()
     return Statistics(mu.numpy(), sigma.numpy(), len(images), protocol, weights)
 
 
 def refuse_mixing(a, b):
-    """UserError unless the (protocol, weights) of two statistics are the same."""
+    """UserError unless the pairs (protocol, weights) of two statistics are the same."""
     if a != b:
-        raise UserError(f"not comparable: one side has protocol {a[0]} and weights {a[1]}, the other {b[0]} and {b[1]}")
+        raise UserError(f"not comparable: one side has protocol {a[0]} and weights {a[1]}, "
+                        f"the other {b[0]} and {b[1]}")
 
 
 def fid(a, b):
-    """FID of two Statistics -> float. UserError if protocol or weights differ; a warning where n makes it mostly bias."""
+    """FID of two Statistics. -> float
+
+    UserError if protocol or weights differ; a warning where n makes it mostly bias."""
     refuse_mixing((a.protocol, a.weights), (b.protocol, b.weights))
     n, d = min(a.n, b.n), len(a.mu)
     if n <= d:
-        warnings.warn(f"n = {n} images for {d} features: mostly bias, compare only with values at the same n")
+        warnings.warn(f"n = {n} images for {d} features: mostly bias, "
+                      "compare only with values at the same n")
     return frechet(a.mu, a.sigma, b.mu, b.sigma)
 
 
-# --- proxies: three views that need no weights ---------------------------------------------------------------------------------
-# None is FID and none is enough alone: random convolutions see noise, blur and collapse but hardly a broken structure, averages
-# see structure but no texture, patches see texture and nothing larger. Each stands beside its floor. Look at the pictures, too.
+# --- proxies: three views that need no weights --------------------------------------------
+# None is FID, and none is enough alone. Random convolutions see noise, blur and collapse
+# but hardly a broken structure. Averages see structure but no texture. Patches see texture
+# and nothing larger. Each stands beside its floor. Look at the pictures, too.
 
 def random_conv(images):
-    """uint8 (n, C, H, W) -> (n, 512): mean and deviation of every channel of 4 random convolutions, always the same ones.
+    """Features of an untrained network: mean and deviation of every channel of 4 random
+    convolutions, always the same ones.
 
-    Random networks order generators much as trained ones do (Lee et al. 2022, arXiv 2208.09218). Gray counts as RGB."""
+    images (n, C, H, W): uint8; gray counts as RGB.
+    -> (n, 512)
+    Random networks order generators much as trained ones do (Lee et al. 2022, 2208.09218)."""
     if len(images) > 256:                                               # bounds the memory
-        return torch.cat([random_conv(part) for part in images.split(256)])
-    g, x, rows = torch.Generator().manual_seed(0), to_float(images).expand(-1, 3, -1, -1), []
+        return torch.cat([random_conv(some) for some in images.split(256)])
+    g = torch.Generator().manual_seed(0)
+    x = to_float(images).expand(-1, 3, -1, -1)
+    rows = []
     for width, stride in ((32, 1), (64, 2), (64, 2), (96, 2)):
-        kernel = torch.randn(width, x.shape[1], 3, 3, generator=g) * (2 / (9 * x.shape[1])) ** 0.5   # He: ReLU keeps the scale
+        kernel = torch.randn(width, x.shape[1], 3, 3, generator=g)
+        kernel = kernel * (2 / (9 * x.shape[1])) ** 0.5                 # He: ReLU keeps the scale
         x = F.relu(F.conv2d(x, kernel, stride=stride, padding=1))
         rows += [x.mean((2, 3)), x.std((2, 3), correction=0)]
     return torch.cat(rows, 1)
 
 
-def sliced_wasserstein(a, b, patch=7, directions=64, points=8192):
-    """Mean 1-Wasserstein distance of the patches of uint8 a and b, both (k, C, H, W), over directions and pyramid levels.
+def average_pixels(images):
+    """Coarse pictures: uint8 (n, C, H, W) -> (n, 64 C), the means of 8 x 8 squares."""
+    return F.adaptive_avg_pool2d(to_float(images), 8).flatten(1)
 
-    Karras et al. 2018 (arXiv 1710.10196), with a departure: a and b are both scaled by b's mean and deviation, not each by its
-    own, so that lost contrast counts. Equal sets are at distance 0: the same places and directions serve both."""
-    g, levels = torch.Generator().manual_seed(0), []
-    rest, image, each = to_float(torch.cat([a, b])), torch.arange(len(a))[:, None], -(-points // len(a))
-    while rest is not None:
-        band, rest = rest, F.avg_pool2d(rest, 2) if min(rest.shape[2:]) >= 32 else None
-        if rest is not None:                                            # a Laplacian band; the last level is the rest itself
-            band = band - F.interpolate(rest, size=band.shape[2:], mode="bilinear", align_corners=False)
+
+def keep_images(images):
+    """The images themselves, for a distance that is not one of rows of features."""
+    return images
+
+
+def laplacian_bands(x):
+    """The bands of a Laplacian pyramid, finest first; the last is what is left.
+
+    x (k, C, H, W): float. Yields (k, C, H', W') while a side has at least 32 pixels."""
+    while min(x.shape[2:]) >= 32:
+        small = F.avg_pool2d(x, 2)
+        large = F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
+        yield x - large
+        x = small
+    yield x
+
+
+def cut_patches(x, size, top, left):
+    """Cut squares out of some images.
+
+    x (k, C, H, W): images. top, left (k, each): the squares' corners.
+    -> (k each, C, size, size)"""
+    rows = torch.arange(len(x))[:, None]
+    return x.unfold(2, size, 1).unfold(3, size, 1)[rows, :, top, left].flatten(0, 1)
+
+
+def sliced_wasserstein(a, b, patch=7, directions=64, points=8192):
+    """Mean 1-Wasserstein distance of two sets' patches, over directions and pyramid levels.
+
+    a, b (k, C, H, W): uint8.
+    -> float
+    Karras et al. 2018 (arXiv 1710.10196), with a departure: a and b are both scaled by b's
+    mean and deviation, not each by its own, so that lost contrast counts. The same places
+    and directions serve both, so equal sets are at distance 0."""
+    g = torch.Generator().manual_seed(0)
+    each = -(-points // len(a))                                         # patches of an image
+    levels = []
+    for band in laplacian_bands(to_float(torch.cat([a, b]))):
         size = min(patch, *band.shape[2:])
-        at = [torch.randint(side - size + 1, (len(a), each), generator=g) for side in band.shape[2:]]
-        p, q = (half.unfold(2, size, 1).unfold(3, size, 1)[image, :, at[0], at[1]].flatten(0, 1) for half in band.split(len(a)))
-        mean, scale = q.mean((0, 2, 3), keepdim=True), q.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
-        line = F.normalize(torch.randn(q[0].numel(), directions, generator=g), dim=0)
-        p, q = ((line.T @ ((v - mean) / scale).flatten(1).T).sort(1).values for v in (p, q))     # (directions, points)
+        top, left = (torch.randint(side - size + 1, (len(a), each), generator=g)
+                     for side in band.shape[2:])
+        p, q = (cut_patches(half, size, top, left) for half in band.split(len(a)))
+        mean = q.mean((0, 2, 3), keepdim=True)
+        scale = q.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
+        lines = F.normalize(torch.randn(q[0].numel(), directions, generator=g), dim=0)
+        p, q = ((lines.T @ ((v - mean) / scale).flatten(1).T).sort(1).values
+                for v in (p, q))                                           # (directions, points)
         levels.append((p - q).abs().mean())
     return torch.stack(levels).mean().item()
 
 
-PROXIES = {                                                             # images -> rows, and a distance of two sets of rows
+# name -> (images -> rows, distance of two sets of rows)
+PROXIES = {
     "random-conv": (random_conv, frechet_features),
-    "pixel": (lambda images: F.adaptive_avg_pool2d(to_float(images), 8).flatten(1), frechet_features),       # (n, 64 C)
-    "swd": (lambda images: images, sliced_wasserstein)}
+    "pixel": (average_pixels, frechet_features),
+    "swd": (keep_images, sliced_wasserstein),
+}
+ROUNDS = 4
+
+
+def refuse_strange_sets(a, b):
+    """UserError unless two sets of images can be compared by `proxy_distances`."""
+    numbers = a.dtype == b.dtype == torch.uint8
+    if not (numbers and a.ndim == 4 and a.shape[1:] == b.shape[1:]
+            and a.shape[1] in (1, 3) and min(a.shape[2:]) >= 8):
+        raise UserError("proxy: wants two sets (n, C, H, W) of uint8, C 1 or 3, of one size of at "
+                        f"least 8 x 8, not {tuple(a.shape)} {a.dtype} and "
+                        f"{tuple(b.shape)} {b.dtype}")
+    if min(len(a), len(b) // 2) < 2:
+        raise UserError(f"proxy: {len(a)} and {len(b)} images are too few; "
+                        "at least 2 of A and 4 of B are needed")
 
 
 def proxy_distances(a, b, seed=0):
-    """Distances of a to the reference b that need no weights -> {name: (value, floor)} for every name in PROXIES.
+    """Distances of a set to a reference that need no weights.
 
-    a (n, C, H, W), b (m, C, H, W): uint8, C 1 or 3, one size of at least 8 x 8. Every such distance has a bias that falls with
-    n, so all is measured at one k = min(n, m // 2): in each of 4 rounds b is cut at random into disjoint b1, b2 of k images, a is
-    thinned to k; floor = D(b1, b2), value = (D(a, b1) + D(a, b2)) / 2. A value at its floor cannot be told from the reference,
-    one clearly below it means that a holds images of b. Compare at equal k only. UserError for other shapes and k < 2."""
-    if not (a.dtype == b.dtype == torch.uint8 and a.ndim == 4 and a.shape[1:] == b.shape[1:] and a.shape[1] in (1, 3)
-            and min(a.shape[2:]) >= 8):
-        raise UserError(f"proxy: wants two sets (n, C, H, W) of uint8, C 1 or 3, of one size of at least 8 x 8, not "
-                        f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}")
-    k, g, rounds = min(len(a), len(b) // 2), torch.Generator().manual_seed(seed), 4
-    if k < 2:
-        raise UserError(f"proxy: {len(a)} and {len(b)} images are too few; at least 2 of A and 4 of B are needed")
-    cuts = [(torch.randperm(len(a), generator=g)[:k], *torch.randperm(len(b), generator=g)[:2 * k].split(k)) for _ in range(rounds)]
+    a (n, C, H, W): the set. b (m, C, H, W): the reference. Both uint8, C 1 or 3, of one
+    size of at least 8 x 8.
+    -> {name: (value, floor)} for every name in PROXIES
+    UserError for other shapes and fewer than 2 images of a or 4 of b.
+
+    Every such distance has a bias that falls with n, so all is measured at one k, the
+    smaller of n and m // 2. In each of 4 rounds b is cut at random into disjoint b1, b2 of
+    k images, and a is thinned to k:
+
+        floor = D(b1, b2)        value = (D(a, b1) + D(a, b2)) / 2
+
+    A value at its floor cannot be told from the reference. One clearly below it means that
+    a holds images of b. Compare at equal k only."""
+    refuse_strange_sets(a, b)
+    k = min(len(a), len(b) // 2)
+    g = torch.Generator().manual_seed(seed)
+    cuts = []
+    for _ in range(ROUNDS):
+        some = torch.randperm(len(a), generator=g)[:k]
+        cuts.append((some, *torch.randperm(len(b), generator=g)[:2 * k].split(k)))
     result = {}
-    for name, (rows, distance) in PROXIES.items():
-        A, B = rows(a), rows(b)
-        value = sum(distance(A[i], B[half]) for i, *halves in cuts for half in halves) / (2 * rounds)
-        result[name] = value, sum(distance(B[i], B[j]) for _, i, j in cuts) / rounds
+    for name, (make_rows, distance) in PROXIES.items():
+        A, B = make_rows(a), make_rows(b)
+        value = sum(distance(A[i], B[half]) for i, *halves in cuts for half in halves)
+        floor = sum(distance(B[i], B[j]) for _, i, j in cuts)
+        result[name] = value / (2 * ROUNDS), floor / ROUNDS
     return result
 
 
-# --- the command ---------------------------------------------------------------------------------------------------------------
+# --- what is measured ---------------------------------------------------------------------
 
 class MeasuredPictures:
-    """At most n images, drawn at random (the first n of a sorted folder would be its first class), at their own size:
-    picture(i) is a PIL picture, [i] a uint8 tensor (3, H, W). `read` opens a name. flat: turned as EXIF says and laid over white where
-    transparent, as in training; else neither, as pytorch-fid reads it (but 16 bits become 8 here: there, they become white)."""
+    """At most n images of a source, at their own size: picture(i) is a PIL picture, [i] a
+    tensor uint8 (3, H, W).
 
-    def __init__(self, names, read, n, seed, flat=False):
+    They are drawn at random, for the first n of a sorted folder would be its first
+    class."""
+
+    def __init__(
+        self,
+        names,                  # of all images
+        read,                   # opens a name with Pillow
+        n,                      # at most so many; None: all
+        seed,                   # of the draw
+        # True: turned as EXIF says and laid over white where transparent, as in training.
+        # False: neither, as pytorch-fid reads it; but 16 bits become 8, there they become
+        # white.
+        flat=False,
+    ):
+        g = torch.Generator().manual_seed(seed)
+        keep = torch.randperm(len(names), generator=g)[:n].sort().values
+        self.names = [names[i] for i in keep]
+        self.read = read
         self.flat = flat
-        keep = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:n]
-        self.names, self.read = [names[i] for i in keep.sort().values], read
 
     def __len__(self):
         return len(self.names)
 
     def picture(self, i):
+        """Image i as a PIL picture in RGB. UserError if it is broken: training may skip a
+        broken image, a measurement must not."""
         try:
             with self.read(self.names[i]) as picture:
-                picture = to_8_bit(ImageOps.exif_transpose(picture)) if self.flat or picture.mode[0] in "IF" else picture
+                if self.flat or picture.mode[0] in "IF":
+                    picture = to_8_bit(ImageOps.exif_transpose(picture))
                 return picture.convert("RGB")
-        except Exception as error:                  # training may skip a broken image; a measurement must not
-            raise UserError(f"{self.names[i]}: cannot be decoded ({describe_error(error)}); mend or delete it") from error
+        except Exception as error:
+            raise UserError(f"{self.names[i]}: cannot be decoded ({describe_error(error)}); "
+                            "fix or delete it") from error
 
     def __getitem__(self, i):
         return torch.from_numpy(np.array(self.picture(i))).permute(2, 0, 1)
 
 
+def read_pixels(pixels, i):
+    """Picture i of an array uint8 (n, H, W, C), C 1 or 3, as a PIL picture in RGB."""
+    return Image.fromarray(pixels[i].repeat(3 // pixels.shape[3], axis=2))
+
+
 def open_measured(path, n=None, seed=0, size=32, flat=False):
-    """A folder, .zip or .npz of images -> Pictures; a .npz of saved statistics -> Statistics; "faces": 2048 drawn ones of `size`
-    pixels, which no training has seen -> Pictures; anything else is a UserError. flat: as in Pictures."""
+    """Open what a user names on the command line.
+
+    path: a folder, .zip or .npz of images, a .npz of saved statistics, or "faces": 2048
+    drawn ones of `size` pixels, which no training has seen. n, seed, flat: as in
+    MeasuredPictures.
+    -> MeasuredPictures, or Statistics. UserError for anything else."""
     if path == "faces":
         try:
-            pixels = draw_faces(2048, size, seed=2**20).pixels.permute(0, 2, 3, 1).numpy()
+            faces = draw_faces(2048, size, seed=2**20)
         except ValueError as error:
             raise UserError(f"faces: {error}") from None
-        return MeasuredPictures(range(len(pixels)), lambda i: Image.fromarray(pixels[i]), n, seed)
+        pixels = faces.pixels.permute(0, 2, 3, 1).numpy()
+        return MeasuredPictures(range(len(pixels)), partial(read_pixels, pixels), n, seed)
     path = Path(path)
     if path.is_dir() or path.suffix.lower() == ".zip":
         source = Folder(path) if path.is_dir() else Zip(path)
         if not source.names:
             raise UserError(f"{path}: holds no images")
         return MeasuredPictures(source.names, source.picture, n, seed, flat)
+    arrays = load_arrays(path)
+    if "mu" in arrays:
+        return parse_statistics(path, arrays)
+    pixels = arrays.get("images", arrays.get("arr_0", np.empty(0)))
+    channels = {pixels.shape[1], pixels.shape[3]} & {1, 3} if pixels.ndim == 4 else set()
+    if pixels.dtype != np.uint8 or not len(pixels) or not channels:
+        raise UserError(f"{path}: wants uint8 images (n, H, W, C) or (n, C, H, W), C 1 or 3, "
+                        "under the key images or arr_0")
+    pixels = pixels if pixels.shape[3] in (1, 3) else pixels.transpose(0, 2, 3, 1)
+    return MeasuredPictures(range(len(pixels)), partial(read_pixels, pixels), n, seed)
+
+
+def load_arrays(path):
+    """All arrays of a .npz -> {key: array}. UserError for a file that is none."""
     if path.suffix.lower() == ".npy":
-        raise UserError(f"{path}: one bare array; give a .npz, which np.savez('images.npz', images=array) writes")
+        raise UserError(f"{path}: one bare array; give a .npz, "
+                        "which np.savez('images.npz', images=array) writes")
     try:
         with np.load(path) as file:
-            arrays = dict(file)
-    except Exception as error:                      # zipfile, numpy and the system each have their own
-        raise UserError(f"{path}: is no folder, .zip or .npz that can be read ({describe_error(error)})") from error
-    if "mu" in arrays:
-        try:
-            saved = Statistics(**{key: v if v.ndim else v.item() for key, v in arrays.items()})
-        except TypeError:
-            raise UserError(f"{path}: statistics without a record of n, protocol and weights are comparable with nothing; "
-                            f"make them with python fid.py IMAGES --save {path.name}") from None
-        if saved.protocol not in PROTOCOLS or np.shape(saved.sigma) != (len(saved.mu),) * 2:
-            raise UserError(f"{path}: protocol {saved.protocol}, mean of shape {np.shape(saved.mu)}, covariance {np.shape(saved.sigma)} are no statistics of this "
-                            f"program; make them with python fid.py IMAGES --save {path.name}")
-        return saved
-    pixels = arrays.get("images", arrays.get("arr_0", np.empty(0)))
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels) or not {pixels.shape[1], pixels.shape[3]} & {1, 3}:
-        raise UserError(f"{path}: wants uint8 images (n, H, W, C) or (n, C, H, W), C 1 or 3, under the key images or arr_0")
-    pixels = pixels if pixels.shape[3] in (1, 3) else pixels.transpose(0, 2, 3, 1)
-    return MeasuredPictures(range(len(pixels)), lambda i: Image.fromarray(pixels[i].repeat(3 // pixels.shape[3], axis=2)), n, seed)
+            return dict(file)
+    except Exception as error:          # zipfile, numpy and the system each have their own
+        raise UserError(f"{path}: is no folder, .zip or .npz that can be read "
+                        f"({describe_error(error)})") from error
 
+
+def parse_statistics(path, arrays):
+    """The arrays of a saved .npz -> Statistics. UserError where they are not this
+    program's."""
+    remedy = f"make them with python fid.py IMAGES --save {path.name}"
+    try:
+        saved = Statistics(**{key: v if v.ndim else v.item() for key, v in arrays.items()})
+    except TypeError:
+        raise UserError(f"{path}: statistics without a record of n, protocol and weights are "
+                        f"comparable with nothing; {remedy}") from None
+    mean, covariance = np.shape(saved.mu), np.shape(saved.sigma)
+    if saved.protocol not in PROTOCOLS or covariance != (len(saved.mu),) * 2:
+        raise UserError(f"{path}: protocol {saved.protocol}, mean of shape {mean}, covariance "
+                        f"{covariance} are no statistics of this program; {remedy}")
+    return saved
+
+
+# --- the command --------------------------------------------------------------------------
 
 def parser():
     p = build_parser("FID, or proxies for it, of images A to a reference B.")
     p.add_argument("A", help="a folder, a .zip or a .npz of images, or a .npz of saved statistics")
-    p.add_argument("B", nargs="?", help="the reference, likewise, or faces for the built-in ones; may be left out with --save")
-    p.add_argument("--inception", metavar="PATH", help="weights; None: the working folder, torch.hub's cache, or a download")
-    p.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid", help="how images become Inception's input")
-    p.add_argument("--proxy", action="store_true", help="three distances that need no weights, instead of FID")
+    p.add_argument("B", nargs="?", help="the reference, likewise, or faces for the built-in ones; "
+                                        "may be left out with --save")
+    p.add_argument("--inception", metavar="PATH",
+                   help="weights; None: the working folder, torch.hub's cache, or a download")
+    p.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
+                   help="how images become Inception's input")
+    p.add_argument("--proxy", action="store_true",
+                   help="three distances that need no weights, instead of FID")
     p.add_argument("--save", metavar="PATH.npz", help="keep the statistics of A")
-    p.add_argument("--n", type=int, help="at most so many images of each set, drawn at random; None: all")
+    p.add_argument("--n", type=int,
+                   help="at most so many images of each set, drawn at random; None: all")
     p.add_argument("--batch", type=int, default=50, help="images in one pass through Inception")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where Inception runs")
-    p.add_argument("--seed", type=int, default=0, help="of the draw of --n and of the proxies' rounds")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                   help="where Inception runs")
+    p.add_argument("--seed", type=int, default=0,
+                   help="of the draw of --n and of the proxies' rounds")
     return p
 
 
@@ -304,41 +469,66 @@ def print_proxy(o, a, b):
     if isinstance(a, Statistics) or isinstance(b, Statistics):
         raise UserError("--proxy needs images on both sides: saved statistics have none")
     size = min(a.picture(0).size)
-    a, b = (torch.stack([torch.tensor(crop_square(s.picture(i), size)) for i in range(len(s))]) for s in (a, b))
+    a, b = (torch.stack([torch.tensor(crop_square(source.picture(i), size))
+                         for i in range(len(source))]) for source in (a, b))
     for name, (value, floor) in proxy_distances(a, b, o.seed).items():
-        print(f"proxy/{name:12} {value:10.5f}   floor {floor:10.5f}   ratio {value / floor if floor else float('nan'):.2f}")
-    print(f"  {o.A}: n {len(a)}\n  {o.B}: n {len(b)}\n  k {min(len(a), len(b) // 2)} images a side, all cut to their centred "
-          f"square and resized to A's {size} x {size}\n  This is not FID. Compare only at the same B, k and size.")
+        ratio = value / floor if floor else float("nan")
+        print(f"proxy/{name:12} {value:10.5f}   floor {floor:10.5f}   ratio {ratio:.2f}")
+    print(f"  {o.A}: n {len(a)}\n  {o.B}: n {len(b)}")
+    print(f"  k {min(len(a), len(b) // 2)} images a side, all cut to their centred square "
+          f"and resized to A's {size} x {size}")
+    print("  This is not FID. Compare only at the same B, k and size.")
+
+
+def check_measurement(o):
+    """UserError for arguments that do not go together."""
+    if o.B is None and (o.proxy or not o.save):
+        raise UserError("B is missing: python fid.py A B (A alone goes with --save only)")
+    if o.save:
+        here = Path(o.save).parent.is_dir()
+        if o.proxy or not o.save.endswith(".npz") or not here:
+            raise UserError(f"--save {o.save}: wants a name that ends with .npz in a folder that "
+                            "exists, and no --proxy")
+    if o.batch < 1 or (o.n is not None and o.n < 2):
+        raise UserError("--batch must be at least 1, and --n at least 2")
+
+
+def measure_statistics(o, sets, device):
+    """Statistics in place of images: {path: MeasuredPictures or Statistics} -> {path:
+    Statistics}. Two saved statistics need no weights."""
+    images = {path: s for path, s in sets.items() if isinstance(s, MeasuredPictures)}
+    if not images:
+        return sets
+    net, weights = load_inception(o.inception)
+    for saved in sets.values():
+        if isinstance(saved, Statistics):       # before the long computation, not after it
+            refuse_mixing((saved.protocol, saved.weights), (o.protocol, weights))
+    measured = {path: statistics(some, net, weights, o.protocol, device, o.batch)
+                for path, some in images.items()}
+    return sets | measured
 
 
 def run_measurement(o):
     """The command's work, from parsed arguments."""
-    if o.B is None and (o.proxy or not o.save):
-        raise UserError("B is missing: python fid.py A B (A alone goes with --save only)")
-    if o.save and (o.proxy or not o.save.endswith(".npz") or not Path(o.save).parent.is_dir()):
-        raise UserError(f"--save {o.save}: wants a name that ends with .npz in a folder that exists, and no --proxy")
-    if o.batch < 1 or (o.n is not None and o.n < 2):
-        raise UserError("--batch must be at least 1, and --n at least 2")
+    check_measurement(o)
     device = pick_device(o.device)
     sets = {o.A: open_measured(o.A, o.n, o.seed, flat=o.proxy)}
     if o.B:
-        sets[o.B] = open_measured(o.B, o.n, o.seed, min(sets[o.A].picture(0).size) if isinstance(sets[o.A], MeasuredPictures) else 32, o.proxy)
+        is_images = isinstance(sets[o.A], MeasuredPictures)
+        size = min(sets[o.A].picture(0).size) if is_images else 32
+        sets[o.B] = open_measured(o.B, o.n, o.seed, size, o.proxy)
     if o.proxy:
         return print_proxy(o, sets[o.A], sets[o.B])
 
-    images = {path: s for path, s in sets.items() if isinstance(s, MeasuredPictures)}
     with replacing(o.save) if o.save else nullcontext() as file:
-        if images:                                  # two saved statistics need no weights
-            net, weights = load_inception(o.inception)
-            for saved in (s for s in sets.values() if isinstance(s, Statistics)):       # before the long computation, not after it
-                refuse_mixing((saved.protocol, saved.weights), (o.protocol, weights))
-            sets |= {path: statistics(s, net, weights, o.protocol, device, o.batch) for path, s in images.items()}
+        sets = measure_statistics(o, sets, device)
         if o.save:
             np.savez(file, **vars(sets[o.A]))
     if o.B:
         print(f"FID {fid(sets[o.A], sets[o.B]):.4f}")
     for path, s in sets.items():
-        print(f"  {path}: n {s.n}, protocol {s.protocol} ({PROTOCOLS[s.protocol].__doc__}), weights {s.weights}")
+        how = PROTOCOLS[s.protocol].__doc__
+        print(f"  {path}: n {s.n}, protocol {s.protocol} ({how}), weights {s.weights}")
 
 
 def main(argv=None):
