@@ -205,7 +205,7 @@ def random_conv(images):
 
     images (n, C, H, W): uint8; gray counts as RGB.
     -> (n, 512)
-    Random networks order generators much as trained ones do (Lee et al. 2022, 2208.09218)."""
+    Random networks order generators much as trained ones (Lee et al. 2022, 2208.09218)."""
     if len(images) > 256:                                               # bounds the memory
         return torch.cat([random_conv(some) for some in images.split(256)])
     g = torch.Generator().manual_seed(0)
