@@ -18,7 +18,7 @@ import vae
 import vit
 from plumbing.console import UserError
 
-TINY = dict(width=32, depth=4, heads=2, decoder_width=32)
+TINY = dict(width=32, depth=2, heads=2, decoder_width=32)
 TRAIN = ["--batch", 2]
 SCALES = {
     claims.ddm: dict(steps=4, half=2, model="tiny", train=[*TRAIN, "--sample-every", 4], batch=12,
@@ -46,7 +46,7 @@ def difference_of_means(a, b):
 
 @pytest.fixture(scope="module")
 def tiny_world(tmp_path_factory):
-    """Forty faces, networks of four narrow blocks, trained for four steps. -> the claims' folder"""
+    """Forty faces, networks of two narrow blocks, trained for four steps. -> the claims' folder"""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         for module in (running.setup, claims.bench, vae):
