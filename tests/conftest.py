@@ -1,4 +1,4 @@
-"""Put the project's root on the import path, keep hypothesis deterministic, and hide the slow sweeps behind --slow."""
+"""The root on the import path, a deterministic hypothesis, slow sweeps behind --slow."""
 import sys
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from plumbing.console import run_command  # noqa: E402  (found from the line abo
 
 # The same examples on every machine and no deadline: a test must not depend on time.
 settings.register_profile("glimpse", deadline=None, derandomize=True, max_examples=25,
-                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+                          suppress_health_check=[HealthCheck.function_scoped_fixture,
+                                                 HealthCheck.too_slow])
 settings.load_profile("glimpse")
-torch.set_num_threads(1)                                                        # tests are small: a second thread only waits
+torch.set_num_threads(1)                        # tests are small: a second thread only waits
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the long sweeps: many kills, many ranks, every pair")
+    parser.addoption("--slow", action="store_true",
+                     help="also run the long sweeps: many kills, many ranks, every pair")
 
 
 def pytest_collection_modifyitems(config, items):
