@@ -1,22 +1,22 @@
 """Training: one loop for every method, on a laptop or on many GPUs.
 
-    python train.py                                     # built-in faces, tiny model, a CPU
-    python train.py --data photos/ --size 64 --mask 0.9     # your own folder or zip
-    torchrun --nproc_per_node=8 train.py --mask 0.9     # 8 GPUs (or 8 CPU processes)
+    python train.py                                         # built-in faces, minutes on a CPU
+    python train.py --data photos/ --size 64 --mask 0.9     # your own folder or .zip
+    torchrun --nproc_per_node=8 train.py --mask 0.9         # 8 GPUs (or 8 CPU processes)
 
-Read it from top to bottom: what never changes in a run (`Setup`), what a step changes (`Learner`),
-the step (`train_step`: seven lines, one for each file of ideas) and the loop around it (`train`).
+Read it from top to bottom: what never changes in a run (`Setup`), what a step changes
+(`Learner`), the step itself (`train_step`, with the seven lines), the loop (`train`).
 
-    draws      noise, times, masks, flips and dropped labels are a function of (seed, step, shard).
-               A shard is a slice of the global batch. So k processes with one shard each take the
-               same step as one process with k shards (--micro-batch), and a resumed run draws
-               what it would have drawn: no random state has to be saved
-    progress   goes from 0 to 1 and drives learning rate and mask ratio (plumbing/plan.py)
-    around     options and refusals (running/options.py), images and weights (running/setup.py),
-               log, pictures, checkpoints and signals (running/journal.py)
+    draws      noise, times, masks, flips and dropped labels are a function of (seed, step,
+               shard). A shard is a slice of the global batch. So k processes with one shard
+               take the same step as one process with k shards (--micro-batch). And a
+               resumed run draws what it would have drawn: no random state has to be saved
+    progress   goes from 0 to 1, drives learning rate and mask ratio (plumbing/plan.py)
+    around     options and refusals (running/options.py), images and weights
+               (running/setup.py), log, pictures, checkpoints, signals (running/journal.py)
 
-Shapes: B images in a shard, C channels, h x w tokens, t in [0, 1]; x uint8 -> [-1, 1], z what the
-space makes of it.
+Shapes: B images in a shard, C channels, S x S pixels, h x h tokens, t in [0, 1];
+x uint8 -> [-1, 1], z what the space makes of it.
 """
 import copy
 import dataclasses
@@ -55,9 +55,9 @@ TOO_MANY = 20                       # steps in a row that are not finite: they e
 class Setup:
     """What never changes in a run: options, machine, images, space, schedule, objective.
 
-    o: Options. ckpt: a checkpoint that is continued exactly, or None. first: (weights, meta) of a
-    first stage to start from, or None. stage: "train" or "finetune".
-    UserError for whatever the options, the machine and the images do not allow together."""
+    o: Options. ckpt: a checkpoint that is continued exactly, or None. first: (weights,
+    meta) of a first stage to start from, or None. stage: "train" or "finetune". UserError
+    for whatever the options, the machine and the images do not allow together."""
 
     def __init__(self, o, ckpt=None, first=None, stage="train"):
         self.ckpt, self.first, self.stage = ckpt, first, stage
@@ -79,9 +79,9 @@ class Setup:
             torch.arange(min(len(self.held_out), 8)))[0]           # for pictures: (8, C, S, S)
 
     def prepare(self):
-        """What may take long. In latent space: run the encoder once, now, and train on what it
-        said (a task's condition is made of pixels: there it runs at every step). Then measure the
-        data, which gives the schedule its unit."""
+        """What may take long. In latent space: run the encoder once, now, and train on what
+        it said (a task's condition is made of pixels: there it runs at every step). Then
+        measure the data, which gives the schedule its unit."""
         o = self.o
         if o.space == "latent" and o.cache_latents and o.task == "generate":
             (self.images, self.held_out), self.space = encode_once(
@@ -113,7 +113,8 @@ class Setup:
         return torch.Generator(self.machine.device).manual_seed(seed)
 
     def batches(self, step):
-        """An endless iterator of this process's (x, y), `shards` of them a step, from `step` on."""
+        """An endless iterator of this process's (x, y), `shards` of them a step, from
+        `step` on."""
         o, rank = self.o, self.machine.rank
         seed = (o.seed, STAGES.index(self.stage))
         order = (shard_indices(len(self.images), seed,
@@ -125,8 +126,8 @@ class Setup:
 # --- what a step changes ------------------------------------------------------------------
 
 def build_optimizer(net, o):
-    """The optimizers of a network, a list: change it here to train with another one. A group
-    whose `lr` is twice --lr keeps twice the learning rate for the whole run."""
+    """The optimizers of a network, a list: change it here to train with another one. A
+    group whose `lr` is twice --lr keeps twice the learning rate for the whole run."""
     fused = next(net.parameters()).device.type in ("cpu", "cuda")
     return [torch.optim.AdamW(net.parameters(), lr=o.lr, betas=(o.beta1, o.beta2),
                               weight_decay=o.wd, fused=fused)]
@@ -135,8 +136,9 @@ def build_optimizer(net, o):
 class Learner:
     """What a step changes: network, average, optimizers and the scaler of float16.
 
-    learner(zt, t, y, m, cond) is the network in mixed precision, with gradients that are averaged
-    over all processes. step: number of steps so far. skipped: how many were not finite."""
+    learner(zt, t, y, m, cond) is the network in mixed precision, with gradients that are
+    averaged over all processes. step: number of steps so far. skipped: how many were not
+    finite."""
 
     def __init__(self, setup):
         self.o, self.machine, self.dtype = setup.o, setup.machine, setup.dtype
@@ -192,15 +194,15 @@ class Learner:
         self.step, self.skipped = ckpt["step"], ckpt["meta"]["skipped"]
 
     def gather_gradients(self, is_last):
-        """The block in which a shard goes forward and backward. Processes average their gradients
-        once a step: in the backward pass of the last shard."""
+        """The block in which a shard goes forward and backward. Processes average their
+        gradients once a step: in the backward pass of the last shard."""
         wait = self.machine.world > 1 and not is_last
         return self.model.no_sync() if wait else nullcontext()
 
     def update(self, lr):
-        """One step of the optimizers at rate `lr`, and of the average. A step whose gradient is
-        not finite is skipped: the norm is that of the averaged gradient, so all processes skip it
-        or none does. UserError after too many of them in a row."""
+        """One step of the optimizers at rate `lr`, and of the average. A step whose
+        gradient is not finite is skipped: the norm is that of the averaged gradient, so all
+        processes skip it or none does. UserError after too many of them in a row."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         gradients = [q.grad for q in self.net.parameters() if q.grad is not None]
@@ -232,7 +234,8 @@ class Learner:
 def augment(x, y, g, flip=True, label_dropout=0.0):
     """Mirror half of the images, drop a share of the labels.
 
-    x (B, C, S, S). y (B,) int64, or None. g: generator of both draws. -> x, y (-1: dropped)"""
+    x (B, C, S, S). y (B,) int64, or None. g: generator of both draws. -> x, y (-1:
+    dropped)"""
     def coin(share):
         return torch.rand(len(x), generator=g, device=x.device) < share              # (B,)
 
@@ -244,8 +247,9 @@ def augment(x, y, g, flip=True, label_dropout=0.0):
 
 
 def learning_rate(o, step, progress, total=None):
-    """The learning rate of a step: a linear warm-up over --warmup steps (at most a tenth of the
-    `total`), times a cosine decay over the progress in [0, 1] from --lr to --lr-end of it."""
+    """The learning rate of a step: a linear warm-up over --warmup steps (at most a tenth of
+    the `total`), times a cosine decay over the progress in [0, 1] from --lr to --lr-end of
+    it."""
     warmup = min(o.warmup, total // 10) if total else o.warmup
     decay = o.lr_end + (1 - o.lr_end) * (1 + math.cos(math.pi * progress)) / 2
     return o.lr * min(1.0, (step + 1) / (warmup + 1)) * decay
@@ -287,8 +291,8 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
     ckpt      a checkpoint to continue exactly
     first     (weights, meta) of a first stage to start from
     stage     "train" or "finetune"
-    on_step   on_step(step, numbers) after every step: dict of loss, lr, ratio, progress. For a
-              logger of your own
+    on_step   on_step(step, numbers) is called after every step, for a logger of your own;
+              numbers: a dict of loss, lr, ratio and progress
     -> the run's folder. UserError for what cannot be, in one line"""
     check(o)
     if o.dry_run:
@@ -323,7 +327,8 @@ def make_plan(setup, step):
 
 
 def continue_run(o, ckpt, stage):
-    """Continue a run, unless its plan is fulfilled: torchrun --max-restarts repeats commands."""
+    """Continue a run, unless its plan is fulfilled: torchrun --max-restarts repeats
+    commands."""
     if ckpt["step"] >= (o.steps or ckpt["meta"]["plan"] or math.inf):
         print(f"{o.out} is finished: {ckpt['step']} steps; a larger --steps continues it")
     else:

@@ -1,14 +1,15 @@
 """A run's folder and its checkpoints, which are whole or absent.
 
-The idea. A training run must survive `kill -9`. So a checkpoint is written beside its place, forced
-to disk and renamed onto it: a reader sees the old file or the new one, never half of one. It holds
-plain dicts, tensors, numbers and strings and is read with weights_only, so that a file from a
-stranger cannot run code.
+The idea. A training run must survive `kill -9`. So a checkpoint is written beside its
+place, forced to disk and renamed onto it: a reader sees the old file or the new one, never
+half of one. It holds plain dicts, tensors, numbers and strings and is read with
+weights_only, so that a file from a stranger cannot run code.
 
-    runs/NAME/      config.json   log.csv   loss.png   samples/000500.png   last.pt   000500.pt
+    runs/NAME/      config.json  log.csv  loss.png  samples/000500.png  last.pt  000500.pt
     runs/latest     names the newest run that has a checkpoint
-    a checkpoint    version, config, meta (how to build the model, class names, data_std, plan and
-                    progress), step, images, seconds, model, ema, optimizer, scaler, rng
+    a checkpoint    version, config, meta (how to build the model, class names, data_std,
+                    plan and progress), step, images, seconds, model, ema, optimizer,
+                    scaler, rng
 """
 import os
 import shutil
@@ -38,7 +39,8 @@ def newest_checkpoint():
 
 
 def find_checkpoint(path):
-    """A checkpoint's own path, from that of the file, of a run's folder or of runs/latest."""
+    """A checkpoint's own path, from that of the file, of a run's folder or of
+    runs/latest."""
     path = Path(path)
     if path == LATEST:
         return newest_checkpoint()
@@ -46,8 +48,8 @@ def find_checkpoint(path):
 
 
 def read_checkpoint(path):
-    """The checkpoint's dict, on the CPU. path: as in `find_checkpoint`. UserError for a file that
-    is missing, damaged or of another version."""
+    """The checkpoint's dict, on the CPU. path: as in `find_checkpoint`. UserError for a
+    file that is missing, damaged or of another version."""
     path = find_checkpoint(path)
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; train one first (python train.py) "
@@ -64,7 +66,8 @@ def read_checkpoint(path):
 
 
 def save_atomic(value, path):
-    """torch.save that leaves the whole new file or the old one, whatever happens in between."""
+    """torch.save that leaves the whole new file or the old one, whatever happens in
+    between."""
     with replacing(path, shared=False) as file:         # a run has one writer: `open_run_folder`
         torch.save(value, file)
 
@@ -91,12 +94,13 @@ def make_run_folder(out=None):
 
 
 def open_run_folder(out=None):
-    """Make the folder of a run and keep other processes from training there while this one lives.
+    """Make the folder of a run and keep other processes from training there while this one
+    lives.
 
-    -> its path, and its config.json, which is also the lock: keep it open. UserError when another
-    process trains there."""
+    -> its path, and its config.json, which is also the lock: keep it open. UserError when
+    another process trains there."""
     folder = make_run_folder(out)
-    LATEST.parent.mkdir(exist_ok=True)      # `name_newest` writes there: if it can't, then say so now
+    LATEST.parent.mkdir(exist_ok=True)      # `name_newest` writes there later: fail now
     config = open(folder / "config.json", "a")
     if fcntl:
         try:                                # not flock: worker processes would inherit and keep it
@@ -111,8 +115,8 @@ def open_run_folder(out=None):
 
 
 def keep_copy(path, copy_to):
-    """A second name for a finished checkpoint, without a second copy on disk where the file system
-    allows it."""
+    """A second name for a finished checkpoint, without a second copy on disk where the file
+    system allows it."""
     copy_to.unlink(missing_ok=True)
     try:
         os.link(path, copy_to)

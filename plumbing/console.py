@@ -1,10 +1,10 @@
 """Console: how every command here speaks to the person who typed it.
 
-The rules. Options are written out, and each stands in --help with its default. What a person can
-fix is answered by one line that names it and says what to do, with exit status 2 and never a
-traceback: raise UserError wherever it is noticed, `run_command` prints it. Ctrl-C is status 130, as
-a shell expects. What a command writes is there as a whole or not at all: `replacing`. A module that
-draws its own idea does so with `run_picture_command`.
+The rules. Options are written out, and each stands in --help with its default. What a
+person can fix is answered by one line that names it and says what to do, with exit status 2
+and never a traceback: raise UserError wherever it is noticed, `run_command` prints it.
+Ctrl-C is status 130, as a shell expects. What a command writes is there as a whole or not
+at all: `replacing`. A module that draws its own idea does so with `run_picture_command`.
 """
 import argparse
 import os
@@ -16,8 +16,8 @@ import torch
 
 
 class UserError(ValueError):
-    """Something that the user can fix. The message is one line; commands print it and exit with
-    status 2."""
+    """Something that the user can fix. The message is one line; commands print it and exit
+    with status 2."""
 
 
 def describe_error(error):
@@ -28,8 +28,9 @@ def describe_error(error):
 
 
 def build_parser(description, **settings):
-    """An argument parser as every command here has it: no abbreviations, defaults in --help, and
-    bad input is one line and exit status 2. settings: of argparse.ArgumentParser."""
+    """An argument parser as every command here has it: no abbreviations, defaults in
+    --help, and bad input is one line and exit status 2. settings: of
+    argparse.ArgumentParser."""
     settings = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | settings
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, **settings)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
@@ -53,11 +54,12 @@ def run_command(command):
 
 @contextmanager
 def replacing(path, shared=True):
-    """A file to write. It takes the name `path` when the block has ended well and vanishes when it
-    has not: the name always holds the whole new file or the old one.
+    """A file to write. It takes the name `path` when the block has ended well and vanishes
+    when it has not: the name always holds the whole new file or the old one.
 
-    It is opened at once, so a place that cannot be written is told before the work. shared: other
-    processes may write this name at the same time; then each has a temporary name of its own."""
+    It is opened at once, so a place that cannot be written is told before the work. shared:
+    other processes may write this name at the same time; then each has a temporary name of
+    its own."""
     path = Path(path)
     ending = f"{os.getpid()}.tmp" if shared else "tmp"
     temporary = path.with_name(f"{path.name}.{ending}")
@@ -80,7 +82,8 @@ def replacing(path, shared=True):
 
 
 def run_picture_command(description, draw, out, **numbers):
-    """The command of a module that shows its idea: save the picture draw(**numbers) as --out.
+    """The command of a module that shows its idea: save the picture draw(**numbers) as
+    --out.
 
     numbers: an option each, name=(default, help)."""
     parser = build_parser(description)

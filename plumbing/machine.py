@@ -1,12 +1,12 @@
 """Machine: which process this is among how many, what it computes on and how precisely.
 
 The same file runs on a laptop and on many GPUs because only this file knows the difference.
-torchrun starts k processes and tells each its number in the environment. They meet here. From then
-on they exchange three things: gradients (DistributedDataParallel averages them, in train.py), a
-few numbers for the log and the plan, and the wish to stop.
+torchrun starts k processes and tells each its number in the environment. They meet here.
+From then on they exchange three things: gradients (DistributedDataParallel averages them,
+in train.py), a few numbers for the log and the plan, and the wish to stop.
 
-Mixed precision is autocast in bfloat16 where the hardware has it. Weights and optimizer stay in
-float32. float16 needs a GradScaler and is never chosen by itself.
+Mixed precision is autocast in bfloat16 where the hardware has it. Weights and optimizer
+stay in float32. float16 needs a GradScaler and is never chosen by itself.
 """
 import os
 from dataclasses import dataclass
@@ -14,18 +14,19 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-# DistributedDataParallel would import this once the group exists. Its functions would keep the
-# group as a default argument, gloo's threads would outlive destroy_process_group, and one in
-# hundreds of runs would abort after its last line.
+# DistributedDataParallel would import this once the group exists. Its functions would keep
+# the group as a default argument, gloo's threads would outlive destroy_process_group, and
+# one in hundreds of runs would abort after its last line.
 import torch.distributed.nn.functional  # noqa: F401
 
 from plumbing.console import UserError
 
 
-# --- devices --------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------------------
 
 def pick_device(name="auto"):
-    """auto: cuda, else mps, else cpu. UserError for a device that this machine does not have."""
+    """auto: cuda, else mps, else cpu. UserError for a device that this machine does not
+    have."""
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
     if name == "auto":
@@ -45,8 +46,9 @@ def pick_device(name="auto"):
 def amp_type(amp, device):
     """The autocast type, or None for float32.
 
-    amp: auto, bf16, fp16 or off. auto is bfloat16 where it is fast, and never float16. On CPUs that
-    is AVX512-BF16: elsewhere bfloat16 is 40 to 500 times slower. UserError for fp16 off CUDA."""
+    amp: auto, bf16, fp16 or off. auto is bfloat16 where it is fast, and never float16. On
+    CPUs that is AVX512-BF16: elsewhere bfloat16 is 40 to 500 times slower. UserError for
+    fp16 off CUDA."""
     if amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs a CUDA GPU; use --amp auto")
     if amp in ("bf16", "fp16"):
@@ -69,7 +71,7 @@ def count_cores():
     return os.cpu_count()
 
 
-# --- processes ------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------
 
 @dataclass
 class Machine:
@@ -92,7 +94,8 @@ class Machine:
         return float(value)
 
     def reduce_max(self, *values):
-        """The maximum of each number over all processes, in one exchange. -> list of floats"""
+        """The maximum of each number over all processes, in one exchange. -> list of
+        floats"""
         if self.world == 1:
             return [float(value) for value in values]
         values = self.to_tensor(values)
@@ -110,8 +113,8 @@ class Machine:
         return all(high == -low for high, low in zip(highest, lowest))
 
     def run_on_first(self, work):
-        """What work() gives, in the first process alone; None in the others. If it fails, all end:
-        that one with its error, the others quietly."""
+        """What work() gives, in the first process alone; None in the others. If it fails,
+        all end: that one with its error, the others quietly."""
         result, trouble = None, None
         if self.rank == 0:
             try:
@@ -129,9 +132,11 @@ class Machine:
 
 
 def start_machine(device="auto", threads=0):
-    """Join the other processes of torchrun, if there are any, and choose device and threads.
+    """Join the other processes of torchrun, if there are any, and choose device and
+    threads.
 
-    -> Machine. UserError for a device that this machine lacks, or more processes than GPUs."""
+    -> Machine. UserError for a device that this machine lacks, or more processes than
+    GPUs."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world > 1 and ":" in device:

@@ -1,20 +1,23 @@
 """The plan of a run: how many steps there will be, and how far the run is.
 
-Learning rate and mask ratio follow *progress*, a number that goes from 0 to 1. With `--steps` it is
-step / steps. With `--minutes` nobody knows the number of steps, so it is planned from the clock:
+Learning rate and mask ratio follow *progress*, a number that goes from 0 to 1. With
+`--steps` it is step / steps. With `--minutes` nobody knows the number of steps, so it is
+planned from the clock:
 
     first      after 20 timed steps (or a tenth of the time, if that comes first)
-    again      every 2 % of the time, from what the last steps took, until the last twentieth
-    progress   += (1 - progress) / (steps left): it never falls and never jumps, and the last
-               step of the plan ends at 1, however often the plan was changed
+    again      every 2 % of the time, from what the last steps took, until the last 5 %
+    progress   += (1 - progress) / (steps left): it never falls and never jumps, and after
+               the last step it is 1, however often the plan was changed
 
-A ramp of the mask makes steps dearer or cheaper as it goes on, so a step is counted by its cost:
+A ramp of the mask makes steps dearer or cheaper as it goes on, so a step is counted by its
+cost:
 
-    seconds left = (seconds per unit of cost) x (steps left) x (mean cost from progress to 1)
+    seconds left = (seconds per unit of cost) x (steps left) x (mean cost from progress to
+    1)
                  + (seconds of one evaluation) x (evaluations left)
 
-A machine that slows down or speeds up by 2 at any moment but the last twentieth therefore ends
-within 5 % of its minutes.
+A machine that slows down or speeds up by 2 at any moment but the last twentieth therefore
+ends within 5 % of its minutes.
 """
 import statistics
 import time
@@ -100,8 +103,8 @@ class Plan:
         return max(1, int(left / each))
 
     def seconds_per_cost(self):
-        """Seconds per unit of cost. At first the median of the steps, for one of them is far
-        slower. Later all the time since the last plan counts, evaluations aside."""
+        """Seconds per unit of cost. At first the median of the steps, for one of them is
+        far slower. Later all the time since the last plan counts, evaluations aside."""
         if self.total is None:
             return statistics.median(d / c for d, c in zip(self.durations, self.costs))
         return (self.seconds - self.planned - self.looked) / sum(self.costs)

@@ -1,15 +1,15 @@
 """Evaluation while a model trains: one number that compares runs, and one picture.
 
-The idea. A training loss depends on the mask ratio, the prediction and the drawn times, so it
-compares nothing. `validate` asks every model the same question, at eight noise levels with the
-same noise: how far is your guess of the clean image, in units of what the best linear guess leaves
-open?
+The idea. A training loss depends on the mask ratio, the prediction and the drawn times, so
+it compares nothing. `validate` asks every model the same question, at eight noise levels
+with the same noise: how far is your guess of the clean image, in units of what the best
+linear guess leaves open?
 
     val_loss = mean over levels of |x0_hat - x0|^2 / (b^2 s^2 / V)      s: the data's rms
 
 All tokens are visible. 1 is as good as a linear guess. `evaluate_model` adds what no number
-replaces: samples of fixed noise, or condition | result | target of a task, or a reconstruction
-beside its original.
+replaces: samples of fixed noise, or condition | result | target of a task, or a
+reconstruction beside its original.
 
 Shapes: B batch; x (B, C, H, W) in [-1, 1], z what the space makes of it, t in [0, 1].
 """
@@ -28,9 +28,10 @@ from tasks import TASKS, make_condition, place_side_by_side
 def validate(model, images, dtype=None, count=256, levels=8, batch=64):
     """Denoising error on held-out images at fixed times and noise, all tokens visible.
 
-    It is |x0_hat - x0|^2 in units of what a linear guess leaves unknown at that time, b^2 s^2 / V,
-    averaged over `levels` equal steps of angle. An untrained `unit` model has 1, other predictions
-    start above. It compares mask ratios, and predictions too, for x0_hat comes after `split`.
+    It is |x0_hat - x0|^2 in units of what a linear guess leaves unknown at that time, b^2
+    s^2 / V, averaged over `levels` equal steps of angle. An untrained `unit` model has 1,
+    other predictions start above. It compares mask ratios, and predictions too, for x0_hat
+    comes after `split`.
 
     model: sample.DiffusionModel. images: data.Images or spaces.Latents. dtype: the type for
     autocast, or None. count: how many images at most. -> float"""
@@ -51,7 +52,8 @@ def validate(model, images, dtype=None, count=256, levels=8, batch=64):
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             out = model.net(zt, t, y, None, cond)
         x0, _ = schedule.split(out, zt, t, model.predict)
-        linear = (schedule.b(t) * schedule.data_std * schedule.input_scale(t)) ** 2      # b^2 s^2 / V
+        # What a linear guess leaves unknown: b^2 s^2 / V.
+        linear = (schedule.b(t) * schedule.data_std * schedule.input_scale(t)) ** 2
         errors.append(((x0 - z) ** 2).mean((1, 2, 3)).cpu().double() / linear)
     return torch.cat(errors).mean().item()
 
@@ -82,7 +84,8 @@ def evaluate_model(model, held_out, shown, pixel_space, o, path, dtype=None):
 
 
 def evaluate_task(model, held_out, name, path, dtype=None, count=64):
-    """condition | result | target of held-out images at `path`, and how good they are, printed."""
+    """condition | result | target of held-out images at `path`, and how good they are,
+    printed."""
     task, count = TASKS[name], min(count, len(held_out))
     x, y = held_out.take(torch.arange(count))
     truth, cond = make_condition(name, to_float(x), held_out.maps, g=seeded(3))

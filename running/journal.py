@@ -1,13 +1,15 @@
-"""The journal of a run: its folder, log, pictures, checkpoints, and the signals that end it.
+"""The journal of a run: its folder, log, pictures, checkpoints, and the signals that end
+it.
 
     runs/NAME/   config.json   log.csv   loss.png   samples/000500.png   last.pt   000500.pt
 
-`with Journal(setup) as journal` opens the folder and catches Ctrl-C and SIGTERM; when the block
-ends, however it ends, the old handlers are back and log and lock are closed. In between it is told
-of every step. One process of a run writes, the others only help to add up the loss.
+`with Journal(setup) as journal` opens the folder and catches Ctrl-C and SIGTERM; when the
+block ends, however it ends, the old handlers are back and log and lock are closed. In
+between it is told of every step. One process of a run writes, the others only help to add
+up the loss.
 
-A signal saves before anything is drawn, for a harder one may follow. What ran after the last
-checkpoint runs again, so the log is cut back to the checkpoint first.
+A signal saves before anything is drawn, for a harder one may follow. What ran after the
+last checkpoint runs again, so the log is cut back to the checkpoint first.
 """
 import csv
 import dataclasses
@@ -36,7 +38,8 @@ LOG_EVERY = 10                                  # steps
 # --- the log and its picture --------------------------------------------------------------
 
 def open_log(path, step):
-    """log.csv for appending, cut back to `step`: what ran after the checkpoint will run again."""
+    """log.csv for appending, cut back to `step`: what ran after the checkpoint will run
+    again."""
     rows = []
     if path.exists():
         with open(path, newline="") as f:       # a torn last line has no last field
@@ -51,7 +54,8 @@ def open_log(path, step):
 
 
 def draw_loss(log, path, width=640, height=360):
-    """log.csv -> a picture of training and validation loss over steps, on a logarithmic scale."""
+    """log.csv -> a picture of training and validation loss over steps, on a logarithmic
+    scale."""
     with open(log, newline="") as f:
         rows = list(csv.DictReader(f))
     curves = []
@@ -102,12 +106,14 @@ class Journal:
             self.finish()
 
     def ask_to_stop(self, number, frame):
-        """The signal handler: the loop ends after this step. A second one ends the program."""
+        """The signal handler: the loop ends after this step. A second one ends the
+        program."""
         self.signals.append(number)
         signal.signal(number, signal.SIG_DFL)
 
     def begin(self, learner, plan):
-        """Before the first step: write config.json, open the log, say what will be trained."""
+        """Before the first step: write config.json, open the log, say what will be
+        trained."""
         self.learner, self.plan = learner, plan
         self.tokens = self.setup.side ** 2
         self.logged, self.counted, self.since = plan.step, 0, time.monotonic()
@@ -131,7 +137,8 @@ class Journal:
         self.tick = self.since = time.monotonic()
 
     def describe(self):
-        """What will be trained, on what: three lines, and a note where a resumed run differs."""
+        """What will be trained, on what: three lines, and a note where a resumed run
+        differs."""
         o, setup, world = self.o, self.setup, self.machine.world
         parameters = sum(q.numel() for q in self.learner.net.parameters()) / 1e6
         counts = ", ".join(map(str, token_counts(o, self.tokens)))
@@ -185,8 +192,8 @@ class Journal:
         self.tick = time.monotonic()
 
     def agree(self):
-        """All processes learn whether one was asked to stop, and how many steps the first one
-        wants to plan."""
+        """All processes learn whether one was asked to stop, and how many steps the first
+        one wants to plan."""
         left = self.plan.propose_steps_left() if self.is_writer else 0
         is_asked, left = self.machine.reduce_max(len(self.signals) > 0, left)
         self.plan.adopt(left)
@@ -225,7 +232,8 @@ class Journal:
         self.log.write(",".join(map(str, row)) + "\n")
 
     def evaluate(self):
-        """Validation loss and a picture in samples/, both of the averaged weights. -> val_loss"""
+        """Validation loss and a picture in samples/, both of the averaged weights. ->
+        val_loss"""
         begun, setup = time.monotonic(), self.setup
         model = DiffusionModel(self.learner.average, setup.schedule, setup.space,
                                self.o.predict, setup.meta, self.machine.device)

@@ -1,8 +1,9 @@
-"""Setting up a run: images, space, what the checkpoint remembers, and refusals that need the data.
+"""Setting up a run: images, space, what the checkpoint remembers, and refusals that need
+the data.
 
-train.py calls each of these once, before the first step. Here stands what a reader of the seven
-lines may skip: which images are held out, what is written into a checkpoint's `meta`, how the
-weights of a first stage are fitted to a network with other classes.
+train.py calls each of these once, before the first step. Here stands what a reader of the
+seven lines may skip: which images are held out, what is written into a checkpoint's `meta`,
+how the weights of a first stage are fitted to a network with other classes.
 
 Shapes: n images, B batch, h x w tokens.
 """
@@ -34,8 +35,8 @@ def epoch_order(count, seed, epoch):
 
 
 def shard_indices(count, seed, first, size):
-    """Images number first ... first + size - 1 of an endless sequence of epochs, each of which is
-    a permutation of all `count` images. -> (size,)"""
+    """Images number first ... first + size - 1 of an endless sequence of epochs, each of
+    which is a permutation of all `count` images. -> (size,)"""
     i = torch.arange(first, first + size)
     epochs = range(first // count, (first + size - 1) // count + 1)
     return torch.cat([epoch_order(count, seed, epoch)[i[i // count == epoch] % count]
@@ -43,7 +44,8 @@ def shard_indices(count, seed, first, size):
 
 
 def split_batch(o, world):
-    """The global batch in shards. -> (images in a shard, shards a process has in one step)"""
+    """The global batch in shards. -> (images in a shard, shards a process has in one
+    step)"""
     micro = o.micro_batch or max(1, o.batch // world)
     if o.batch % (micro * world):
         raise UserError(
@@ -55,7 +57,8 @@ def split_batch(o, world):
 # --- images and space ---------------------------------------------------------------------
 
 def load_run_images(o, machine):
-    """Every process knows the same images in the same order; held-out ones never enter training.
+    """Every process knows the same images in the same order; held-out ones never enter
+    training.
     -> (training Images, held-out Images). UserError as in data.py."""
     loading = dict(seed=o.seed, cache_gb=o.cache_gb / machine.local_world,
                    progress=machine.rank == 0)
@@ -75,8 +78,9 @@ def load_run_images(o, machine):
 
 
 def open_space(o, channels, ckpt=None, first=None):
-    """The space of a run. ckpt, first: a run to continue or the (weights, meta) of a first stage,
-    whose autoencoder it must be. UserError for another one, and for a size that does not fit."""
+    """The space of a run. ckpt, first: a run to continue or the (weights, meta) of a first
+    stage, whose autoencoder it must be. UserError for another one, and for a size that does
+    not fit."""
     if ckpt:
         space = build_model(ckpt["meta"] | dict(vae=o.vae))[2]
     else:
@@ -103,8 +107,9 @@ def token_counts(o, tokens):
 
 
 def step_cost(o, tokens, progress):
-    """What a step costs at a progress, in a unit of its own: the visible tokens, plus all tokens
-    in the light decoder, plus a little for everything that does not depend on the mask."""
+    """What a step costs at a progress, in a unit of its own: the visible tokens, plus all
+    tokens in the light decoder, plus a little for everything that does not depend on the
+    mask."""
     size = MODELS[o.model]
     light = size["decoder_width"] ** 2 / (size["depth"] * size["width"] ** 2)
     return visible_count(tokens, mask_ratio(o, progress)) + tokens * (o.decoder * light + 1 / 16)
@@ -119,7 +124,8 @@ def require_hidden_tokens(o, tokens):
 
 
 def require_same_view(machine, count, step):
-    """UserError unless all processes see the same number of images and the same checkpoint."""
+    """UserError unless all processes see the same number of images and the same
+    checkpoint."""
     if not machine.all_equal(count, step):
         raise UserError("the processes see different images, or checkpoints of different steps: "
                         "--data must hold the same everywhere, --out must be one shared folder")
@@ -130,7 +136,8 @@ def require_same_view(machine, count, step):
 def network_options(o, channels, space, classes):
     """The arguments of the ViT that options `o` ask for.
 
-    channels: of the images. space: with .channels and .factor. classes: how many. -> dict"""
+    channels: of the images. space: with .channels and .factor. classes: how many. ->
+    dict"""
     return dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].head_count(o.predict),
                 patch=o.patch, skips=o.skips, decoder=o.decoder, economy=o.economy,
                 classes=classes, **MODELS[o.model],
@@ -138,16 +145,19 @@ def network_options(o, channels, space, classes):
 
 
 def measure_std(o, images, space, device):
-    """Root mean square of what diffusion runs on: of the images, or of their latents or maps."""
+    """Root mean square of what diffusion runs on: of the images, or of their latents or
+    maps."""
     some, _ = images.take(torch.arange(min(len(images), 1024)))
     some, _ = make_condition(o.task, to_float(some), images.maps, g=seeded(o.seed, 8))
     return space.encode(some.to(device)).cpu().double().square().mean().sqrt().item()
 
 
 def describe_model(o, images, space, first, stage, device, shards):
-    """All that a reader of the checkpoint needs to build its model again. -> dict, the `meta`"""
+    """All that a reader of the checkpoint needs to build its model again. -> dict, the
+    `meta`"""
     task = TASKS[o.task]
-    # A second stage keeps its first one's unit, unless it goes from pictures to maps or back.
+    # A second stage keeps its first one's unit, unless it goes from pictures to maps or
+    # back.
     if first and TASKS[first[1].get("task", "generate")].exact == task.exact:
         data_std = first[1]["data_std"]
     else:
@@ -162,15 +172,16 @@ def describe_model(o, images, space, first, stage, device, shards):
 
 
 def absolute_path(path):
-    """A path that is found from another working folder, too. Links stay, for their names."""
+    """A path that is found from another working folder, too. Links stay, for their
+    names."""
     return path and os.path.abspath(os.path.expanduser(path))
 
 
 # --- weights ------------------------------------------------------------------------------
 
 def load_first_stage(net, weights, classes_there, classes_here):
-    """Load a first stage's weights. Classes keep their embedding by name. Inputs that the first
-    stage did not have (other classes, a condition of another shape) start fresh.
+    """Load a first stage's weights. Classes keep their embedding by name. Inputs that the
+    first stage did not have (other classes, a condition of another shape) start fresh.
 
     UserError when anything else differs."""
     mine, may_differ = net.state_dict(), ("embed_class", "embed_cond")
@@ -205,8 +216,8 @@ def require_same_shapes(weights, mine, may_be_missing):
 def compile_blocks(net):
     """torch.compile for every block of a network.
 
-    A ramp has 8 numbers of tokens, and skips, routes and decoders see them in different shapes.
-    torch's default limit of 8 would leave the last ones, silently, uncompiled."""
+    A ramp has 8 numbers of tokens, and skips, routes and decoders see them in different
+    shapes. torch's default limit of 8 would leave the last ones, silently, uncompiled."""
     torch._dynamo.config.cache_size_limit = 64
     torch._dynamo.config.accumulated_cache_size_limit = 512
     for block in net.all_blocks():
