@@ -31,16 +31,17 @@ from torch.nn.parallel import DistributedDataParallel
 from losses import OBJECTIVES
 from mask import draw
 from plumbing.console import UserError, run_command
-from plumbing.images import seeded, to_float
+from plumbing.images import choose_subset, seeded, to_float
 from plumbing.machine import amp_type, start_machine
 from plumbing.plan import Plan
 from running.cost import describe_cost
 from running.journal import Journal
 from running.options import Options, check, options_parser, resolve_options
 from running.setup import (
-    STAGES, absolute_path, autocast, compile_blocks, describe_model, load_first_stage,
-    load_run_images, mask_ratio, network_options, open_space, require_hidden_tokens,
-    require_same_view, shard_indices, split_batch, step_cost)
+    STAGES, absolute_path, autocast, compile_blocks, describe_data, describe_model,
+    load_first_stage, load_run_images, mask_ratio, network_options, open_space,
+    require_hidden_tokens, require_output_outside, require_same_data, require_same_view,
+    shard_indices, split_batch, step_cost)
 from sample import load_weights
 from schedules import SCHEDULES, times
 from spaces import encode_once
@@ -68,15 +69,19 @@ class Setup:
         self.micro, self.shards = split_batch(o, self.machine.world)
         self.dtype = amp_type(o.amp, self.machine.device)
 
+        require_output_outside(o)
         self.images, self.held_out = load_run_images(o, self.machine)
+        self.data = describe_data(self.images, self.held_out)
+        if ckpt:
+            require_same_data(ckpt["meta"], self.data, o.out)
         self.space = open_space(o, self.images.channels, ckpt, first)
         self.side = o.size // self.space.factor // o.patch          # h = w, in tokens
         require_hidden_tokens(o, self.side ** 2)
         require_same_view(self.machine, len(self.images), ckpt["step"] if ckpt else 0)
 
         self.classes = list(self.images.classes) if o.labels else []
-        self.pixel_space, self.shown = self.space, self.held_out.take(
-            torch.arange(min(len(self.held_out), 8)))[0]           # for pictures: (8, C, S, S)
+        self.pixel_space = self.space                       # for pictures of a reconstruction
+        self.shown, _ = self.held_out.take(choose_subset(len(self.held_out), 8))
 
     def prepare(self):
         """What may take long. In latent space: run the encoder once, now, and train on what
@@ -91,7 +96,8 @@ class Setup:
             self.meta = self.ckpt["meta"] | dict(vae=absolute_path(o.vae))
         else:
             self.meta = describe_model(o, self.images, self.space, self.first, self.stage,
-                                       self.machine.device, self.machine.world * self.shards)
+                                       self.machine.device)
+            self.meta |= dict(shards=self.machine.world * self.shards, data=self.data)
         self.schedule = dataclasses.replace(SCHEDULES[o.schedule], data_std=self.meta["data_std"])
         # A reconstruction has no time: t = 0, where x_t is the image.
         self.when = o.time_sampling if o.objective == "denoise" else "zero"
@@ -157,6 +163,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.machine.device.type,
                                            enabled=self.dtype == torch.float16)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.is_whole = True                                # not in the middle of an update
         if setup.ckpt:
             self.load(setup.ckpt)
         if self.o.compile:
@@ -203,6 +210,7 @@ class Learner:
         """One step of the optimizers at rate `lr`, and of the average. A step whose
         gradient is not finite is skipped: the norm is that of the averaged gradient, so all
         processes skip it or none does. UserError after too many of them in a row."""
+        self.is_whole = False
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         gradients = [q.grad for q in self.net.parameters() if q.grad is not None]
@@ -224,6 +232,7 @@ class Learner:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.is_whole = True
         if self.skipped_in_a_row >= TOO_MANY:
             raise UserError(f"the last {TOO_MANY} gradients, up to step {self.step}, were not "
                             "finite: try a smaller --lr or --amp off")
@@ -301,9 +310,9 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
     with Journal(setup) as journal:
         setup.prepare()
         learner = Learner(setup)
-        plan = make_plan(setup, learner.step)
-        journal.begin(learner, plan)
-        batches = setup.batches(learner.step)
+        plan = make_plan(setup)
+        journal.begin(learner, plan, describe_turn_back(setup, plan))
+        batches = journal.watch(setup.batches(learner.step))
         while not journal.ended:
             progress = plan.progress
             ratio, lr = setup.ratio(progress), learning_rate(o, plan.step, progress, plan.total)
@@ -314,16 +323,34 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
     return journal.folder
 
 
-def make_plan(setup, step):
+def make_plan(setup):
     """The Plan of a run: --steps, or --minutes (4 when neither is given)."""
-    o, ckpt, meta = setup.o, setup.ckpt, setup.meta
+    o, ckpt = setup.o, setup.ckpt
     minutes = None if o.steps else o.minutes or 4.0
-    state = None
-    if ckpt:
-        progress = meta.get("progress", step / meta["plan"] if meta["plan"] else 0.0)
-        state = dict(step=step, plan=meta["plan"], progress=progress)
     return Plan(o.steps, minutes, lambda p: step_cost(o, setup.side ** 2, p), o.sample_every,
-                state, ckpt["seconds"] if ckpt else 0.0)
+                read_state(ckpt) if ckpt else None, ckpt["seconds"] if ckpt else 0.0)
+
+
+def read_state(ckpt):
+    """Where the plan of a checkpoint stands. -> dict(step, plan, progress)"""
+    step, plan = ckpt["step"], ckpt["meta"]["plan"]
+    progress = ckpt["meta"].get("progress")
+    if progress is None:                                    # an older file
+        progress = step / plan if plan else 0.0
+    return dict(step=step, plan=plan, progress=progress)
+
+
+def describe_turn_back(setup, plan):
+    """One line when a longer plan turns back what follows the progress of a run, or ""."""
+    o, state = setup.o, setup.ckpt and read_state(setup.ckpt)
+    if not state or plan.progress > state["progress"] - 1e-9:
+        return ""
+    before = learning_rate(o, plan.step, state["progress"], state["plan"])
+    after = learning_rate(o, plan.step, plan.progress, plan.total)
+    return (f"note: {plan.total} steps instead of {state['plan']} turn progress back from "
+            f"{state['progress']:.2f} to {plan.progress:.2f}: the learning rate goes from "
+            f"{before:.2g} to {after:.2g}, the hidden share from "
+            f"{setup.ratio(state['progress']):.2f} to {setup.ratio(plan.progress):.2f}")
 
 
 def continue_run(o, ckpt, stage):

@@ -11,6 +11,7 @@ weights_only, so that a file from a stranger cannot run code.
                     plan and progress), step, images, seconds, model, ema, optimizer,
                     scaler, rng
 """
+import contextlib
 import os
 import shutil
 from datetime import datetime
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.console import UserError, replacing
+from plumbing.console import UserError, describe_error, replacing
 
 try:
     import fcntl
@@ -31,7 +32,7 @@ LATEST = Path("runs/latest")
 
 def newest_checkpoint():
     """The newest run's last.pt. UserError when there is none."""
-    name = LATEST.read_text().strip() if LATEST.exists() else ""
+    name = os.fsdecode(LATEST.read_bytes()).strip() if LATEST.is_file() else ""
     if not name:
         raise UserError(f"no run found: {LATEST} does not exist or is empty; "
                         "train one first (python train.py) or name a checkpoint")
@@ -73,10 +74,17 @@ def save_atomic(value, path):
 
 
 def name_newest(out):
-    """Write runs/latest, whole or not at all."""
-    LATEST.parent.mkdir(exist_ok=True)
-    with replacing(LATEST) as file:
-        file.write(str(out).encode())
+    """Write runs/latest, whole or not at all. Where it cannot be written, runs go on."""
+    with contextlib.suppress(OSError, UserError):
+        LATEST.parent.mkdir(exist_ok=True)
+        with replacing(LATEST) as file:
+            file.write(os.fsencode(out))
+
+
+def unlink_link(path):
+    """Remove a link, so that nothing is written to where it leads."""
+    if path.is_symlink():
+        path.unlink()
 
 
 def make_run_folder(out=None):
@@ -91,6 +99,9 @@ def make_run_folder(out=None):
             if out is not None:
                 raise UserError(f"--out {out} is no folder; give another name") from None
             k += 1
+        except OSError as error:
+            raise UserError(f"{'--out ' if out else ''}{folder} cannot be made "
+                            f"({describe_error(error)}); give another --out") from None
 
 
 def open_run_folder(out=None):
@@ -100,7 +111,14 @@ def open_run_folder(out=None):
     -> its path, and its config.json, which is also the lock: keep it open. UserError when
     another process trains there."""
     folder = make_run_folder(out)
-    LATEST.parent.mkdir(exist_ok=True)      # `name_newest` writes there later: fail now
+    try:
+        LATEST.parent.mkdir(exist_ok=True)
+        writable = os.access(LATEST.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        print(f"note: {LATEST} cannot be written: name this run with --from or --ckpt later")
+    unlink_link(folder / "config.json")
     config = open(folder / "config.json", "a")
     if fcntl:
         try:                                # not flock: worker processes would inherit and keep it

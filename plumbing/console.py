@@ -8,6 +8,7 @@ at all: `replacing`. A module that draws its own idea does so with `run_picture_
 """
 import argparse
 import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,29 +28,142 @@ def describe_error(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+# --- what is shown ------------------------------------------------------------------------
+
+def escape(text):
+    """Text that a terminal may be shown: control characters, and what is no Unicode, as
+    codes.
+
+    Names of files, classes and labels come from anywhere. One may hold an escape sequence
+    that recolours the screen, or bytes that no encoding knows. Line ends and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\r\t" else repr(c)[1:-1] for c in text)
+
+
+class Screen:
+    """Standard output or error: every character goes through `escape`, and a place that
+    takes no more (a full disk, a closed pipe) does not end the work. `trouble` is then the
+    error."""
+
+    def __init__(self, stream):
+        self.stream, self.trouble = stream, None
+        if hasattr(stream, "reconfigure"):          # a screen that cannot show a name shows a "?"
+            stream.reconfigure(errors="replace")
+
+    def write(self, text):
+        self.attempt(lambda: self.stream.write(escape(text)))
+        return len(text)
+
+    def flush(self):
+        self.attempt(lambda: self.stream.flush())
+
+    def attempt(self, work):
+        """Do it, unless it failed before. A stream that was closed is None."""
+        if self.trouble or self.stream is None:
+            return
+        try:
+            work()
+        except (OSError, ValueError) as error:      # ValueError: closed in between
+            self.trouble = error
+
+    def isatty(self):
+        return self.stream is not None and not self.trouble and self.stream.isatty()
+
+    def __getattr__(self, name):                    # encoding, fileno, ...
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def safe_screens():
+    """Standard output and error as `Screen`s. -> both
+
+    A descriptor that was closed would be given to the next file that is opened, and one
+    that takes no more would be an error of Python's at its end: both lead nowhere
+    instead."""
+    before = sys.stdout, sys.stderr
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    sys.stdout, sys.stderr = map(Screen, before)
+    try:
+        yield sys.stdout, sys.stderr
+    finally:
+        for number, screen in ((1, sys.stdout), (2, sys.stderr)):
+            screen.flush()
+            if screen.trouble and screen.stream in (sys.__stdout__, sys.__stderr__):
+                os.dup2(spare, number)
+        os.close(spare)
+        sys.stdout, sys.stderr = before
+
+
+# --- what is typed ------------------------------------------------------------------------
+
+def parse_int(text):
+    """A whole number as people write it. Python would also take 1_000 and other digits."""
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise ValueError(text)
+    return int(text)
+
+
+def parse_float(text):
+    """A number as people write it, inf and nan among them."""
+    if "_" in text or not text.isascii():
+        raise ValueError(text)
+    return float(text)
+
+
+def parse_path(text):
+    """A path, or a name that may be one: ~ is the home folder, also in --out=~/runs."""
+    return os.path.expanduser(text)
+
+
 def build_parser(description, **settings):
     """An argument parser as every command here has it: no abbreviations, defaults in
-    --help, and bad input is one line and exit status 2. settings: of
-    argparse.ArgumentParser."""
+    --help, bad input is one line and exit status 2. settings: of argparse.ArgumentParser.
+
+    An argument that is a path has type=parse_path; int and float are read strictly."""
     settings = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | settings
+    if sys.version_info >= (3, 14):
+        settings["color"] = False                   # `escape` would show its codes
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, **settings)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.register("type", int, parse_int)
+    parser.register("type", float, parse_float)
+    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
     return parser
 
 
+# --- a command ----------------------------------------------------------------------------
+
 def run_command(command):
     """Call a command's main. Bad input is one line (per machine) and exit status 2."""
+    with safe_screens() as (out, _):
+        try:
+            status = find_status(command)
+        except SystemExit as stop:
+            status = stop.code
+        out.flush()
+        if out.trouble and not isinstance(out.trouble, BrokenPipeError):
+            print(f"error: standard output cannot be written ({describe_error(out.trouble)})",
+                  file=sys.stderr)
+            status = status or 2
+    sys.exit(status)
+
+
+def find_status(command):
+    """The exit status of a command's main, after its one line where there is one."""
     try:
-        sys.exit(command())
-    except (UserError, OSError) as error:       # OSError: an unwritable folder, a full disk
+        return command()
+    except (UserError, OSError) as error:           # OSError: an unwritable folder, a full disk
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {describe_error(error)}", file=sys.stderr)
     except torch.cuda.OutOfMemoryError:
-        print("error: the GPU's memory is full: try a smaller --micro-batch or --checkpoint-blocks "
-              "(train.py, finetune.py), or --batch (sample.py)", file=sys.stderr)
+        print("error: the GPU's memory is full: try a smaller --micro-batch or "
+              "--checkpoint-blocks (train.py, finetune.py), or --batch (sample.py)",
+              file=sys.stderr)
+    except MemoryError:
+        print("error: the memory is full: try a smaller --batch, --size or --cache-gb",
+              file=sys.stderr)
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(2)
+        return 130
+    return 2
 
 
 @contextmanager
@@ -66,7 +180,8 @@ def replacing(path, shared=True):
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)           # a link to elsewhere is replaced, not followed
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -21,6 +21,15 @@ def seeded(*key):
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
 
+def choose_subset(count, size, seed=0):
+    """Numbers of at most `size` of `count` images, drawn at random, ascending. -> (k,) int64
+
+    The first images of a sorted set are its first class: whatever is measured on a part of a
+    set is measured on such a part."""
+    order = torch.randperm(count, generator=seeded(seed, count, 11))
+    return order[:size].sort().values
+
+
 def to_float(x):
     """Bring pixels to the scale of a model; what is float already stays (kept latents).
 

@@ -8,7 +8,10 @@ in train.py), a few numbers for the log and the plan, and the wish to stop.
 Mixed precision is autocast in bfloat16 where the hardware has it. Weights and optimizer
 stay in float32. float16 needs a GradScaler and is never chosen by itself.
 """
+import ctypes
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -153,9 +156,34 @@ def start_machine(device="auto", threads=0):
     if threads or world > 1:                            # torchrun sets OMP_NUM_THREADS=1 unasked
         torch.set_num_threads(threads or max(1, count_cores() // local_world))
     if world > 1 and not dist.is_initialized():
-        patience = timedelta(hours=2)       # one may decode or encode its data while others wait
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        end_with_parent()
+        join_group("nccl" if device.type == "cuda" else "gloo")
     return Machine(rank, world, local_world, device)
+
+
+def join_group(backend):
+    """Meet the other processes.
+
+    After a restart by torchrun the store still holds the addresses of the processes before,
+    and one in three attempts would try to reach a dead one. So each attempt has keys of its
+    own."""
+    patience = timedelta(minutes=10)                    # to meet: all start at once
+    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    # Later one process may decode or encode its data while the others wait.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                            timeout=timedelta(hours=2))
+
+
+def end_with_parent():
+    """Linux: be told (SIGTERM, so a run still saves) when torchrun itself was killed.
+    Without it nobody would end this process, and the others would wait for it."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # 1: PR_SET_PDEATHSIG
+        if os.getppid() != parent:                      # it died just before
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def start_cuda(device, world, local_world):

@@ -12,6 +12,8 @@ import math
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from plumbing.console import replacing
+
 FONT_SIZE = 12
 
 
@@ -37,6 +39,13 @@ def to_picture(image, zoom=1):
         image = Image.fromarray(array)
     size = (image.width * zoom, image.height * zoom)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def save_picture(picture, path):
+    """Write a PIL image as PNG: the whole new file or the old one stands there, and a link
+    to elsewhere is replaced."""
+    with replacing(path) as file:
+        picture.save(file, "PNG")
 
 
 def draw_sheet(rows, columns=(), zoom=1, pad=4):

@@ -14,11 +14,13 @@ reconstruction beside its original.
 Shapes: B batch; x (B, C, H, W) in [-1, 1], z what the space makes of it, t in [0, 1].
 """
 import dataclasses
+import math
 
 import torch
 from tqdm import tqdm
 
-from plumbing.images import grid, seeded, to_float, to_uint8
+from plumbing.images import choose_subset, grid, seeded, to_float, to_uint8
+from plumbing.sheets import save_picture
 from restore import reconstruct, reconstruction_errors, restore_pictures, stack_reconstruction
 from sample import sample
 from tasks import TASKS, make_condition, place_side_by_side
@@ -33,21 +35,26 @@ def validate(model, images, dtype=None, count=256, levels=8, batch=64):
     other predictions start above. It compares mask ratios, and predictions too, for x0_hat
     comes after `split`.
 
+    Of few images each is seen at several levels, so that every level has an answer.
+
     model: sample.DiffusionModel. images: data.Images or spaces.Latents. dtype: the type for
     autocast, or None. count: how many images at most. -> float"""
     schedule, space, task = model.schedule, model.space, model.meta.get("task", "generate")
     top = schedule.angle(schedule.start_time(model.predict))
     ts = schedule.time_at((torch.arange(levels, dtype=torch.float64) + 0.5) / levels * top)
+    chosen = choose_subset(len(images), count)
+    repeats = min(levels, math.ceil(8 * levels / len(chosen)))          # each level: 8 or more
+    level = (torch.arange(repeats)[:, None] + torch.arange(len(chosen))).flatten() % levels
     errors = []
-    for some in torch.arange(min(count, len(images))).split(batch):
+    for some in torch.arange(repeats * len(chosen)).split(batch):
         first = int(some[0])
-        x, y = images.take(some)
+        x, y = images.take(chosen[some % len(chosen)])
         x = to_float(x).to(model.device)
         y = y.to(model.device) if model.net.embed_class is not None else None
         x, cond = make_condition(task, x, images.maps, space.factor, seeded(2, first))
         z = space.encode(x)
         n = schedule.noise(z.cpu(), seeded(1, first)).to(model.device)
-        t = ts[some % levels]
+        t = ts[level[some]]
         zt = schedule.corrupt(z, n, t)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             out = model.net(zt, t, y, None, cond)
@@ -55,7 +62,7 @@ def validate(model, images, dtype=None, count=256, levels=8, batch=64):
         # What a linear guess leaves unknown: b^2 s^2 / V.
         linear = (schedule.b(t) * schedule.data_std * schedule.input_scale(t)) ** 2
         errors.append(((x0 - z) ** 2).mean((1, 2, 3)).cpu().double() / linear)
-    return torch.cat(errors).mean().item()
+    return torch.stack([torch.cat(errors)[level == k].mean() for k in range(levels)]).mean().item()
 
 
 def evaluate_model(model, held_out, shown, pixel_space, o, path, dtype=None):
@@ -71,13 +78,14 @@ def evaluate_model(model, held_out, shown, pixel_space, o, path, dtype=None):
     if o.objective == "reconstruct":
         if o.recon_target == "clean":           # of whitened patches there is no picture
             whole = dataclasses.replace(model, space=pixel_space)
-            stack_reconstruction(reconstruct(whole, to_float(shown), o.mask)).save(path)
+            done = reconstruct(whole, to_float(shown), o.mask)
+            save_picture(stack_reconstruction(done), path)
         errors = reconstruction_errors(model, held_out)
         return sum(errors.values()) / len(errors)
     if o.task == "generate":
         classes = len(model.meta["classes"])
         labels = torch.arange(16) % classes if classes else None
-        grid(to_uint8(sample(model, 16, 10, labels=labels, amp=dtype))).save(path)
+        save_picture(grid(to_uint8(sample(model, 16, 10, labels=labels, amp=dtype))), path)
     else:
         evaluate_task(model, held_out, o.task, path, dtype)
     return validate(model, held_out, dtype)
@@ -86,16 +94,16 @@ def evaluate_model(model, held_out, shown, pixel_space, o, path, dtype=None):
 def evaluate_task(model, held_out, name, path, dtype=None, count=64):
     """condition | result | target of held-out images at `path`, and how good they are,
     printed."""
-    task, count = TASKS[name], min(count, len(held_out))
-    x, y = held_out.take(torch.arange(count))
+    task, chosen = TASKS[name], choose_subset(len(held_out), count)
+    x, y = held_out.take(chosen)
     truth, cond = make_condition(name, to_float(x), held_out.maps, g=seeded(3))
     labels = y if model.meta["classes"] else None
     result = restore_pictures(model, cond, steps=10, labels=labels, amp=dtype)
-    grid(place_side_by_side(cond[:12], result[:12], truth[:12]), 9).save(path)
+    save_picture(grid(place_side_by_side(cond[:12], result[:12], truth[:12]), 9), path)
     parts = []
     for key, score in task.scores.items():
         text = f"{key} {score(result, truth, cond):.3f}"
         if task.plain:
             text += f" (without a network {score(task.plain(cond), truth, cond):.3f})"
         parts.append(text)
-    tqdm.write("  ".join([*parts, f"({count} held-out images, 10 calls)"]))
+    tqdm.write("  ".join([*parts, f"({len(chosen)} held-out images, 10 calls)"]))

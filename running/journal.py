@@ -1,21 +1,22 @@
-"""The journal of a run: its folder, log, pictures, checkpoints, and the signals that end
-it.
+"""The journal of a run: its folder, log, pictures and checkpoints, and the signals that
+end it.
 
     runs/NAME/   config.json   log.csv   loss.png   samples/000500.png   last.pt   000500.pt
 
-`with Journal(setup) as journal` opens the folder and catches Ctrl-C and SIGTERM; when the
-block ends, however it ends, the old handlers are back and log and lock are closed. In
-between it is told of every step. One process of a run writes, the others only help to add
-up the loss.
+`with Journal(setup) as journal` opens the folder and catches Ctrl-C, SIGTERM, SIGHUP (a
+closed window) and SIGUSR1 (Slurm's warning). When the block ends, however it ends, the old
+handlers are back and log and lock are closed. In between it is told of every step. One
+process of a run writes, the others only help to add up the loss.
 
-A signal saves before anything is drawn, for a harder one may follow. What ran after the
-last checkpoint runs again, so the log is cut back to the checkpoint first.
+A signal saves before anything is drawn, for a harder one may follow. An error saves, too:
+the last whole step is kept. What ran after the last checkpoint runs again, so the log is
+cut back to the checkpoint first. What is a link to elsewhere is replaced, not followed.
 """
+import contextlib
 import csv
 import dataclasses
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -24,8 +25,10 @@ import torch
 from tqdm import tqdm
 
 from mask import visible_count
-from plumbing.checkpoint import VERSION, keep_copy, name_newest, open_run_folder, save_atomic
-from plumbing.sheets import draw_plot
+from plumbing.checkpoint import (
+    VERSION, keep_copy, name_newest, open_run_folder, save_atomic, unlink_link)
+from plumbing.console import UserError, replacing
+from plumbing.sheets import draw_plot, save_picture
 from running.evaluate import evaluate_model
 from running.setup import token_counts
 from sample import DiffusionModel
@@ -33,6 +36,8 @@ from sample import DiffusionModel
 COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible",
            "images_per_second"]
 LOG_EVERY = 10                                  # steps
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+         if hasattr(signal, name)]              # Windows has two of them
 
 
 # --- the log and its picture --------------------------------------------------------------
@@ -45,11 +50,9 @@ def open_log(path, step):
         with open(path, newline="") as f:       # a torn last line has no last field
             rows = [row for row in csv.DictReader(f)
                     if row["images_per_second"] and int(row["step"]) <= step]
-    with open(path.with_suffix(".tmp"), "w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path.with_suffix(".tmp"), path)
+    lines = [COLUMNS] + [[row[column] for column in COLUMNS] for row in rows]
+    with replacing(path, shared=False) as f:
+        f.write("".join(",".join(line) + "\n" for line in lines).encode())
     return open(path, "a", newline="", buffering=1)
 
 
@@ -66,7 +69,7 @@ def draw_loss(log, path, width=640, height=360):
         if curve:
             curves.append((name, colour, curve))
     if curves:
-        draw_plot(curves, width, height, "step", log=True).save(path)
+        save_picture(draw_plot(curves, width, height, "step", log=True), path)
 
 
 # --- the journal --------------------------------------------------------------------------
@@ -79,7 +82,8 @@ class Journal:
     def __init__(self, setup):
         self.setup, self.machine = setup, setup.machine
         self.is_writer = self.machine.rank == 0
-        self.signals, self.handlers, self.files, self.ended = [], {}, [], False
+        self.signals, self.handlers, self.files = [], {}, []
+        self.ended = self.is_waiting = False
         self.learner = self.log = self.bar = None
 
     # -- begin and end ---------------------------------------------------------------------
@@ -91,13 +95,16 @@ class Journal:
             self.files.append(config)           # it is also the lock: it stays open
         self.o = dataclasses.replace(self.setup.o, out=str(self.folder))
         if threading.current_thread() is threading.main_thread():       # Python's own rule
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.ask_to_stop)
+            for number in STOPS:                # nohup ignores SIGHUP: so do we then
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.handlers[number] = signal.signal(number, self.ask_to_stop)
         return self
 
     def __exit__(self, kind, error, trace):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if kind is not None:
+            self.rescue()
         if self.bar is not None:
             self.bar.close()
         for file in self.files:
@@ -106,20 +113,43 @@ class Journal:
             self.finish()
 
     def ask_to_stop(self, number, frame):
-        """The signal handler: the loop ends after this step. A second one ends the
-        program."""
+        """The signal handler: the loop ends after this step, at once if it waits for
+        images. A second signal ends the program."""
         self.signals.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if self.is_waiting and self.machine.world == 1:
+            raise SystemExit(128 + number)
 
-    def begin(self, learner, plan):
-        """Before the first step: write config.json, open the log, say what will be
-        trained."""
-        self.learner, self.plan = learner, plan
+    def rescue(self):
+        """The block ends with an error: keep the last whole step, if it is not kept yet."""
+        learner = self.learner
+        is_whole = learner is not None and learner.is_whole and learner.step == self.plan.step
+        if not self.is_writer or not is_whole or self.plan.step <= self.saved:
+            return
+        with contextlib.suppress(UserError, OSError):       # a full disk may be the very error
+            if self.machine.world == 1:                     # the others may be gone
+                self.write_log(*self.last, looks=False)
+            self.save(is_numbered=False)
+            print(f"stopped at step {self.plan.step}: {self.folder / 'last.pt'}", flush=True)
+
+    def watch(self, batches):
+        """The same batches. A signal may end the wait for one."""
+        while True:
+            self.is_waiting = True
+            batch = next(batches)
+            self.is_waiting = False
+            yield batch
+
+    def begin(self, learner, plan, note=""):
+        """Before the first step: write config.json, open the log, say what will be trained.
+        note: one line more to say."""
+        self.learner, self.plan, self.saved = learner, plan, plan.step
         self.tokens = self.setup.side ** 2
         self.logged, self.counted, self.since = plan.step, 0, time.monotonic()
         self.loss_sum = torch.zeros((), device=self.machine.device)     # added up on the device
         self.tick = time.monotonic()
         if self.is_writer:
+            unlink_link(self.folder / "samples")
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             config, resumed = self.files[0], self.setup.ckpt is not None
             config.truncate(0)
@@ -128,7 +158,7 @@ class Journal:
             config.flush()
             self.log = open_log(self.folder / "log.csv", plan.step if resumed else -1)
             self.files.append(self.log)
-            print(self.describe(), flush=True)
+            print(self.describe() + (f"\n{note}" if note else ""), flush=True)
             if plan.step == 0:
                 ratio = self.setup.ratio(0)
                 self.write_row(0.0, "", f"{self.evaluate():.6g}", 0.0, ratio, 0.0)
@@ -176,6 +206,7 @@ class Journal:
     def record(self, loss, ratio, lr):
         """After every step: count it, log it, evaluate, save, and decide with all processes
         whether it was the last one."""
+        self.last = ratio, lr
         if self.learner.skipped_in_a_row == 0:
             self.loss_sum, self.counted = self.loss_sum + loss, self.counted + 1
         self.bar.update()
@@ -251,4 +282,5 @@ class Journal:
             self.folder / "last.pt")
         if is_numbered:
             keep_copy(self.folder / "last.pt", self.folder / f"{self.plan.step:06d}.pt")
+        self.saved = self.plan.step
         name_newest(self.folder)

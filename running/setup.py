@@ -8,15 +8,17 @@ how the weights of a first stage are fitted to a network with other classes.
 Shapes: n images, B batch, h x w tokens.
 """
 import contextlib
+import hashlib
 import os
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 from data import holdout, load_images
 from mask import ratio_at, visible_count
 from plumbing.console import UserError
-from plumbing.images import seeded, to_float
+from plumbing.images import choose_subset, seeded, to_float
 from sample import build_model
 from schedules import SCHEDULES
 from spaces import SPACES
@@ -131,6 +133,50 @@ def require_same_view(machine, count, step):
                         "--data must hold the same everywhere, --out must be one shared folder")
 
 
+def describe_data(images, held_out):
+    """What identifies the data of a run. -> dict: of both parts the number of images, the
+    class names and a digest of the names of all files, read or not; the faces have none."""
+    def describe(part):
+        names = part.source.names if part.source is not None else []
+        digest = hashlib.sha256("\n".join(sorted(names)).encode(errors="surrogateescape"))
+        count = len(names) or len(part.labels)
+        return dict(count=count, classes=list(part.classes), names=digest.hexdigest()[:16])
+
+    return dict(images=describe(images), held_out=describe(held_out))
+
+
+def require_same_data(meta, data, out):
+    """UserError unless a run goes on with the data that it began with: another number of
+    images would move the held-out ones, other classes would be trained under the old
+    numbers."""
+    began = meta.get("data")                    # older checkpoints know their classes alone
+    if began is None:
+        was, now = meta["classes"], data["images"]["classes"]
+        began = data if was == now else {**data, "images": data["images"] | dict(classes=was)}
+    for part, flag in (("images", "--data"), ("held_out", "--val")):
+        was, now = began[part], data[part]
+        where = f"the run in {out} began with"
+        if was["classes"] != now["classes"]:
+            raise UserError(f"{flag}: {where} the classes {', '.join(was['classes'])}, now there "
+                            f"are {', '.join(now['classes'])}; start another run")
+        if was["count"] != now["count"]:
+            raise UserError(f"{flag}: {where} {was['count']} images, now there are "
+                            f"{now['count']}; others would be held out. Start another run")
+        if was["names"] != now["names"]:
+            raise UserError(f"{flag}: {where} files of other names; start another run")
+
+
+def require_output_outside(o):
+    """UserError when the run's folder lies among its images: its pictures would become
+    some."""
+    out = Path(o.out or "runs").resolve()
+    for flag, path in (("--data", o.data), ("--val", o.val)):
+        folder = Path(path)
+        if folder.is_dir() and out.is_relative_to(folder.resolve()):
+            raise UserError(f"--out {o.out or 'runs'}: lies in {flag} {path}, and the run's own "
+                            "pictures would become images of it; give another folder")
+
+
 # --- what a checkpoint remembers ----------------------------------------------------------
 
 def network_options(o, channels, space, classes):
@@ -147,12 +193,12 @@ def network_options(o, channels, space, classes):
 def measure_std(o, images, space, device):
     """Root mean square of what diffusion runs on: of the images, or of their latents or
     maps."""
-    some, _ = images.take(torch.arange(min(len(images), 1024)))
+    some, _ = images.take(choose_subset(len(images), 1024, o.seed))
     some, _ = make_condition(o.task, to_float(some), images.maps, g=seeded(o.seed, 8))
     return space.encode(some.to(device)).cpu().double().square().mean().sqrt().item()
 
 
-def describe_model(o, images, space, first, stage, device, shards):
+def describe_model(o, images, space, first, stage, device):
     """All that a reader of the checkpoint needs to build its model again. -> dict, the
     `meta`"""
     task = TASKS[o.task]
@@ -167,7 +213,7 @@ def describe_model(o, images, space, first, stage, device, shards):
         stage=stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
         schedule=o.schedule, predict=o.predict, space=o.space, task=o.task,
         channels=images.channels, size=o.size, classes=classes, vae=absolute_path(o.vae),
-        vae_sha=space.sha, data_std=data_std, plan=None, progress=0.0, skipped=0, shards=shards,
+        vae_sha=space.sha, data_std=data_std, plan=None, progress=0.0, skipped=0,
         model=network_options(o, images.channels, space, len(classes)))
 
 
