@@ -38,7 +38,7 @@ from running.cost import describe_cost
 from running.journal import Journal
 from running.options import Options, check, options_parser, resolve_options
 from running.setup import (
-    STAGES, absolute_path, autocast, compile_blocks, describe_data, describe_model,
+    STAGES, absolute_path, compile_blocks, describe_data, describe_model,
     load_first_stage, load_run_images, mask_ratio, network_options, open_space,
     require_hidden_tokens, require_output_outside, require_same_data, require_same_view,
     shard_indices, split_batch, step_cost)
@@ -175,7 +175,8 @@ class Learner:
                 self.net, device_ids=[self.machine.device.index] if on_cuda else None)
 
     def __call__(self, zt, t, y, m, cond):
-        with autocast(self.machine.device, self.dtype):
+        mixed = self.dtype is not None
+        with torch.autocast(self.machine.device.type, self.dtype, enabled=mixed):
             return self.model(zt, t, y, m, cond)
 
     def groups(self):
@@ -312,7 +313,7 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
         learner = Learner(setup)
         plan = make_plan(setup)
         journal.begin(learner, plan, describe_turn_back(setup, plan))
-        batches = journal.watch(setup.batches(learner.step))
+        batches = setup.batches(learner.step)
         while not journal.ended:
             progress = plan.progress
             ratio, lr = setup.ratio(progress), learning_rate(o, plan.step, progress, plan.total)

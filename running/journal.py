@@ -72,6 +72,15 @@ def draw_loss(log, path, width=640, height=360):
         save_picture(draw_plot(curves, width, height, "step", log=True), path)
 
 
+def waits_for_images(frame):
+    """Whether a signal came while torch's DataLoader waited for a batch, perhaps for ever."""
+    while frame is not None:
+        if frame.f_code.co_name == "__next__" and "dataloader" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
 # --- the journal --------------------------------------------------------------------------
 
 class Journal:
@@ -83,7 +92,7 @@ class Journal:
         self.setup, self.machine = setup, setup.machine
         self.is_writer = self.machine.rank == 0
         self.signals, self.handlers, self.files = [], {}, []
-        self.ended = self.is_waiting = False
+        self.ended = False
         self.learner = self.log = self.bar = None
 
     # -- begin and end ---------------------------------------------------------------------
@@ -117,7 +126,7 @@ class Journal:
         images. A second signal ends the program."""
         self.signals.append(number)
         signal.signal(number, signal.SIG_DFL)
-        if self.is_waiting and self.machine.world == 1:
+        if waits_for_images(frame) and self.machine.world == 1:
             raise SystemExit(128 + number)
 
     def rescue(self):
@@ -131,14 +140,6 @@ class Journal:
                 self.write_log(*self.last, looks=False)
             self.save(is_numbered=False)
             print(f"stopped at step {self.plan.step}: {self.folder / 'last.pt'}", flush=True)
-
-    def watch(self, batches):
-        """The same batches. A signal may end the wait for one."""
-        while True:
-            self.is_waiting = True
-            batch = next(batches)
-            self.is_waiting = False
-            yield batch
 
     def begin(self, learner, plan, note=""):
         """Before the first step: write config.json, open the log, say what will be trained.

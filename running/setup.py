@@ -7,7 +7,6 @@ how the weights of a first stage are fitted to a network with other classes.
 
 Shapes: n images, B batch, h x w tokens.
 """
-import contextlib
 import hashlib
 import os
 from functools import lru_cache
@@ -268,8 +267,3 @@ def compile_blocks(net):
     torch._dynamo.config.accumulated_cache_size_limit = 512
     for block in net.all_blocks():
         block.compile(dynamic=False)
-
-
-def autocast(device, dtype):
-    """Mixed precision of type `dtype` on a device; None: none."""
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()

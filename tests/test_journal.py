@@ -96,11 +96,13 @@ def test_a_step_that_broke_in_its_middle_is_not_kept(photos, monkeypatch):  # no
 
 
 def test_a_signal_ends_the_wait_for_images_that_never_come(photos, monkeypatch):  # noqa: F811
-    def wait():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
+    """The wait is that of torch's DataLoader, whose worker never answers."""
+    class Asleep(torch.utils.data.Dataset):
+        def __getitem__(self, i):
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(60)
 
-    break_batches(monkeypatch, 2, wait)
+    break_batches(monkeypatch, 2, lambda: next(iter(torch.utils.data.DataLoader(Asleep(), sampler=[0], num_workers=1))))
     with pytest.raises(SystemExit) as stop:
         go(photos, "--steps", 9, "--out", "runs/a")
     assert stop.value.code == 130 and read("runs/a/last.pt")["step"] == 2
