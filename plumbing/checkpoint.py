@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from plumbing.console import UserError, describe_error, replacing
+from plumbing.layout import is_count, require_checkpoint, require_parts
 
 try:
     import fcntl
@@ -48,9 +49,12 @@ def find_checkpoint(path):
     return path / "last.pt" if path.is_dir() else path
 
 
-def read_checkpoint(path):
-    """The checkpoint's dict, on the CPU. path: as in `find_checkpoint`. UserError for a
-    file that is missing, damaged or of another version."""
+def read_checkpoint(path, *parts):
+    """The checkpoint's dict, on the CPU.
+
+    path: as in `find_checkpoint`. parts: what the caller needs of it (plumbing/layout.py).
+    UserError for a file that is missing, damaged, of a newer version or not laid out like a
+    checkpoint."""
     path = find_checkpoint(path)
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; train one first (python train.py) "
@@ -60,9 +64,14 @@ def read_checkpoint(path):
     except Exception as error:
         raise UserError(f"{path} is not a readable checkpoint, perhaps cut short "
                         f"({type(error).__name__}); use another one of its folder") from None
-    is_ours = isinstance(ckpt, dict) and {"model", "meta"} <= ckpt.keys()
-    if not is_ours or ckpt.get("version") != VERSION:
-        raise UserError(f"{path} is not a checkpoint of this program's version {VERSION}")
+    if not isinstance(ckpt, dict) or not {"version", "meta"} <= ckpt.keys():
+        raise UserError(f"{path} is not a checkpoint of this program")
+    version = ckpt["version"]
+    if is_count(version) and version > VERSION:
+        raise UserError(f"{path} was made by version {version}, this program reads up to "
+                        f"{VERSION}: update it")
+    require_checkpoint(ckpt, path)
+    require_parts(ckpt, path, *parts)
     return ckpt
 
 
