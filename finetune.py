@@ -41,7 +41,8 @@ from typing import ClassVar
 import train
 from plumbing.checkpoint import newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, run_command
-from running.options import Options, is_same_value, option, options_parser, resolve_options
+from running.options import (
+    Options, check_values, is_same_value, option, options_parser, resolve_options)
 from running.recipes import recipe_options
 
 
@@ -129,7 +130,9 @@ def first_options(ckpt):
     its default; the autoencoder is where it lies now."""
     config = ckpt["config"] | dict(vae=ckpt["meta"]["vae"])
     names = {f.name for f in fields(Options)}
-    return Options(**{name: value for name, value in config.items() if name in names})
+    o = Options(**{name: value for name, value in config.items() if name in names})
+    check_values(o)
+    return o
 
 
 def inherit_options(was, chosen):
@@ -165,7 +168,7 @@ def main(argv=None):
     if ckpt:
         return train.continue_run(o, ckpt, "finetune")
     source = o.from_ or str(newest_checkpoint())
-    first = read_checkpoint(source)
+    first = read_checkpoint(source, "config", o.weights)
     was = first_options(first)
     check_fits(was, given, source)
     chosen = recipe_options(o.recipe, "finetune", given)

@@ -179,7 +179,7 @@ def parser():
     return p
 
 
-def inherit_options(given, config):
+def inherit_probe_options(given, config):
     """All options: what was given, then what the run's config has, then the defaults.
 
     given: dict. config: a checkpoint's. Held-out images belong to their data: with other
@@ -242,7 +242,7 @@ def probe_checkpoint(given):
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("probe.py is the work of one process: start it without torchrun")
     source = given.get("from_") or str(newest_checkpoint())
-    o = inherit_options(given, read_checkpoint(source)["config"])
+    o = inherit_probe_options(given, read_checkpoint(source)["config"])
     check_numbers(o)
     torch.set_num_threads(o.threads or torch.get_num_threads())
     model = load(source, o.weights, o.device, o.vae)
@@ -261,21 +261,6 @@ def probe_checkpoint(given):
 
 def main(argv=None):
     probe_checkpoint(vars(parser().parse_args(argv)))
-
-
-# Until finetune.py has no --probe any more.
-READS = {"probe", "probe_noise", "from_", "weights", "fraction", "device", "threads", "vae",
-         *INHERITED}
-
-
-def run_probe(o, source):
-    """What `finetune.py --probe` calls."""
-    flags = dict(from_=source, noise=o.probe_noise, weights=o.weights, device=o.device,
-                 threads=o.threads, fraction=o.fraction, **{k: getattr(o, k) for k in INHERITED})
-    for name in ("latents", "cache_latents"):
-        if flags[name] == getattr(Options, name):
-            del flags[name]
-    return probe_checkpoint(flags)
 
 
 if __name__ == "__main__":

@@ -417,7 +417,7 @@ def check_inputs(args):
                         "give a .png, a .zip or a folder")
 
 
-def check_task(args, meta):
+def check_restoration(args, meta):
     """UserError for flags that a model of a task, with this meta, has no use for."""
     task = meta["task"]
     if args.task not in (None, task):
@@ -539,7 +539,7 @@ def main(argv=None):
     model = load_asked_model(args)
     if model.meta["objective"] == "reconstruct":
         return reconstruct_to_file(args, model)
-    check_task(args, model.meta)
+    check_restoration(args, model.meta)
     run = SamplingRun(args, model)
     n = restore_to_file(run)
     run.report(n, n)

@@ -42,9 +42,10 @@ from plumbing.images import seeded, to_uint8
 from plumbing.machine import amp_type, pick_device
 from plumbing.trace import Trace
 from plumbing.writer import ImageWriter
-from schedules import SCHEDULES
+from schedules import PREDICTIONS, SCHEDULES
 from spaces import SPACES
-from vit import ViT
+from tasks import TASKS
+from vit import ECONOMIES, ViT
 
 
 # --- time grids: (schedule, start, steps) -> steps + 1 times, falling from start to 0 -----
@@ -402,10 +403,13 @@ def resolve_labels(labels, n, classes):
 
 # --- from a checkpoint to a model ---------------------------------------------------------
 
-def build_model(meta):
+def build_model(meta, weights=None):
     """(net, schedule, space) from a checkpoint's meta: here its names become objects.
 
-    UserError when the autoencoder is missing or another one."""
+    weights: the state dict that the network will get, to be compared before memory is taken
+    for it. UserError for an unknown name, when the network is not that of the weights, or
+    when the autoencoder is missing or another one."""
+    check_names(meta)
     vae = meta["vae"]
     schedule = replace(SCHEDULES[meta["schedule"]], data_std=meta["data_std"])
     if vae and not Path(vae).expanduser().exists():
@@ -415,7 +419,40 @@ def build_model(meta):
     if space.sha != meta["vae_sha"]:
         raise UserError(f"{vae} is not the autoencoder that this model was trained with: "
                         f"its SHA-256 begins with {space.sha}, not {meta['vae_sha']}")
+    if weights is not None:
+        check_sizes(schedule, meta["model"], weights)
     return ViT(schedule, **meta["model"]), schedule, space
+
+
+def check_names(meta):
+    """UserError for a name in a checkpoint's meta that is in no registry of this
+    program."""
+    registries = dict(schedule=SCHEDULES, predict=PREDICTIONS, space=SPACES, task=TASKS)
+    for field, registry in registries.items():
+        name = meta.get(field, "generate")
+        if name not in registry:
+            raise UserError(f"the checkpoint's {field} is {name}; this program knows "
+                            f"{', '.join(registry)}")
+    economy = meta["model"].get("economy", "drop")
+    if economy not in ECONOMIES:
+        raise UserError(f"the checkpoint's economy is {economy}; this program knows "
+                        f"{', '.join(ECONOMIES)}")
+
+
+def check_sizes(schedule, sizes, weights):
+    """UserError unless the network of these sizes has weights of just these shapes. It is
+    built without memory, after a look at what grows with the number of blocks."""
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    light = {name.split(".")[1] for name in weights if name.startswith("decoder.")}
+    wrong = (sizes["depth"], sizes["decoder"]) != (len(blocks), len(light))
+    wrong |= sizes["width"] % sizes["heads"] != 0 or sizes["decoder_width"] % 32 != 0
+    if not wrong:
+        with torch.device("meta"):
+            wanted = {k: v.shape for k, v in ViT(schedule, **sizes).state_dict().items()}
+        wrong = wanted != {name: tensor.shape for name, tensor in weights.items()}
+    if wrong:
+        raise UserError("the checkpoint's weights are not those of the network that it describes, "
+                        "as this version of the program builds it: train again")
 
 
 def load_weights(net, weights):
@@ -436,11 +473,11 @@ def load(path=None, weights="ema", device="auto", vae=None):
     path: a .pt file, a run's folder, or None for the newest run. weights: "ema" or "model".
     vae: where the autoencoder of a model of latents is, when it has moved.
     -> DiffusionModel. UserError when there is no such checkpoint, autoencoder or device."""
-    ckpt = read_checkpoint(path or newest_checkpoint())
+    ckpt = read_checkpoint(path or newest_checkpoint(), weights)
     meta = ckpt["meta"]
     if vae and not meta["vae"]:
         raise UserError(f"--vae {vae}: this model works on pixels; leave it out")
-    net, schedule, space = build_model(meta | (dict(vae=vae) if vae else {}))
+    net, schedule, space = build_model(meta | (dict(vae=vae) if vae else {}), ckpt[weights])
     load_weights(net, ckpt[weights])
     device = pick_device(device)
     meta = dict(task="generate", objective="denoise") | meta | dict(step=ckpt["step"])

@@ -1,8 +1,8 @@
 """Training: one loop for every method, on a laptop or on many GPUs.
 
-    python train.py                                         # built-in faces, minutes on a CPU
-    python train.py --data photos/ --size 64 --mask 0.9     # your own folder or .zip
-    torchrun --nproc_per_node=8 train.py --mask 0.9         # 8 GPUs (or 8 CPU processes)
+    python train.py                                        # built-in faces, a CPU
+    python train.py --data photos/ --size 64 --mask 0.9    # your own folder or .zip
+    torchrun --nproc_per_node=8 train.py --mask 0.9        # 8 GPUs (or 8 CPU processes)
 
 Read it from top to bottom: what never changes in a run (`Setup`), what a step changes
 (`Learner`), the step itself (`train_step`, with the seven lines), the loop (`train`).
@@ -39,7 +39,7 @@ from running.journal import Journal
 from running.options import Options, check, options_parser, resolve_options
 from running.setup import (
     STAGES, absolute_path, compile_blocks, describe_data, describe_model,
-    load_first_stage, load_run_images, mask_ratio, network_options, open_space,
+    load_first_stage, load_optimizers, load_run_images, mask_ratio, network_options, open_space,
     require_hidden_tokens, require_output_outside, require_same_data, require_same_view,
     shard_indices, split_batch, step_cost)
 from sample import load_weights
@@ -61,10 +61,7 @@ class Setup:
     for whatever the options, the machine and the images do not allow together."""
 
     def __init__(self, o, ckpt=None, first=None, stage="train"):
-        self.ckpt, self.first, self.stage = ckpt, first, stage
-        if o.objective == "reconstruct":
-            o = dataclasses.replace(o, predict="x0")
-        self.o = o
+        self.o, self.ckpt, self.first, self.stage = o, ckpt, first, stage
         self.machine = start_machine(o.device, o.threads)
         self.micro, self.shards = split_batch(o, self.machine.world)
         self.dtype = amp_type(o.amp, self.machine.device)
@@ -195,9 +192,9 @@ class Learner:
         load_weights(self.average, ckpt["ema"])
         states = ckpt["optimizer"]                          # older files hold one, not a list
         states = states if isinstance(states, list) else [states]
-        for optimizer, state in zip(self.optimizers, states):
-            optimizer.load_state_dict(state)
-        self.scaler.load_state_dict(ckpt["scaler"])
+        load_optimizers(self.optimizers, states)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(ckpt["scaler"])
         torch.set_rng_state(ckpt["rng"])                    # ours need none: for your own dropout
         self.step, self.skipped = ckpt["step"], ckpt["meta"]["skipped"]
 
@@ -305,6 +302,8 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
               numbers: a dict of loss, lr, ratio and progress
     -> the run's folder. UserError for what cannot be, in one line"""
     check(o)
+    if o.objective == "reconstruct":
+        o = dataclasses.replace(o, predict="x0")
     if o.dry_run:
         return print(describe_cost(o, network_options, f"{stage}.py", sys.argv[1:]))
     setup = Setup(o, ckpt, first, stage)

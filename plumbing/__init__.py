@@ -1,1 +1,2 @@
-"""What happens below the ideas: files, pictures, processes, the screen. Nothing here knows what diffusion is."""
+"""What happens below the ideas: files, pictures, processes, the screen. Nothing here knows
+what diffusion is."""

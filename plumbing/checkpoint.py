@@ -29,6 +29,7 @@ except ImportError:                             # Windows: nothing keeps two pro
 
 VERSION = 1                                     # of the layout above
 LATEST = Path("runs/latest")
+CONTINUED = ("model", "ema", "optimizer", "scaler", "rng", "seconds")       # what a resume reads
 
 
 def newest_checkpoint():
@@ -149,3 +150,10 @@ def keep_copy(path, copy_to):
         os.link(path, copy_to)
     except OSError:
         shutil.copyfile(path, copy_to)
+
+
+def remove_old_copies(folder, keep):
+    """Of a run's numbered checkpoints only the newest `keep` stay; 0: all of them."""
+    numbered = sorted(path for path in folder.glob("*.pt") if path.stem.isdecimal())
+    for path in numbered[:-keep] if keep else []:
+        path.unlink(missing_ok=True)

@@ -83,6 +83,14 @@ def is_states(value):
                                 and isinstance(state.get("param_groups"), list) for state in states)
 
 
+def is_data(value):
+    """what the run's images and its held-out ones are: count, classes and a digest"""
+    return isinstance(value, dict) and set(value) == {"images", "held_out"} and all(
+        isinstance(part, dict) and set(part) == {"count", "classes", "names"}
+        and is_count(part["count"]) and is_names(part["classes"]) and is_name(part["names"])
+        for part in value.values())
+
+
 def is_random_state(value):
     """a random state of torch"""
     now = torch.get_rng_state()
@@ -102,7 +110,7 @@ META = {
     "schedule": is_name, "predict": is_name, "space": is_name, "task?": is_name,
     "channels": is_side, "size": is_side, "classes": is_names, "vae": is_path,
     "vae_sha": is_name, "data_std": is_size, "model": is_dict, "plan": is_plan,
-    "progress?": is_share, "skipped": is_count, "shards?": is_count, "data?": is_dict}
+    "progress?": is_share, "skipped": is_count, "shards?": is_count, "data?": is_data}
 
 NETWORK = {
     "channels": is_side, "heads_out": is_side, "patch": is_side, "width": is_side,

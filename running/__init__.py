@@ -1,1 +1,2 @@
-"""What happens around the seven lines of a training step: options, set-up, journal, evaluation."""
+"""What happens around the seven lines of a training step: options, set-up, journal,
+evaluation."""

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mask import visible_count
 from plumbing.checkpoint import (
-    VERSION, keep_copy, name_newest, open_run_folder, save_atomic, unlink_link)
+    VERSION, keep_copy, name_newest, open_run_folder, remove_old_copies, save_atomic, unlink_link)
 from plumbing.console import UserError, replacing
 from plumbing.sheets import draw_plot, save_picture
 from running.evaluate import evaluate_model
@@ -73,7 +73,8 @@ def draw_loss(log, path, width=640, height=360):
 
 
 def waits_for_images(frame):
-    """Whether a signal came while torch's DataLoader waited for a batch, perhaps for ever."""
+    """Whether a signal came while torch's DataLoader waited for a batch, perhaps for
+    ever."""
     while frame is not None:
         if frame.f_code.co_name == "__next__" and "dataloader" in frame.f_code.co_filename:
             return True
@@ -283,5 +284,6 @@ class Journal:
             self.folder / "last.pt")
         if is_numbered:
             keep_copy(self.folder / "last.pt", self.folder / f"{self.plan.step:06d}.pt")
+            remove_old_copies(self.folder, self.o.keep)
         self.saved = self.plan.step
         name_newest(self.folder)

@@ -22,8 +22,8 @@ from typing import ClassVar
 
 from losses import OBJECTIVES, RECON_TARGETS, WEIGHTS
 from mask import POLICIES, RATIOS
-from plumbing.checkpoint import LATEST, newest_checkpoint, read_checkpoint
-from plumbing.console import UserError, build_parser
+from plumbing.checkpoint import CONTINUED, LATEST, newest_checkpoint, read_checkpoint
+from plumbing.console import UserError, build_parser, parse_path
 from running.recipes import RECIPES, recipe_options
 from schedules import PREDICTIONS, SCHEDULES, TIMES
 from spaces import SPACES
@@ -179,6 +179,8 @@ class Options:
     resume: bool = option(
         "run", False, "continue --out (or the newest run) if it has a checkpoint")
     save_every: int = option("run", 2000, "steps between checkpoints")
+    keep: int = option(
+        "run", 0, "only so many numbered checkpoints stay, the newest; 0: all. last.pt stays")
     sample_every: int = option("run", 500, "steps between sample grids and validation losses")
 
 
@@ -244,7 +246,8 @@ def options_parser(options, description, inherited=()):
             how = dict(action=argparse.BooleanOptionalAction)
         else:
             metavar = f.metadata["metavar"] or ("NAME" if choices else METAVARS[kind])
-            how = dict(type=kind, choices=choices and list(choices), metavar=metavar)
+            read = parse_path if kind is str and not choices else kind
+            how = dict(type=read, choices=choices and list(choices), metavar=metavar)
         default = "the first stage's" if f.name in inherited else f.default
         text = describe_option(f, default)
         groups[f.metadata["topic"]].add_argument(flag_name(f), dest=f.name, help=text, **how)
@@ -271,19 +274,23 @@ TYPES = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a num
 
 def check_values(o):
     """Refuse a name that is in no registry and a number that is none. The command line
-    cannot hold one, Options(...) in Python can. Text without choices is left to whoever
-    reads it."""
+    cannot hold one, Options(...) in Python and a strange checkpoint can. What a text means
+    is left to whoever reads it."""
     for f in dataclasses.fields(o):
         value, kind, choices = getattr(o, f.name), f.metadata["kind"], f.metadata["choices"]
         if value is None and (f.default is None or f.name == "data"):    # a recipe leaves it open
             continue
+        shown = " ".join(str(value).split())[:60]
         if choices:
             is_known = isinstance(value, str) and value in choices
-            refuse(not is_known, f"{flag_name(f)} {value}: unknown; take {', '.join(choices)}")
+            refuse(not is_known, f"{flag_name(f)} {shown}: unknown; take {', '.join(choices)}")
         elif kind in TYPES:
             wanted, words = TYPES[kind]
             fits = isinstance(value, wanted) and isinstance(value, bool) == (kind is bool)
-            refuse(not fits, f"{flag_name(f)} {value!r}: must be {words}")
+            refuse(not fits, f"{flag_name(f)} {shown}: must be {words}")
+        else:
+            fits = isinstance(value, str) and "\0" not in value
+            refuse(not fits, f"{flag_name(f)} {shown}: must be a text")
 
 
 def check_data(o):
@@ -302,8 +309,8 @@ def check_data(o):
     refuse(o.task != "generate" and o.latents != Options.latents,
            "--latents: with a --task nothing is kept, its conditions are made of pixels")
     refuse(not 0 < o.fraction <= 1, "--fraction must be in (0, 1]")
-    refuse(o.workers < 0 or not 0 <= o.cache_gb < math.inf,
-           "--workers and --cache-gb must be at least 0")
+    refuse(not 0 <= o.workers <= 512, "--workers must be 0 to 512, about one for each core")
+    refuse(not 0 <= o.cache_gb < math.inf, "--cache-gb must be at least 0")
 
 
 def check_network(o):
@@ -416,6 +423,7 @@ def check_run(o):
     """What happens around the steps."""
     refuse(o.save_every < 1 or o.sample_every < 1,
            "--save-every and --sample-every must be at least 1")
+    refuse(o.keep < 0, "--keep is a number of checkpoints: at least 0 (all)")
     refuse(not 0 <= o.seed < 2**62, "--seed must be at least 0 and have less than 63 bits")
     refuse(not 0 <= o.threads <= 1024, "--threads must be 0 (torch's own choice) to 1024")
 
@@ -437,8 +445,8 @@ def check(o):
 # What a resumed run may change: its length, its place, and what changes the speed alone.
 # The autoencoder is named by where it lies now; its hash says whether it is the same one.
 MAY_CHANGE = {
-    "steps", "out", "resume", "save_every", "sample_every", "vae", "latents", "cache_latents",
-    "device", "threads", "workers", "cache_gb", "compile", "checkpoint_blocks"}
+    "steps", "out", "resume", "save_every", "sample_every", "keep", "vae", "latents",
+    "cache_latents", "device", "threads", "workers", "cache_gb", "compile", "checkpoint_blocks"}
 
 
 def is_same_value(one, other):
@@ -454,6 +462,12 @@ def find_run(out, resume):
     if out:
         return Path(out)
     return newest_checkpoint().parent if resume and LATEST.exists() else None
+
+
+def list_runs():
+    """The folders below runs/ that hold a checkpoint, in words."""
+    names = sorted(str(path.parent) for path in LATEST.parent.glob("*/last.pt"))
+    return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "none"
 
 
 def check_same_run(options, given, out, ckpt):
@@ -493,12 +507,15 @@ def resolve_options(options, given, stage):
     o = options(**recipe_options(options(**given).recipe, stage, given))
     out = find_run(o.out, o.resume)
     if not (out and (out / "last.pt").exists()):
+        refuse(o.resume and given.keys() <= {"out", "resume"},
+               f"--resume: there is no run{f' in {out}' if out else ''}; the runs here are "
+               f"{list_runs()}. To start one, say with what (--data faces)")
         if o.resume:
             print(f"nothing to continue{f' in {out}' if out else ''}: starting")
         return dataclasses.replace(o, out=out and str(out)), None
     refuse(not o.resume,
            f"--out {out} already holds a run: add --resume to continue it, or give another --out")
-    ckpt = read_checkpoint(out / "last.pt")
+    ckpt = read_checkpoint(out / "last.pt", "config", *CONTINUED)
     made_by = ckpt["meta"]["stage"]
     refuse(made_by != stage,
            f"--resume: {out} was made by {made_by}.py, not by {stage}.py; give the --out of the "

@@ -8,6 +8,7 @@ how the weights of a first stage are fitted to a network with other classes.
 Shapes: n images, B batch, h x w tokens.
 """
 import hashlib
+import math
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -83,7 +84,7 @@ def open_space(o, channels, ckpt=None, first=None):
     stage, whose autoencoder it must be. UserError for another one, and for a size that does
     not fit."""
     if ckpt:
-        space = build_model(ckpt["meta"] | dict(vae=o.vae))[2]
+        space = build_model(ckpt["meta"] | dict(vae=o.vae), ckpt["model"])[2]
     else:
         space = SPACES[o.space](channels, o.vae)
     square = space.factor * o.patch
@@ -256,6 +257,49 @@ def require_same_shapes(weights, mine, may_be_missing):
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(f"the checkpoint's network does not fit the options: {wrong[0]}{more}; "
                         "channels (--gray) and random slopes (--schedule) must stay as they were")
+
+
+def load_optimizers(optimizers, states):
+    """Load the states of optimizers from a checkpoint. UserError unless they are of these
+    optimizers and parameters: torch itself would notice in the middle of a step, or
+    crash."""
+    if len(states) != len(optimizers):
+        raise UserError(f"the checkpoint holds {len(states)} optimizer(s), this run has "
+                        f"{len(optimizers)}")
+    for optimizer, state in zip(optimizers, states):
+        groups = optimizer.param_groups
+        try:
+            same = [len(group["params"]) == len(other["params"])
+                    for group, other in zip(groups, state["param_groups"], strict=True)]
+            parameters = [q for group in groups for q in group["params"]]
+            fits = all(same) and has_state_of(state["state"], parameters)
+            if fits:
+                hyper = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+                optimizer.load_state_dict(state)
+                for group, own in zip(optimizer.param_groups, hyper):
+                    group.update(own)                   # of this run's options, not of the file
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+            fits = False
+        if not fits:
+            raise UserError("the checkpoint's optimizer is not that of this network: it can be "
+                            "sampled from and tuned, not continued")
+
+
+def has_state_of(state, parameters):
+    """Whether an optimizer's state (number of a parameter -> dict) is one of these
+    parameters: tensors of their shapes, or finite numbers that count steps."""
+    if state.keys() - set(range(len(parameters))):
+        return False
+    for number, parts in state.items():
+        for name, value in parts.items():
+            is_count = name == "step" and torch.as_tensor(value).numel() == 1
+            if value is None or (is_count and 0 <= float(value) < math.inf):
+                continue
+            if not torch.is_tensor(value) or not value.is_floating_point() or value.is_sparse:
+                return False
+            if value.shape != parameters[number].shape:
+                return False
+    return len({frozenset(parts) for parts in state.values()}) <= 1
 
 
 def compile_blocks(net):
