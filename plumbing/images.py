@@ -22,10 +22,11 @@ def seeded(*key):
 
 
 def choose_subset(count, size, seed=0):
-    """Numbers of at most `size` of `count` images, drawn at random, ascending. -> (k,) int64
+    """Numbers of at most `size` of `count` images, drawn at random, ascending. -> (k,)
+    int64
 
-    The first images of a sorted set are its first class: whatever is measured on a part of a
-    set is measured on such a part."""
+    The first images of a sorted set are its first class: whatever is measured on a part of
+    a set is measured on such a part."""
     order = torch.randperm(count, generator=seeded(seed, count, 11))
     return order[:size].sort().values
 
