@@ -66,7 +66,7 @@ def read_checkpoint(path, *parts):
         raise UserError(f"{path} is not a readable checkpoint, perhaps cut short "
                         f"({type(error).__name__}); use another one of its folder") from None
     if not isinstance(ckpt, dict) or not {"version", "meta"} <= ckpt.keys():
-        raise UserError(f"{path} is not a checkpoint of this program")
+        raise UserError(f"{path} is not a checkpoint of this program: no version, no meta")
     version = ckpt["version"]
     if is_count(version) and version > VERSION:
         raise UserError(f"{path} was made by version {version}, this program reads up to "
