@@ -78,12 +78,17 @@ def draw_sheet(rows, columns=(), zoom=1, pad=4):
     return canvas
 
 
-def draw_plot(curves, width, height, x_label="", y_label="", y_range=None, log=False, ticks=5):
-    """Curves over a common axis, with numbers at both axes and a legend above.
-
-    curves: [(name, colour, [(x, y), ...]), ...]; a name that is "" stays out of the legend.
-    y_range: (low, high), or None for that of the curves. log: a logarithmic y axis.
-    ticks: how many numbers stand at an axis. -> PIL image of width x height"""
+def draw_plot(
+    curves,             # [(name, colour, [(x, y), ...]), ...]; "" stays out of the legend
+    width,              # of the picture, in pixels
+    height,
+    x_label="",
+    y_label="",
+    y_range=None,       # (low, high), or None for that of the curves
+    log=False,          # a logarithmic y axis
+    ticks=5,            # how many numbers stand at an axis
+):
+    """Curves over a common axis, with numbers at both axes and a legend above. -> PIL image"""
     xs, ys = zip(*(point for _, _, curve in curves for point in curve))
     x_low, x_high = min(xs), max(xs)
     y_low, y_high = y_range or (min(ys), max(ys))

@@ -27,18 +27,21 @@ from tasks import TASKS, make_condition, place_side_by_side
 
 
 @torch.no_grad()
-def validate(model, images, dtype=None, count=256, levels=8, batch=64):
+def validate(
+    model,          # sample.DiffusionModel
+    images,         # data.Images or spaces.Latents
+    dtype=None,     # the type for autocast, or None
+    count=256,      # how many images at most
+    levels=8,       # how many noise levels
+    batch=64,       # images at once
+):
     """Denoising error on held-out images at fixed times and noise, all tokens visible.
 
     It is |x0_hat - x0|^2 in units of what a linear guess leaves unknown at that time, b^2
     s^2 / V, averaged over `levels` equal steps of angle. An untrained `unit` model has 1,
     other predictions start above. It compares mask ratios, and predictions too, for x0_hat
-    comes after `split`.
-
-    Of few images each is seen at several levels, so that every level has an answer.
-
-    model: sample.DiffusionModel. images: data.Images or spaces.Latents. dtype: the type for
-    autocast, or None. count: how many images at most. -> float"""
+    comes after `split`. Of few images each is seen at several levels, so that every level
+    has an answer. -> float"""
     schedule, space, task = model.schedule, model.space, model.meta.get("task", "generate")
     top = schedule.angle(schedule.start_time(model.predict))
     ts = schedule.time_at((torch.arange(levels, dtype=torch.float64) + 0.5) / levels * top)

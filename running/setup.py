@@ -198,7 +198,14 @@ def measure_std(o, images, space, device):
     return space.encode(some.to(device)).cpu().double().square().mean().sqrt().item()
 
 
-def describe_model(o, images, space, first, stage, device):
+def describe_model(
+    o,              # Options
+    images,         # the training images, or their latents
+    space,          # the space of the diffusion
+    first,          # (weights, meta) of a first stage, or None
+    stage,          # "train" or "finetune"
+    device,         # where the space's encoder runs
+):
     """All that a reader of the checkpoint needs to build its model again. -> dict, the
     `meta`"""
     task = TASKS[o.task]

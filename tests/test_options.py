@@ -100,7 +100,8 @@ REFUSED = [
     ["--label-dropout", "0.3"], ["--label-dropout", "2", "--labels"],
 
     ["--batch", "0"], ["--batch", "9", "--micro-batch", "4"], ["--steps", "0"],
-    ["--minutes", "0"], ["--minutes", "nan"], ["--lr", "0"], ["--lr", "nan"], ["--cache-gb", "-1"], ["--keep", "-1"], ["--workers", "9999"], ["--clip", "inf"],
+    ["--cache-gb", "-1"], ["--keep", "-1"], ["--workers", "9999"],
+    ["--minutes", "0"], ["--minutes", "nan"], ["--lr", "0"], ["--lr", "nan"], ["--clip", "inf"],
     ["--wd", "-1"], ["--ema", "1"], ["--lr-end", "2"], ["--amp", "fp16"],
 
     ["--recipe", "maskdit"], ["--save-every", "0"], ["--seed", "-1"], ["--threads", "100000"],

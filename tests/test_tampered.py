@@ -1,4 +1,6 @@
-"""Laws of files of strangers: whatever a checkpoint holds, it works or it is one line; never a traceback, a hang, a crash."""
+"""Laws of files of strangers: whatever a checkpoint holds, it works or it is one line;
+never a traceback, a hang, a crash."""
+
 import copy
 import random
 import signal
@@ -12,13 +14,41 @@ import torch
 
 from conftest import ROOT
 
-ABSURD = [None, -1, 0, 3, 7, 10**9, 2**70, 0.5, -0.5, float("nan"), float("inf"), "", "x", "\x1b[31m", "a" * 5000, True, [], [1], ["a", "a"], {}, {"a": 1},
-          {1: 2}, torch.zeros(()), torch.zeros(3), torch.zeros(2, 0), torch.full((4, 4), float("nan")), torch.zeros(3, dtype=torch.int64)]
+ABSURD = [
+    None,
+    -1,
+    0,
+    3,
+    7,
+    10**9,
+    2**70,
+    0.5,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\x1b[31m",
+    "a" * 5000,
+    True,
+    [],
+    [1],
+    ["a", "a"],
+    {},
+    {"a": 1},
+    {1: 2},
+    torch.zeros(()),
+    torch.zeros(3),
+    torch.zeros(2, 0),
+    torch.full((4, 4), float("nan")),
+    torch.zeros(3, dtype=torch.int64),
+]
 DEEP = ("config", "meta", "optimizer", "scaler", "model", "ema")
 
 
 def places(value, path=()):
-    """Every place in a checkpoint that a hand may change; of lists and state dicts a few."""
+    """Every place in a checkpoint that a hand may change; of lists and state dicts a
+    few."""
     yield path
     if isinstance(value, dict):
         for key in value:
@@ -40,7 +70,15 @@ def change(ckpt, path, rng):
     if kind == "delete":
         del owner[path[-1]]
     elif kind == "reshape" and torch.is_tensor(value):
-        owner[path[-1]] = rng.choice([value.flatten()[:1], value[None], value.double(), value.to(torch.int64), value.to_sparse() if value.ndim else value])
+        owner[path[-1]] = rng.choice(
+            [
+                value.flatten()[:1],
+                value[None],
+                value.double(),
+                value.to(torch.int64),
+                value.to_sparse() if value.ndim else value,
+            ]
+        )
     else:
         owner[path[-1]] = rng.choice(ABSURD)
     return changed
@@ -52,12 +90,15 @@ def try_file(path, original):
     import train
     from plumbing.console import UserError
     from sample import load, sample
+
     try:
         sample(load(path, device="cpu"), n=1, steps=1)
     except UserError as error:
         assert len(str(error).splitlines()) == 1, error
-    for command in (lambda: train.main(["--out", "run", "--resume", "--steps", str(original + 1)]),
-                    lambda: finetune.main(["--from", str(path), "--steps", "1", "--out", "tuned"])):
+    for command in (
+        lambda: train.main(["--out", "run", "--resume", "--steps", str(original + 1)]),
+        lambda: finetune.main(["--from", str(path), "--steps", "1", "--out", "tuned"]),
+    ):
         subprocess.run(["rm", "-rf", "run", "tuned"])
         Path("run").mkdir()
         Path("run/last.pt").write_bytes(Path(path).read_bytes())
@@ -68,17 +109,39 @@ def try_file(path, original):
 
 
 def attack(count, seed):
-    """Run in a process of its own, for it may crash: prints one line for each bad outcome."""
+    """Run in a process of its own, for it may crash: prints one line for each bad
+    outcome."""
     import train
+
     rng = random.Random(seed)
-    options = ["--data", "faces", "--size", "8", "--batch", "4", "--threads", "1", "--sample-every", "1000", "--amp", "off", "--model", "tiny"]
+    options = [
+        "--data",
+        "faces",
+        "--size",
+        "8",
+        "--batch",
+        "4",
+        "--threads",
+        "1",
+        "--sample-every",
+        "1000",
+        "--amp",
+        "off",
+        "--model",
+        "tiny",
+    ]
     import running.setup
     from data import load_images
-    running.setup.load_images = lambda source, *args, **how: load_images(source, *args, **how | (dict(count=24) if source == "faces" else {}))
+
+    running.setup.load_images = lambda source, *args, **how: load_images(
+        source, *args, **how | (dict(count=24) if source == "faces" else {})
+    )
     train.main([*options, "--labels", "--steps", "2", "--out", "made"])
     ckpt = torch.load("made/last.pt", weights_only=True)
     every = [path for path in places(ckpt) if path]
-    shallow = [path for path in every if path[0] not in ("model", "ema", "optimizer") or len(path) < 3]
+    shallow = [
+        path for path in every if path[0] not in ("model", "ema", "optimizer") or len(path) < 3
+    ]
     for k in range(count):
         path = rng.choice(shallow if rng.random() < 0.7 else every)
         torch.save(change(ckpt, path, rng), "changed.pt")
@@ -87,14 +150,26 @@ def attack(count, seed):
         try:
             try_file("changed.pt", 2)
         except Exception:
-            print(f"BAD {path}: {traceback.format_exc().splitlines()[-1]}\n{traceback.format_exc()}", flush=True)
+            print(
+                f"BAD {path}: {traceback.format_exc().splitlines()[-1]}\n{traceback.format_exc()}",
+                flush=True,
+            )
         signal.alarm(0)
 
 
-@pytest.mark.parametrize("count, seed", [(12, 0)] + [pytest.param(250, seed, marks=pytest.mark.slow) for seed in range(1, 9)])
+@pytest.mark.parametrize(
+    "count, seed",
+    [(12, 0)] + [pytest.param(250, seed, marks=pytest.mark.slow) for seed in range(1, 9)],
+)
 def test_a_tampered_checkpoint_works_or_is_one_line(tmp_path, count, seed):
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_tampered; test_tampered.attack({count}, {seed})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    paths = [str(ROOT), str(ROOT / "tests")]
+    code = (
+        f"import sys; sys.path[:0] = {paths!r}; "
+        f"import test_tampered; test_tampered.attack({count}, {seed})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     bad = [line for line in done.stdout.splitlines() if line.startswith("BAD")]
     last = [line for line in done.stdout.splitlines() if line.startswith("TRY")][-1:]
     assert not bad, "\n".join(bad)
