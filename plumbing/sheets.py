@@ -88,7 +88,7 @@ def draw_plot(
     log=False,          # a logarithmic y axis
     ticks=5,            # how many numbers stand at an axis
 ):
-    """Curves over a common axis, with numbers at both axes and a legend above. -> PIL image"""
+    """Curves over a common axis, numbers at both axes, a legend above. -> PIL image"""
     xs, ys = zip(*(point for _, _, curve in curves for point in curve))
     x_low, x_high = min(xs), max(xs)
     y_low, y_high = y_range or (min(ys), max(ys))

@@ -68,15 +68,17 @@ def validate(
     return torch.stack([torch.cat(errors)[level == k].mean() for k in range(levels)]).mean().item()
 
 
-def evaluate_model(model, held_out, shown, pixel_space, o, path, dtype=None):
+def evaluate_model(
+    model,          # sample.DiffusionModel, of the averaged weights
+    held_out,       # data.Images, or spaces.Latents
+    shown,          # a few held-out images uint8 (k, C, S, S), for a reconstruction's picture
+    pixel_space,    # a space with an encoder, for the same: held_out may be latents
+    o,              # the run's Options
+    path,           # of the picture
+    dtype=None,     # the type for autocast, or None
+):
     """Look at a model in training: a picture at `path`, a task's scores on the screen.
 
-    model        sample.DiffusionModel, of the averaged weights
-    held_out     data.Images, or spaces.Latents
-    shown        a few held-out images uint8 (k, C, S, S), for pictures of a reconstruction
-    pixel_space  a space with an encoder, for the same: held_out may be latents
-    o            the run's Options
-    dtype        the type for autocast, or None
     -> val_loss; of a reconstruction, its mean error over four mask ratios"""
     if o.objective == "reconstruct":
         if o.recon_target == "clean":           # of whitened patches there is no picture
@@ -94,7 +96,14 @@ def evaluate_model(model, held_out, shown, pixel_space, o, path, dtype=None):
     return validate(model, held_out, dtype)
 
 
-def evaluate_task(model, held_out, name, path, dtype=None, count=64):
+def evaluate_task(
+    model,          # sample.DiffusionModel, of the averaged weights
+    held_out,       # data.Images
+    name,           # of the task
+    path,           # of the picture
+    dtype=None,     # the type for autocast, or None
+    count=64,       # how many images at most
+):
     """condition | result | target of held-out images at `path`, and how good they are,
     printed."""
     task, chosen = TASKS[name], choose_subset(len(held_out), count)
