@@ -38,8 +38,8 @@ from running.cost import describe_cost
 from running.journal import Journal
 from running.options import Options, check, options_parser, resolve_options
 from running.setup import (
-    STAGES, absolute_path, compile_blocks, describe_data, describe_model,
-    load_first_stage, load_optimizers, load_run_images, mask_ratio, network_options, open_space,
+    STAGES, absolute_path, compile_blocks, describe_data, describe_model, load_first_stage,
+    load_optimizers, load_run_images, mask_ratio, network_options, open_space, read_state,
     require_hidden_tokens, require_output_outside, require_same_data, require_same_view,
     shard_indices, split_batch, step_cost)
 from sample import load_weights
@@ -55,6 +55,10 @@ TOO_MANY = 20                       # steps in a row that are not finite: they e
 
 class Setup:
     """What never changes in a run: options, machine, images, space, schedule, objective.
+
+    It is made in two parts. The first reads and refuses, and writes nothing. The second,
+    `prepare`, may take long (it encodes all images in latent space): by then the run has
+    its folder, and a signal is heard.
 
     o: Options. ckpt: a checkpoint that is continued exactly, or None. first: (weights,
     meta) of a first stage to start from, or None. stage: "train" or "finetune". UserError
@@ -99,8 +103,8 @@ class Setup:
         # A reconstruction has no time: t = 0, where x_t is the image.
         self.when = o.time_sampling if o.objective == "denoise" else "zero"
         self.objective = OBJECTIVES[o.objective](
-            self.schedule, o.predict, o.patch, o.weighting, o.recon, o.recon_target,
-            ECONOMIES[o.economy].all_scored)
+            self.schedule, o.predict, o.patch, weighting=o.weighting, recon=o.recon,
+            recon_target=o.recon_target, all_scored=ECONOMIES[o.economy].all_scored)
 
     def ratio(self, progress):
         """The share of hidden tokens at a progress in [0, 1]."""
@@ -195,10 +199,10 @@ class Learner:
         load_optimizers(self.optimizers, states)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(ckpt["scaler"])
-        torch.set_rng_state(ckpt["rng"])                    # ours need none: for your own dropout
+        torch.set_rng_state(ckpt["rng"])    # no draw here needs it; your own dropout would
         self.step, self.skipped = ckpt["step"], ckpt["meta"]["skipped"]
 
-    def gather_gradients(self, is_last):
+    def synchronise(self, is_last):
         """The block in which a shard goes forward and backward. Processes average their
         gradients once a step: in the backward pass of the last shard."""
         wait = self.machine.world > 1 and not is_last
@@ -214,14 +218,15 @@ class Learner:
         gradients = [q.grad for q in self.net.parameters() if q.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).norm().item()
         if math.isfinite(norm):
-            if norm > self.o.clip:      # clip_grad_norm_ multiplies by 1 otherwise: 5 % of a step
+            if norm > self.o.clip:      # else no multiplication by 1: it costs 5 % of a step
                 torch._foreach_mul_(gradients, self.o.clip / norm)
             for group in self.groups():
-                group["lr"] = lr * group.get("lr_share", 1.0)
+                group["lr"] = lr * group["lr_share"]
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
+            # The average forgets its first, random weights faster than its later ones.
             decay = min(self.o.ema, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():       # or every average would remember all the ones before it
+            with torch.no_grad():       # else autograd would keep the history of every average
                 torch._foreach_lerp_(list(self.average.parameters()),
                                      list(self.net.parameters()), 1 - decay)
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
@@ -276,8 +281,8 @@ def train_step(setup, learner, batches, ratio, lr):
         x, y = to_float(x.to(device, non_blocking=True)), y.to(device) if setup.classes else None
         x, y = augment(x, y, g, o.flip, o.label_dropout)
         x, cond = make_condition(o.task, x, setup.images.maps, space.factor, g)
-        with learner.gather_gradients(is_last=shard == setup.shards - 1):
-            z = space.encode(x)                                  # vae.py: pixels or latents
+        with learner.synchronise(is_last=shard == setup.shards - 1):
+            z = space.encode(x)                                  # spaces.py: pixels or latents
             m = draw(o.policy, len(z), h, h, ratio, g, o.block)  # mask.py: which tokens are seen
             n = schedule.noise(z, g)                             # schedules.py: eps (and slopes)
             t = times(setup.when, schedule, len(z), g)           # schedules.py: a time for each
@@ -300,25 +305,27 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
     stage     "train" or "finetune"
     on_step   on_step(step, numbers) is called after every step, for a logger of your own;
               numbers: a dict of loss, lr, ratio and progress
-    -> the run's folder. UserError for what cannot be, in one line"""
+    -> the run's folder, None after --dry-run. UserError for what cannot be, in one line"""
     check(o)
     if o.objective == "reconstruct":
         o = dataclasses.replace(o, predict="x0")
     if o.dry_run:
-        return print(describe_cost(o, network_options, f"{stage}.py", sys.argv[1:]))
+        print(describe_cost(o, network_options, f"{stage}.py", sys.argv[1:]))
+        return None
     setup = Setup(o, ckpt, first, stage)
     with Journal(setup) as journal:
         setup.prepare()
         learner = Learner(setup)
         plan = make_plan(setup)
-        journal.begin(learner, plan, describe_turn_back(setup, plan))
+        journal.begin(learner, plan, learning_rate)
         batches = setup.batches(learner.step)
         while not journal.ended:
             progress = plan.progress
             ratio, lr = setup.ratio(progress), learning_rate(o, plan.step, progress, plan.total)
             loss = train_step(setup, learner, batches, ratio, lr)
-            journal.record(loss, ratio, lr)
-            if on_step:
+            plan.count_step()                           # one step more: progress goes on
+            journal.record(loss, ratio, lr)             # log, evaluate, save; decide the end
+            if on_step:                                 # learner.step and plan.step are equal here
                 on_step(plan.step, dict(loss=loss.item(), lr=lr, ratio=ratio, progress=progress))
     return journal.folder
 
@@ -329,28 +336,6 @@ def make_plan(setup):
     minutes = None if o.steps else o.minutes or 4.0
     return Plan(o.steps, minutes, lambda p: step_cost(o, setup.side ** 2, p), o.sample_every,
                 read_state(ckpt) if ckpt else None, ckpt["seconds"] if ckpt else 0.0)
-
-
-def read_state(ckpt):
-    """Where the plan of a checkpoint stands. -> dict(step, plan, progress)"""
-    step, plan = ckpt["step"], ckpt["meta"]["plan"]
-    progress = ckpt["meta"].get("progress")
-    if progress is None:                                    # an older file
-        progress = step / plan if plan else 0.0
-    return dict(step=step, plan=plan, progress=progress)
-
-
-def describe_turn_back(setup, plan):
-    """One line when a longer plan turns back what follows the progress of a run, or ""."""
-    o, state = setup.o, setup.ckpt and read_state(setup.ckpt)
-    if not state or plan.progress > state["progress"] - 1e-9:
-        return ""
-    before = learning_rate(o, plan.step, state["progress"], state["plan"])
-    after = learning_rate(o, plan.step, plan.progress, plan.total)
-    return (f"note: {plan.total} steps instead of {state['plan']} turn progress back from "
-            f"{state['progress']:.2f} to {plan.progress:.2f}: the learning rate goes from "
-            f"{before:.2g} to {after:.2g}, the hidden share from "
-            f"{setup.ratio(state['progress']):.2f} to {setup.ratio(plan.progress):.2f}")
 
 
 def continue_run(o, ckpt, stage):

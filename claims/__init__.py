@@ -1,1 +1,1 @@
-"""The claims of the four papers, each one experiment, started by `python reproduce.py NAME`."""
+"""The claims of the papers, each one experiment: `python reproduce.py NAME` starts it."""

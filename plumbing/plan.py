@@ -48,7 +48,7 @@ class Plan:
             self.progress = state["progress"]
         if self.total and not minutes:
             self.progress = self.step / self.total
-        self.begun = clock() - seconds
+        self.begun, self.tick = clock() - seconds, clock()
         self.planned = seconds              # when the plan was last made, in seconds of the run
         self.look_seconds = 0.0             # of one evaluation, the last one
         self.looked = 0.0                   # of all evaluations since the last plan
@@ -68,9 +68,13 @@ class Plan:
         """Whether the plan is fulfilled."""
         return self.total is not None and self.step >= self.total
 
-    def count_step(self, seconds):
-        """One step more, which took so many seconds."""
-        self.durations.append(seconds)
+    def start_watch(self):
+        """The next step begins now: what lies between two steps is not theirs."""
+        self.tick = self.clock()
+
+    def count_step(self):
+        """One step more: it took the time since `start_watch`."""
+        self.durations.append(self.clock() - self.tick)
         self.costs.append(self.cost(self.progress))
         self.step += 1
         if self.total is None:

@@ -30,7 +30,7 @@ from plumbing.checkpoint import (
 from plumbing.console import UserError, replacing
 from plumbing.sheets import draw_plot, save_picture
 from running.evaluate import evaluate_model
-from running.setup import token_counts
+from running.setup import read_state, token_counts
 from sample import DiffusionModel
 
 COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible",
@@ -142,14 +142,13 @@ class Journal:
             self.save(is_numbered=False)
             print(f"stopped at step {self.plan.step}: {self.folder / 'last.pt'}", flush=True)
 
-    def begin(self, learner, plan, note=""):
+    def begin(self, learner, plan, learning_rate):
         """Before the first step: write config.json, open the log, say what will be trained.
-        note: one line more to say."""
+        learning_rate: train.learning_rate."""
         self.learner, self.plan, self.saved = learner, plan, plan.step
         self.tokens = self.setup.side ** 2
         self.logged, self.counted, self.since = plan.step, 0, time.monotonic()
         self.loss_sum = torch.zeros((), device=self.machine.device)     # added up on the device
-        self.tick = time.monotonic()
         if self.is_writer:
             unlink_link(self.folder / "samples")
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -160,13 +159,15 @@ class Journal:
             config.flush()
             self.log = open_log(self.folder / "log.csv", plan.step if resumed else -1)
             self.files.append(self.log)
-            print(self.describe() + (f"\n{note}" if note else ""), flush=True)
+            print("\n".join([*self.describe(), *self.describe_longer_plan(learning_rate)]),
+                  flush=True)
             if plan.step == 0:
                 ratio = self.setup.ratio(0)
                 self.write_row(0.0, "", f"{self.evaluate():.6g}", 0.0, ratio, 0.0)
         self.bar = tqdm(total=plan.total, initial=plan.step, desc=self.setup.stage, unit="step",
                         disable=None if self.is_writer else True, dynamic_ncols=True)
-        self.tick = self.since = time.monotonic()
+        self.since = time.monotonic()
+        plan.start_watch()
 
     def describe(self):
         """What will be trained, on what: three lines, and a note where a resumed run
@@ -186,7 +187,20 @@ class Journal:
         if setup.ckpt and setup.meta["shards"] != world * setup.shards:
             lines.append(f"note: this run began with {setup.meta['shards']} shards per step, now "
                          f"{world * setup.shards}: the same law, not the same numbers")
-        return "\n".join(lines)
+        return lines
+
+    def describe_longer_plan(self, learning_rate):
+        """What a longer plan turns back, in a line, or nothing. -> list"""
+        o, plan, ratio = self.o, self.plan, self.setup.ratio
+        before = read_state(self.setup.ckpt) if self.setup.ckpt else None
+        if before is None or plan.progress > before["progress"] - 1e-9:
+            return []
+        old = learning_rate(o, plan.step, before["progress"], before["plan"])
+        new = learning_rate(o, plan.step, plan.progress, plan.total)
+        return [f"note: {plan.total} steps instead of {before['plan']} turn progress back from "
+                f"{before['progress']:.2f} to {plan.progress:.2f}: the learning rate goes from "
+                f"{old:.2g} to {new:.2g}, the hidden share from "
+                f"{ratio(before['progress']):.2f} to {ratio(plan.progress):.2f}"]
 
     def finish(self):
         """After the last step: say where everything is. SystemExit after a signal."""
@@ -206,13 +220,12 @@ class Journal:
     # -- a step ----------------------------------------------------------------------------
 
     def record(self, loss, ratio, lr):
-        """After every step: count it, log it, evaluate, save, and decide with all processes
-        whether it was the last one."""
+        """After every step: log it, evaluate, save, and decide with all processes whether
+        it was the last one."""
         self.last = ratio, lr
         if self.learner.skipped_in_a_row == 0:
             self.loss_sum, self.counted = self.loss_sum + loss, self.counted + 1
         self.bar.update()
-        self.plan.count_step(time.monotonic() - self.tick)
         self.agree()
         step, is_stopped = self.plan.step, self.ended and not self.plan.is_done
         looks = step % self.o.sample_every == 0 or (self.ended and not is_stopped)
@@ -222,7 +235,7 @@ class Journal:
             self.write_log(ratio, lr, looks)
         if self.is_writer and (keeps or self.ended):
             self.save(keeps)
-        self.tick = time.monotonic()
+        self.plan.start_watch()
 
     def agree(self):
         """All processes learn whether one was asked to stop, and how many steps the first

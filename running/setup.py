@@ -230,6 +230,15 @@ def absolute_path(path):
     return path and os.path.abspath(os.path.expanduser(path))
 
 
+def read_state(ckpt):
+    """Where the plan of a checkpoint stands. -> dict(step, plan, progress)"""
+    step, plan = ckpt["step"], ckpt["meta"]["plan"]
+    progress = ckpt["meta"].get("progress")
+    if progress is None:                                    # an older file
+        progress = step / plan if plan else 0.0
+    return dict(step=step, plan=plan, progress=progress)
+
+
 # --- weights ------------------------------------------------------------------------------
 
 def load_first_stage(net, weights, classes_there, classes_here):

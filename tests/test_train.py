@@ -864,8 +864,8 @@ def test_learning_rate_warms_up_and_decays_with_progress(photos):
 def break_some_losses(monkeypatch, broken):
     real, count = train.OBJECTIVES["denoise"], iter(range(10**9))
 
-    def build(*args):
-        objective = real(*args)
+    def build(*args, **how):
+        objective = real(*args, **how)
         return lambda *inputs: objective(*inputs) * (float("nan") if broken(next(count)) else 1.0)
 
     monkeypatch.setitem(train.OBJECTIVES, "denoise", build)
