@@ -7,7 +7,7 @@ network still learns the distribution of every subset of patches. MaskDiT (2306.
 half and adds a decoder; LMD (2312.07971) raises the ratio while training goes on. All three
 need the same two decisions:
 
-    how many   ratio = RATIOS[name](progress, lo, hi)         a *ratio schedule*
+    how many   ratio = RATIOS[name](progress, lo, hi)         a *ramp*
                K = max(1, round(N (1 - ratio)))               tokens stay visible
     which      score = POLICIES[name](rand, B, h, w, block)   a *mask policy*, (B, N)
                the K lowest scores stay visible
@@ -22,7 +22,7 @@ and handed to the model and to the loss.
 
 Shapes: B batch, C channels, h x w token grid, N = h w tokens, K visible tokens, D width of
 a token, p patch side, P = p p C values per patch; u tokens (B, N, D).
-Run `python mask.py` to see every policy and every ratio schedule in one picture.
+Run `python mask.py` to see every policy and every ramp in one picture.
 """
 import math
 from dataclasses import dataclass
@@ -86,9 +86,10 @@ class Mask:
 def visible_count(N, ratio):
     """How many of N tokens stay visible at a mask ratio in [0, 1) -> K; ValueError outside.
 
-    It is rounded once, from the ratio that was asked for. The released MaskDM rounds twice
-    in block masking and calls 87.5 % "90 %". Others truncate: int(400 * (1 - .9)) is 39,
-    because 1 - .9 is a little less than a tenth in binary."""
+    It is rounded once, from the ratio that was asked for. The released MaskDM rounds to
+    whole squares in block masking. So its "90 %" is 87.5 % at 64 px, where 2 of 16 squares
+    stay visible, and 89.8 % at 256 px. Others truncate: int(400 * (1 - .9)) is 39, because
+    1 - .9 is a little less than a tenth in binary."""
     if not 0 <= ratio < 1:
         raise ValueError(f"mask ratio {ratio} is not in [0, 1)")
     return max(1, round(N * (1 - ratio)))
@@ -124,7 +125,9 @@ def patch_score(rand, B, h, w, block):
 def block_score(rand, B, h, w, block):
     """Squares of block x block tokens are hidden or visible together. [MaskDM]
 
-    Only one square is cut, when K is no multiple of its area."""
+    At most one square is cut: a part of it is visible when K is no multiple of block^2.
+    When K < block^2 nothing else is, so choose `block` small enough: of 8 x 8 tokens K = 6
+    are a part of one square of 4 x 4, or one square of 2 x 2 and a part of another."""
     rows, columns = math.ceil(h / block), math.ceil(w / block)
     order = rand(B, rows * columns).argsort(1).float()      # whole numbers: the turn of each square
     order = order.view(B, rows, columns)                                        # (B, rows, columns)
@@ -136,8 +139,8 @@ def crop_score(rand, B, h, w, block):
     """One square window is visible and everything else is hidden. [MaskDM]
 
     The window sits uniformly at random inside the image. A token's score is the side of the
-    smallest window that holds it, so the K lowest are a square of any size that K asks for.
-    The last ring of the window may be incomplete."""
+    smallest window that holds it, less 1, so the K lowest are a square of any size that K
+    asks for. The last ring of the window may be incomplete."""
     row_side = _smallest_window(rand(B, 1, 1), h, max(h, w))                                # (B, h)
     column_side = _smallest_window(rand(B, 1, 1), w, max(h, w))                             # (B, w)
     side = torch.maximum(row_side[:, :, None], column_side[:, None, :])                  # (B, h, w)
@@ -145,7 +148,7 @@ def crop_score(rand, B, h, w, block):
 
 
 def _smallest_window(place, length, largest):
-    """For each of `length` places the side of the smallest window that holds it.
+    """For each of `length` places the side, less 1, of the smallest window that holds it.
 
     The windows of an image have sides 1, 2, ... and start at
     floor(place (length - side + 1)). place (B, 1, 1) in [0, 1) is fixed, so each window
@@ -160,7 +163,7 @@ def _smallest_window(place, length, largest):
 POLICIES = {"patch": patch_score, "block": block_score, "crop": crop_score}
 
 
-# --- how many: ratio schedules. schedule(progress, lo, hi) -> ratio -----------------------
+# --- how many: ramps. ramp(progress, lo, hi) -> ratio -------------------------------------
 # progress in [0, 1] is that of the training. Each starts at lo, ends at hi and is monotone.
 
 RAMP = 2 / 3                        # [LMD] the ramp ends here, then the ratio stays at hi
@@ -252,7 +255,7 @@ def ratio_at(
 # --- the picture --------------------------------------------------------------------------
 
 def draw_policies(side=176, seed=0):
-    """The picture of `python mask.py`: one row per policy, one plot per ratio schedule.
+    """The picture of `python mask.py`: one row per policy, one plot per ramp.
 
     side: pixels of a picture, a multiple of 16. seed: which face and masks. -> PIL image"""
     ratios = [0.0, 0.25, 0.5, 0.75, 0.9]
@@ -277,7 +280,7 @@ def draw_policies(side=176, seed=0):
 
 
 def draw_ramp(name, points=500):
-    """Plot a ratio schedule and the staircase that training climbs -> PIL image."""
+    """Plot a ramp and the staircase that training climbs -> PIL image."""
     settings = {"constant": (0.9, 0.9), "cosine4": (0.5, 0.0)}                  # as the papers do
     lo, hi = settings.get(name, (0.15, 0.75))
     times = [i / points for i in range(points + 1)]
@@ -289,5 +292,5 @@ def draw_ramp(name, points=500):
 
 if __name__ == "__main__":
     from plumbing.console import run_picture_command
-    run_picture_command("Draw every mask policy and every ratio schedule.", draw_policies,
+    run_picture_command("Draw every mask policy and every ramp.", draw_policies,
                         "mask.png", seed=(0, "which face and which masks"))

@@ -8,7 +8,7 @@ not what should.
 
     python reproduce.py maskdm --data faces64.zip --gray --size 64   # a tenth of the tokens
     python reproduce.py ddm --data cifar10-train.zip                 # ten analytic steps
-    python reproduce.py tasks --data faces64.zip                     # four tasks, ten calls
+    python reproduce.py tasks --data faces64.zip --gray --size 64    # four tasks, ten calls
     python reproduce.py maskdit --data cifar10-train.zip             # half of the tokens
     python reproduce.py lmd --data faces64.zip --gray --size 64      # a rising mask
 

@@ -1,4 +1,4 @@
-"""Laws of masking, over every policy and every ratio schedule."""
+"""Laws of masking, over every policy and every ramp."""
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -112,7 +112,7 @@ def test_the_crop_window_sits_uniformly():
 
 @pytest.mark.parametrize("ramp", RATIOS)
 @given(st.floats(0, 0.95), st.floats(0, 0.95))
-def test_ratio_schedules_start_at_lo_end_at_hi_and_are_monotone_and_continuous(ramp, lo, hi):
+def test_ramps_start_at_lo_end_at_hi_and_are_monotone_and_continuous(ramp, lo, hi):
     lo = hi if ramp == "constant" else lo
     u = [i / 2000 for i in range(2001)]
     r = [RATIOS[ramp](v, lo, hi) for v in u]
@@ -188,4 +188,5 @@ def test_a_mask_is_a_value():
 def test_every_entry_describes_itself_in_one_line(registry):
     """So that --help takes it from here."""
     for name, entry in registry.items():
+        assert entry.__doc__, f"{name}: give it a docstring, --help shows its first line"
         assert 10 < len(entry.__doc__.splitlines()[0]) <= 100, name
