@@ -15,13 +15,16 @@ time, and with them the first term. It reconstructs the hidden patches of a clea
 
 The targets belong to the prediction (schedules.py). The weights w_f are per image and are
 applied before any mean, in float32. The reconstruction reads the network's *raw* output:
-through EDM's c_skip the noisy patch, which is the target, would leak in.
+through EDM's c_skip the noisy patch, which is the target, would leak in. It is in the
+head's own unit: the image z where the head gives z on visible tokens (predictions x0 and
+both), z / data_std where it gives values of variance 1.
 
 Shapes: B batch, C channels, N tokens, P values per patch and field; out (B, heads C, H, W),
 z (B, C, H, W), n as drawn by schedule.noise, t (B,); errors (B, N).
 Run `python losses.py` to see both terms of the loss on one image.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,7 @@ from mask import draw, patchify, unpatchify
 from plumbing.faces import draw_faces
 from plumbing.images import to_float, to_uint8
 from plumbing.sheets import draw_sheet
-from schedules import SCHEDULES
+from schedules import PREDICTIONS, SCHEDULES
 
 
 # --- the first term: score matching -------------------------------------------------------
@@ -78,19 +81,20 @@ def denoising_error(
     return error
 
 
-# --- the second term: reconstruction. target(schedule, z, n, t, patch) -> (B, N, P) -------
+# --- the second term: reconstruction. target(z, unit, corrupt, patch) -> (B, N, P) --------
+# unit: what z is divided by, see `image_unit`. corrupt() -> x_t (B, C, H, W)
 
-def clean_target(schedule, z, n, t, patch):
-    """The image itself, in units of its standard deviation."""
-    return patchify(z / schedule.data_std, patch)
+def clean_target(z, unit, corrupt, patch):
+    """The image itself, in the unit of the head that gives it."""
+    return patchify(z / unit, patch)
 
 
-def noisy_target(schedule, z, n, t, patch):
+def noisy_target(z, unit, corrupt, patch):
     """The noisy image, normalised patch by patch: the released code. [MaskDiT]"""
-    return normalise_patches(patchify(schedule.corrupt(z, n, t), patch))
+    return normalise_patches(patchify(corrupt(), patch))
 
 
-def whitened_target(schedule, z, n, t, patch):
+def whitened_target(z, unit, corrupt, patch):
     """The image, normalised patch by patch: better features, but no picture. [LMD, MAE]"""
     return normalise_patches(patchify(z, patch))
 
@@ -103,17 +107,27 @@ def normalise_patches(u, eps=1e-6):
     return (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + eps).sqrt()
 
 
+def image_unit(schedule, predict):
+    """The unit of the head that reconstructs: out = z / unit.
+
+    1 where the prediction's first head is the image itself, so that one head gives one
+    thing on visible and on hidden tokens; elsewhere the data's root mean square."""
+    return 1.0 if PREDICTIONS[predict].has_image else schedule.data_std
+
+
 def token_error(
     out,           # (B, heads C, H, W): the network's raw output; its first C channels are read
     z,             # (B, C, H, W): the clean image
     n,             # the noise bundle
     t,             # (B,): times
-    schedule,      # gives the targets
+    schedule,      # gives the unit and x_t
+    predict,       # a name in PREDICTIONS, gives the unit
     patch,         # side of a token
     recon_target,  # a name in RECON_TARGETS
 ):
     """Reconstruction, token by token: |out - patch|^2 -> (B, N)."""
-    target = RECON_TARGETS[recon_target](schedule, z, n, t, patch)                       # (B, N, P)
+    unit, corrupt = image_unit(schedule, predict), partial(schedule.corrupt, z, n, t)
+    target = RECON_TARGETS[recon_target](z, unit, corrupt, patch)                        # (B, N, P)
     return ((patchify(out[:, :z.shape[1]].float(), patch) - target) ** 2).mean(-1)
 
 
@@ -154,7 +168,7 @@ def build_objective(
             return error.mean()
         loss = visible_mean(error, m)                               # [MaskDM] divided by K
         if recon:
-            guessed = token_error(out, z, n, t, schedule, patch, recon_target)              # (B, N)
+            guessed = token_error(out, z, n, t, schedule, predict, patch, recon_target)     # (B, N)
             loss = loss + recon * hidden_mean(guessed, m)           # [MaskDiT] lambda = 0.1
         return loss
 
@@ -163,7 +177,7 @@ def build_objective(
 
 def build_reconstruction(
     schedule,              # gives the targets
-    predict,               # not used: there is nothing to predict but the patches
+    predict,               # a name in PREDICTIONS, gives the unit of the patches
     patch,                 # side of a token
     weighting="plain",     # not used: there is one term
     recon=0.0,             # not used: its weight is 1
@@ -176,7 +190,8 @@ def build_reconstruction(
     hides something. The arguments are those of build_objective."""
 
     def objective(out, z, n, t, m):
-        return hidden_mean(token_error(out, z, n, t, schedule, patch, recon_target), m)     # [LMD]
+        error = token_error(out, z, n, t, schedule, predict, patch, recon_target)           # (B, N)
+        return hidden_mean(error, m)                                # [LMD]
 
     return objective
 
@@ -208,7 +223,7 @@ def draw_terms(side=160, seed=0):
         visible = unpatchify(flags, patch, cells, cells)                              # (1, 1, H, W)
         out = blur_visible(zt, visible)
         first = denoising_error(out, z, n, t, schedule, "x0", patch)                        # (1, N)
-        second = token_error(out, z, n, t, schedule, patch, "clean")                        # (1, N)
+        second = token_error(out, z, n, t, schedule, "x0", patch, "clean")                  # (1, N)
         terms = f"{visible_mean(first, m):.3f} + {recon} x {hidden_mean(second, m):.3f}"
         title = f"mask ratio {ratio}\n\nL = {terms}\n   = {objective(out, z, n, t, m):.3f}"
         seen = torch.where(visible > 0, zt, 0.8)                                # hidden: grey

@@ -21,7 +21,9 @@ choices of the same two functions.
     unit       F = (b x0 - a data_std^2 eps) / (data_std sqrt V)   the network's target
                V = a^2 data_std^2 + b^2                            variance of x_t
                F has variance 1 and no correlation with x_t at any t. EDM's c_skip, c_out
-               and c_in are this for a = 1; v-prediction is -F for data_std = 1 and V = 1.
+               and c_in are this for a = 1; v-prediction is -F for data_std = 1
+    both       x0 = w f0 + (1 - w) (x_t - b f1) / a                two heads f0, f1
+               w = 1 - a (DDM) where the image fades to nothing, b^2 / V elsewhere
 
 Coefficients are computed in float64 and cast to the image's type at the end.
 Shapes: B batch, C channels, S slopes; t in [0, 1], one time per image (B,) or one for all;
@@ -85,6 +87,20 @@ class Schedule:
             lo, hi = torch.where(early, mid, lo), torch.where(early, hi, mid)
         return hi
 
+    @property
+    def fades(self):
+        """Whether nothing is left of the image at t = 1: less than a hundredth."""
+        return bool(self.a(to_float64(1.0)) < 0.01)
+
+    def blend_weights(self, a, b):
+        """How the two guesses of `both` become one image: w f0 + (1 - w) (x_t - b f1) / a.
+
+        a, b: at one time. -> (w, (1 - w) / a); nothing is divided by a"""
+        if self.fades:
+            return 1 - a, torch.ones_like(a)                                    # [DDM] as released
+        V = a ** 2 * self.data_std ** 2 + b ** 2
+        return b ** 2 / V, a * self.data_std ** 2 / V               # [EDM] the second is c_skip
+
     def start_time(self, predict, sigma=200.0):
         """Where sampling begins: t = 1, or the largest t with b / a <= sigma.
 
@@ -123,7 +139,7 @@ class Schedule:
         """What the network should output -> list of fields (B, C, H, W), one a head."""
         a, b, *_ = self.coefficients(t, z)
         eps, *kappa = n.split(z.shape[1], 1)
-        return [*PREDICTIONS[predict].target(z, eps, a, b, self.data_std), *kappa]
+        return [*PREDICTIONS[predict].target(z, eps, a, b, self), *kappa]
 
     def split(self, out, zt, t, predict):
         """The network's output at x_t as an image and its noise.
@@ -134,7 +150,7 @@ class Schedule:
         fields = out.to(zt.dtype).split(zt.shape[1], 1)
         kappa = fields[prediction.heads:]
         zt = zt - _add_slopes(e, kappa)                             # [DDM] first without the slopes
-        x0, eps = prediction.split(fields[:prediction.heads], zt, a, b, self.data_std)
+        x0, eps = prediction.split(fields[:prediction.heads], zt, a, b, self)
         return x0, torch.cat([eps, *kappa], 1)
 
     # -- backward --------------------------------------------------------------------------
@@ -209,15 +225,17 @@ class Prediction:
     """What the network predicts: two functions, each the inverse of the other.
 
     heads: how many image-shaped fields it is.
-    needs_image: it is not defined at a = 0, where nothing of the image is left."""
+    needs_image: it is not defined at a = 0, where nothing of the image is left.
+    has_image: its first field is the image itself, in the data's own unit."""
     heads = 1
     needs_image = False
+    has_image = False
 
-    def target(self, x0, eps, a, b, data_std):
+    def target(self, x0, eps, a, b, schedule):
         """The fields that the network learns -> list of `heads` fields (B, C, H, W)."""
         raise NotImplementedError
 
-    def split(self, fields, xt, a, b, data_std):
+    def split(self, fields, xt, a, b, schedule):
         """The network's fields at x_t -> (x0, eps), each (B, C, H, W)."""
         raise NotImplementedError
 
@@ -225,60 +243,70 @@ class Prediction:
 class BothPrediction(Prediction):
     """The image and the noise, from two raw heads. [DDM]"""
     heads = 2
+    has_image = True
 
-    def target(self, x0, eps, a, b, data_std):
+    def target(self, x0, eps, a, b, schedule):
         return [x0, eps]
 
-    def split(self, fields, xt, a, b, data_std):
+    def split(self, fields, xt, a, b, schedule):
         x0_head, eps_head = fields
         # [DDM] x0 = x_t - H(t) - b eps with H = (a - 1) x0: the released blend of heads.
-        return xt + (1 - a) * x0_head - b * eps_head, eps_head
+        # For a = 1 it would never read the image head: see Schedule.blend_weights.
+        of_image, of_rest = schedule.blend_weights(a, b)
+        return of_rest * xt + of_image * x0_head - of_rest * b * eps_head, eps_head
 
 
 class NoisePrediction(Prediction):
     """The noise eps. [DDPM, MaskDM]"""
     needs_image = True
 
-    def target(self, x0, eps, a, b, data_std):
+    def target(self, x0, eps, a, b, schedule):
         return [eps]
 
-    def split(self, fields, xt, a, b, data_std):
+    def split(self, fields, xt, a, b, schedule):
         eps, = fields
         return (xt - b * eps) / a, eps              # not defined at a = 0: see Schedule.start_time
 
 
 class ImagePrediction(Prediction):
     """The image x0."""
+    has_image = True
 
-    def target(self, x0, eps, a, b, data_std):
+    def target(self, x0, eps, a, b, schedule):
         return [x0]
 
-    def split(self, fields, xt, a, b, data_std):
+    def split(self, fields, xt, a, b, schedule):
         x0, = fields
         return x0, (xt - a * x0) / b                # not defined at b = 0, where no step starts
 
 
 class VelocityPrediction(Prediction):
-    """The velocity v = a eps - b x0. [Salimans and Ho, 2202.00512]"""
+    """The velocity v = (a eps - b x0) / r, r^2 = a^2 + b^2. [Salimans and Ho, 2202.00512]
 
-    def target(self, x0, eps, a, b, data_std):
-        return [a * eps - b * x0]
+    Theirs has r = 1 at all times. Without r, the largest noise levels would be most of the
+    loss of a schedule whose b grows to 80."""
 
-    def split(self, fields, xt, a, b, data_std):
+    def target(self, x0, eps, a, b, schedule):
+        r = (a ** 2 + b ** 2).sqrt()
+        return [(a * eps - b * x0) / r]
+
+    def split(self, fields, xt, a, b, schedule):
         v, = fields
-        V = a ** 2 + b ** 2
-        return (a * xt - b * v) / V, (b * xt + a * v) / V
+        r = (a ** 2 + b ** 2).sqrt()
+        return (a * xt - b * r * v) / r ** 2, (b * xt + a * r * v) / r ** 2
 
 
 class UnitPrediction(Prediction):
     """A blend of image and noise with variance 1 at every time. [EDM]"""
 
-    def target(self, x0, eps, a, b, data_std):
+    def target(self, x0, eps, a, b, schedule):
+        data_std = schedule.data_std
         V = a ** 2 * data_std ** 2 + b ** 2
         return [(b * x0 - a * data_std ** 2 * eps) / (data_std * V.sqrt())]     # [EDM] target F
 
-    def split(self, fields, xt, a, b, data_std):
+    def split(self, fields, xt, a, b, schedule):
         F, = fields
+        data_std = schedule.data_std
         V = a ** 2 * data_std ** 2 + b ** 2
         # [EDM] c_skip x_t + c_out F
         x0 = (a * data_std ** 2 / V) * xt + (b * data_std / V.sqrt()) * F

@@ -257,7 +257,7 @@ def test_the_objective_of_reconstruction_is_the_mean_over_hidden_tokens_and_noth
     out, z, n, t, m = scene(schedule, "x0")
     hidden, patches = ~m.visible, patchify(z, 2)
     whitened = (patches - patches.mean(-1, keepdim=True)) / patches.std(-1, keepdim=True)
-    for target, wanted in (("clean", patches / 0.5), ("whitened", whitened)):
+    for target, wanted in (("clean", patches), ("whitened", whitened)):
         loss = build_reconstruction(schedule, "x0", 2, recon_target=target)(out, z, n, t, m)
         expected = ((patchify(out, 2) - wanted) ** 2)[hidden].mean().item()
         assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-4)
@@ -280,3 +280,47 @@ def test_every_entry_describes_itself_in_one_line(registry):
     """So that --help takes it from here."""
     for name, entry in registry.items():
         assert 10 < len(entry.__doc__.splitlines()[0]) <= 100, name
+
+
+# --- the unit of a reconstruction ---------------------------------------------------------
+
+@every_prediction
+@pytest.mark.parametrize("objective", ["denoise", "reconstruct"])
+def test_a_clean_patch_is_in_the_unit_of_the_head_that_gives_it(predict, objective):
+    """z where the first head is the image on visible tokens too, z / s elsewhere; token by
+    token."""
+    schedule = replace(SCHEDULES["ddm"], data_std=0.5)
+    out, z, n, t, m = scene(schedule, predict)
+    build = OBJECTIVES[objective]
+    loss = build(schedule, predict, 2, recon=1.0, recon_target="clean")(out, z, n, t, m).item()
+    if objective == "denoise":
+        loss -= brute_force(schedule, predict, "plain", out, z, n, t, m).item()
+    wanted, count = 0.0, 0
+    for b in range(len(z)):
+        for i in set(range(16)) - set(m.keep[b].tolist()):
+            row, column = divmod(i, 4)
+            window = (slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2))
+            patch = z[b][:, window[0], window[1]] / (1 if predict in ("x0", "both") else 0.5)
+            wanted += ((out[b, :2][:, window[0], window[1]] - patch) ** 2).mean().item()
+            count += 1
+    assert loss == pytest.approx(wanted / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("predict", ["x0", "both"])
+def test_a_head_that_gives_the_image_everywhere_costs_nothing(predict):
+    schedule = replace(SCHEDULES["ddm"], data_std=0.5)
+    _, z, n, t, m = scene(schedule, predict)
+    out = torch.cat(schedule.target(z, n, t, predict), 1)
+    assert build_objective(schedule, predict, 2, recon=1.0)(out, z, n, t, m).item() == 0
+
+
+@pytest.mark.parametrize("target", ["noisy", "whitened"])
+@every_prediction
+def test_a_normalised_patch_has_no_unit(target, predict):
+    schedule = SCHEDULES["ddm"]
+    out, z, n, t, m = scene(schedule, predict)
+    one, other = (build_objective(replace(schedule, data_std=s), "unit", 2, recon=1.0,
+                                  recon_target=target)(out[:, :2], z, n, t, m)
+                  - build_objective(replace(schedule, data_std=s), "unit", 2)(out[:, :2], z, n, t, m)
+                  for s in (0.3, 3.0))
+    assert one.item() == pytest.approx(other.item(), rel=1e-4)
