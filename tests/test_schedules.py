@@ -100,7 +100,8 @@ def test_the_unit_target_has_variance_one_and_no_correlation_with_the_input(name
     a, b = schedule.a(t_(t)), schedule.b(t_(t))
     one, zero = torch.ones(1, 1, 1, 1, dtype=f64), torch.zeros(1, 1, 1, 1, dtype=f64)
     target = PREDICTIONS["unit"].target
-    F_x, F_eps = target(one, zero, a, b, schedule)[0].item(), target(zero, one, a, b, schedule)[0].item()
+    F_x = target(one, zero, a, b, schedule)[0].item()
+    F_eps = target(zero, one, a, b, schedule)[0].item()
     assert F_x ** 2 * s ** 2 + F_eps ** 2 == pytest.approx(1, abs=1e-9)
     product = (F_x * a.item() * s ** 2 + F_eps * b.item()) * schedule.input_scale(t).item()
     assert product == pytest.approx(0, abs=1e-9)
