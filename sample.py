@@ -42,47 +42,63 @@ from plumbing.images import seeded, to_uint8
 from plumbing.machine import amp_type, pick_device
 from plumbing.trace import Trace
 from plumbing.writer import ImageWriter
-from schedules import PREDICTIONS, SCHEDULES
+from schedules import PREDICTIONS, SCHEDULES, T_MIN, to_float64
 from spaces import SPACES
 from tasks import TASKS
 from vit import ECONOMIES, ViT
 
 
 # --- time grids: (schedule, start, steps) -> steps + 1 times, falling from start to 0 -----
+# The network was trained at times from T_MIN on. So no grid has a time in between 0 and it.
+
+def fall_evenly(start, steps, low):
+    """Equal steps from start to 0: steps + 1 numbers. The last but one is at least low."""
+    even = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
+    if even[-2] >= low:
+        return even
+    even = torch.linspace(start, low, steps, dtype=torch.float64)
+    return torch.cat([even, torch.zeros(1, dtype=torch.float64)])
+
 
 def uniform_grid(schedule, start, steps):
     """Equal steps of t."""
-    return torch.linspace(start, 0, steps + 1, dtype=torch.float64)
+    return fall_evenly(start, steps, T_MIN)
 
 
 def quadratic_grid(schedule, start, steps):
     """t = (i / steps)^2: small steps near the image, where b = sqrt t changes fastest."""
-    return start * torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** 2
+    return start * fall_evenly(1, steps, math.sqrt(T_MIN / start)) ** 2
 
 
 def angle_grid(schedule, start, steps):
     """Equal steps of theta = arctan(b / (a s)): smooth in every schedule."""
-    shares = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
-    times = schedule.time_at(shares * schedule.angle(start))
-    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+    top = schedule.angle(start)
+    shares = fall_evenly(1, steps, schedule.angle(T_MIN) / top)[:-1]
+    return torch.cat([schedule.time_at(shares * top), torch.zeros(1, dtype=torch.float64)])
 
 
 def split_grid(schedule, start, steps):
     """[DDM, released code] Uniform, with one more cut, 1e-4 before the end."""
-    grid = uniform_grid(schedule, start, max(steps - 1, 1))
     if steps == 1:
-        return grid
+        return uniform_grid(schedule, start, 1)
+    grid = fall_evenly(start, steps - 1, 2 * T_MIN)
     cut = grid[-2:-1].div(2).clamp(max=1e-4)
     return torch.cat([grid[:-1], cut, grid[-1:]])
 
 
 def edm_grid(schedule, start, steps, low=0.002, high=80.0, rho=7):
     """[EDM] b / a from 80 to .002, equally spaced in its seventh root, then 0."""
-    start = torch.tensor(start, dtype=torch.float64)
-    high = min(high, float(schedule.b(start) / schedule.a(start)))              # where `start` lies
-    roots = torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64)
+    first, last = noise_level(schedule, start), noise_level(schedule, T_MIN)
+    roots = torch.linspace(min(high, first) ** (1 / rho), max(low, last) ** (1 / rho), steps,
+                           dtype=torch.float64)
     times = schedule.time_at(torch.atan(roots ** rho / schedule.data_std))
     return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+
+
+def noise_level(schedule, t):
+    """sigma = b / a, a number; infinite where the image is gone."""
+    t = to_float64(t)
+    return float(schedule.b(t) / schedule.a(t))
 
 
 GRIDS = {"uniform": uniform_grid, "quadratic": quadratic_grid, "angle": angle_grid,
@@ -103,7 +119,8 @@ class Solver:
     predict_x0(zt, t) -> (x0, slopes): another call of the network.
     zt, slopes: where the step begins, and DDM's random slopes as the network guesses them.
     history: the last HISTORY guesses [(t, x0), ...], old to new; the last one is of zt.
-    calls: of the network per step. order: the error falls as steps^-order."""
+    calls: of the network per step. order: the error falls as steps^-order on a grid that
+    is smooth in the angle. With b = sqrt t the uniform one is not: all have order 1."""
     refine: Callable
     calls: int = 1
     order: int = 1
@@ -160,15 +177,15 @@ def resolve_auto(solver, time_grid, churn, steps):
     return solver, time_grid
 
 
-def count_steps(solver, schedule, start, calls):
-    """How many steps of the grid `calls` network calls are good for.
+def count_steps(solver, schedule, first, calls):
+    """How many steps of a grid `calls` network calls are good for. first: its first time.
 
     Where sigma is infinite (a = 0) and at the last step, to 0, only the analytic step is
     defined. A two-call solver takes single calls there, and one more where the number is
     not even."""
     if SOLVERS[solver].calls == 1:
         return calls
-    single = 1 + bool(schedule.a(torch.tensor(start, dtype=torch.float64)) < 1e-9)
+    single = 1 + bool(schedule.a(to_float64(first)) < 1e-9)
     return min(calls, single + (calls - single + 1) // 2)
 
 
@@ -283,7 +300,8 @@ def sample(
     schedule, space = model.schedule, model.space
     start = schedule.start_time(model.predict)
     solver, time_grid = resolve_auto(solver, time_grid, churn, steps)
-    ts = GRIDS[time_grid](schedule, start, count_steps(solver, schedule, start, steps))
+    first_time, _ = GRIDS[time_grid](schedule, start, 1)         # the same for any number of steps
+    ts = GRIDS[time_grid](schedule, start, count_steps(solver, schedule, first_time, steps))
     side = model.meta["size"] // space.factor
     shape = (space.channels, *((side, side) if cond is None else cond.shape[2:]))
     done = []
@@ -506,7 +524,8 @@ def add_sampling_arguments(p, n, n_help, out):
                    help="where the steps lie. auto: edm, but uniform with --churn or below five "
                         f"steps. {first_lines(GRIDS)}")
     p.add_argument("--solver", choices=["auto", *SOLVERS], default="auto",
-                   help=f"auto: dpm++, with --churn analytic. {first_lines(refine)}")
+                   help=f"auto: dpm++, with --churn analytic. {first_lines(refine)} On the uniform "
+                        "grid all are first order where b = sqrt t (the ddm schedules).")
     p.add_argument("--label", help="class name or number; left out: all classes in turn, with "
                                    "pictures of your own none")
     p.add_argument("--cfg", type=float, default=1.0,
