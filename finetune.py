@@ -44,6 +44,7 @@ from plumbing.console import UserError, run_command
 from running.options import (
     Options, check_values, is_same_value, option, options_parser, resolve_options)
 from running.recipes import recipe_options
+from sample import require_same_meaning
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def main(argv=None):
         return train.continue_run(o, ckpt, "finetune")
     source = o.from_ or str(newest_checkpoint())
     first = read_checkpoint(source, "config", o.weights)
+    require_same_meaning(first, source, trains=True)
     was = first_options(first)
     check_fits(was, given, source)
     chosen = recipe_options(o.recipe, "finetune", given)

@@ -18,7 +18,7 @@ trained with `train.py --objective reconstruct` sees some tokens of a clean imag
 guesses all others in one pass: no noise, no time, no chain of steps.
 
     z   = encode(x)                             tokens of z are hidden, not of x
-    z'  = z where visible, s model(z, 0, y, m) where hidden   s: data's root mean square
+    z'  = z where visible, unit model(z, 0, y, m) where hidden        unit: see losses.py
     x'  = decode(z')
 
 Beside it stands the *ceiling* decode(encode(x)), which no network could pass. A PSNR in
@@ -53,8 +53,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from losses import build_reconstruction
+from losses import build_reconstruction, image_unit
 from mask import Mask, draw, patchify, unpatchify
+from plumbing.checkpoint import VERSION
 from plumbing.console import UserError, build_parser, run_command
 from plumbing.images import grid, to_float, to_uint8
 from plumbing.inputs import UserPictures
@@ -189,6 +190,13 @@ def require_reconstruction(model):
                         "--recon-target clean")
 
 
+def output_unit(model):
+    """What the raw output of a reconstruction is multiplied by to be z."""
+    if model.meta.get("version", VERSION) == 1:            # there it was z / s for any prediction
+        return model.schedule.data_std
+    return image_unit(model.schedule, model.predict)
+
+
 @torch.no_grad()
 def fill_hidden(model, z, m, y=None):
     """z (B, C, h p, w p), Mask or None -> z', hidden tokens as the network sees them."""
@@ -196,7 +204,7 @@ def fill_hidden(model, z, m, y=None):
         return z
     side, p = token_side(model), model.net.p
     now = torch.zeros(len(z), dtype=torch.float64)                              # t = 0: no noise
-    guess = model.net.eval()(z, now, y, m) * model.schedule.data_std     # [LMD] s model(z, 0, y, m)
+    guess = model.net.eval()(z, now, y, m) * output_unit(model)  # [LMD] unit model(z, 0, y, m)
     seen = m.visible[:, :, None]
     tokens = torch.where(seen, patchify(z, p), patchify(guess, p))                       # (B, N, P)
     return unpatchify(tokens, p, side, side)
@@ -246,7 +254,7 @@ def reconstruct(
 
 def latent_errors(model, filled, z, m):
     """Each image's mean squared error of hidden tokens over the data's variance. -> (B,)"""
-    score = build_reconstruction(model.schedule, model.predict, model.net.p)
+    score = build_reconstruction(model.schedule, "unit", model.net.p)        # of z / data_std
     guess, errors = filled / model.schedule.data_std, []
     for i in range(len(z)):
         hidden = mask_rows(m, i, i + 1, z.device)
@@ -322,10 +330,11 @@ def reconstruction_errors(
 
     Masks are a function of (seed, ratio) and n: the same for every model and every moment
     of training, which training losses under a ramp are not.
-    -> {ratio: mean over hidden tokens of |out - patch|^2}, in units of the model's own
-    target: 1 is about what the mean image costs."""
+    -> {ratio: mean over hidden tokens of |out - patch|^2}, in units of the data's variance,
+    of normalised patches in their own: 1 is what an all-zero guess costs."""
     target, net = model.meta["recon_target"], model.net.eval()
-    score = build_reconstruction(model.schedule, model.predict, net.p, recon_target=target)
+    score = build_reconstruction(model.schedule, "unit", net.p, recon_target=target)
+    scale = output_unit(model) / model.schedule.data_std if target == "clean" else 1.0
     n, errors = min(n, len(images)), {ratio: 0.0 for ratio in ratios}
     masks = {ratio: draw_masks(model, n, ratio, seed) for ratio in ratios}
     for some in torch.arange(n).split(batch):
@@ -335,7 +344,7 @@ def reconstruction_errors(
         now = torch.zeros(len(z), dtype=torch.float64)
         for ratio in ratios:
             m = mask_rows(masks[ratio], int(some[0]), int(some[-1]) + 1, model.device)
-            out = net(z, now, y, m)
+            out = scale * net(z, now, y, m)
             error = score(out, z, None, torch.zeros(()), m).item()
             errors[ratio] += error * len(some) / n
     return errors

@@ -485,20 +485,73 @@ def load_weights(net, weights):
                         f"program builds it ({why}): train again") from None
 
 
+# Version 2 changed what some checkpoints of version 1 mean. All others are read as before.
+
+def blends_both(meta, config, schedule):
+    """--predict both now reads its image head where the image does not fade (b^2 / V)"""
+    return meta["predict"] == "both" and not schedule.fades
+
+
+def turns_v(meta, config, schedule):
+    """the target of --predict v is now divided by sqrt(a^2 + b^2)"""
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    r = torch.hypot(schedule.a(t), schedule.b(t))
+    return meta["predict"] == "v" and bool(((r - 1).abs() > 1e-6).any())
+
+
+def enlarges(meta, config, schedule):
+    """the pictures of --task superres are now enlarged with Pillow's bicubic kernel"""
+    return meta.get("task") == "superres"
+
+
+def reconstructs(meta, config, schedule):
+    """hidden patches are now reconstructed in the image's own unit"""
+    weight = config.get("recon", 0.0)
+    is_asked = isinstance(weight, (int, float)) and weight > 0
+    is_asked = is_asked or meta.get("objective") == "reconstruct"
+    target = meta.get("recon_target", config.get("recon_target", "clean"))
+    return is_asked and target == "clean" and PREDICTIONS[meta["predict"]].has_image
+
+
+# Which files of version 1 are refused: always, or when they are to be trained on. The
+# docstring says why.
+REFUSED_ALWAYS = (blends_both, turns_v, enlarges)
+REFUSED_IN_TRAINING = (reconstructs,)
+
+
+def require_same_meaning(ckpt, path, trains=False):
+    """UserError for a checkpoint that meant something else in an older version, or that
+    holds unknown names.
+
+    path: of the file, for the message. trains: it is to be resumed or tuned."""
+    meta, config = ckpt["meta"], ckpt.get("config", {})
+    if ckpt["version"] >= 2:
+        return
+    check_names(meta)
+    schedule = replace(SCHEDULES[meta["schedule"]], data_std=meta["data_std"])
+    for applies in REFUSED_ALWAYS + (REFUSED_IN_TRAINING if trains else ()):
+        if applies(meta, config, schedule):
+            raise UserError(f"{path} was made by version {ckpt['version']} of this program, "
+                            f"and {applies.__doc__}: train it again")
+
+
 def load(path=None, weights="ema", device="auto", vae=None):
     """A checkpoint as a DiffusionModel, ready for `sample`.
 
     path: a .pt file, a run's folder, or None for the newest run. weights: "ema" or "model".
     vae: where the autoencoder of a model of latents is, when it has moved.
     -> DiffusionModel. UserError when there is no such checkpoint, autoencoder or device."""
-    ckpt = read_checkpoint(path or newest_checkpoint(), weights)
+    path = path or newest_checkpoint()
+    ckpt = read_checkpoint(path, weights)
+    require_same_meaning(ckpt, path)
     meta = ckpt["meta"]
     if vae and not meta["vae"]:
         raise UserError(f"--vae {vae}: this model works on pixels; leave it out")
     net, schedule, space = build_model(meta | (dict(vae=vae) if vae else {}), ckpt[weights])
     load_weights(net, ckpt[weights])
     device = pick_device(device)
-    meta = dict(task="generate", objective="denoise") | meta | dict(step=ckpt["step"])
+    meta = dict(task="generate", objective="denoise") | meta
+    meta |= dict(step=ckpt["step"], version=ckpt["version"])
     return DiffusionModel(net.to(device).eval(), schedule, space, meta["predict"], meta, device)
 
 

@@ -27,7 +27,7 @@ try:
 except ImportError:                             # Windows: nothing keeps two processes apart
     fcntl = None
 
-VERSION = 1                                     # of the layout above
+VERSION = 2                                     # of the layout above and of what it means
 LATEST = Path("runs/latest")
 CONTINUED = ("model", "ema", "optimizer", "scaler", "rng", "seconds")       # what a resume reads
 
@@ -70,7 +70,7 @@ def read_checkpoint(path, *parts):
     version = ckpt["version"]
     if is_count(version) and version > VERSION:
         raise UserError(f"{path} was made by version {version}, this program reads up to "
-                        f"{VERSION}: update it")
+                        f"{VERSION}: update the program")
     require_checkpoint(ckpt, path)
     require_parts(ckpt, path, *parts)
     return ckpt

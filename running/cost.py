@@ -63,6 +63,15 @@ def count_parameters(net):
     return counts
 
 
+def count_positions(net, tokens):
+    """Numbers of the fixed positions (sines and cosines): of the encoder's tokens, and of
+    the decoder's where there is one. They are computed, not trained; papers count them."""
+    width = net.embed.out_features
+    if net.decoder is not None:
+        width += net.connect.out_features
+    return tokens * width
+
+
 def blank_image(layer, net, h, w):
     """An image on the default device that an embedding `layer` takes; None for no layer."""
     if layer is None:
@@ -203,10 +212,13 @@ def describe_cost(o, network_options, script, arguments):
             for name in NAMES}
     full = sum(forward_cost(net, side, side)[0].values())
     sizes = count_parameters(net)
+    trained, fixed = sum(sizes.values()) / 1e6, count_positions(net, side * side) / 1e6
     seen = ", ".join(map(str, sorted(shares)))
     micro = o.micro_batch or max(1, o.batch // GPUS)
     return "\n".join([
-        f"parameters   {sum(sizes.values()) / 1e6:.2f} M: {list_parts(sizes, 1e6)}",
+        f"parameters   {trained:.2f} M are trained: {list_parts(sizes, 1e6)}",
+        f"positions    {fixed:.2f} M more are fixed sines and cosines, which papers count: "
+        f"{trained + fixed:.2f} M",
         f"tokens       {side * side} of {square} x {square} pixels, visible {seen}",
         *describe_work(o, sum(mean.values()), full, len(shares) > 1, mean),
         describe_memory(o, net, costs[max(shares)][1], micro),

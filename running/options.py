@@ -25,6 +25,7 @@ from mask import POLICIES, RATIOS
 from plumbing.checkpoint import CONTINUED, LATEST, newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, build_parser, parse_path
 from running.recipes import RECIPES, recipe_options
+from sample import require_same_meaning
 from schedules import PREDICTIONS, SCHEDULES, TIMES
 from spaces import SPACES
 from tasks import TASKS, ZOOM
@@ -516,6 +517,7 @@ def resolve_options(options, given, stage):
     refuse(not o.resume,
            f"--out {out} already holds a run: add --resume to continue it, or give another --out")
     ckpt = read_checkpoint(out / "last.pt", "config", *CONTINUED)
+    require_same_meaning(ckpt, out / "last.pt", trains=True)
     made_by = ckpt["meta"]["stage"]
     refuse(made_by != stage,
            f"--resume: {out} was made by {made_by}.py, not by {stage}.py; give the --out of the "

@@ -13,7 +13,7 @@ costs.
     maskdit   2306.09305   ImageNet at 256 px in Stable Diffusion's latents, XL/2 and 8
                            decoder blocks, half hidden; then all tokens at half the rate
     lmd       2312.07971   ImageNet at 224 px in the same latents, 49 tokens, the hidden
-                           share rises from 15 to 75 %
+                           share rises from 15 to 75 %; ours: its target is not whitened
     ddm       2306.13720   CIFAR-10 in pixels, the constant attenuation, ten steps
 """
 from plumbing.console import UserError
@@ -66,7 +66,10 @@ RECIPES = {
             model="base", decoder=8,                            # 12 x 768, then 8 x 512
             mask=0.75, mask_from=0.15, ramp="cosine",           # the schedule left active in the
             policy="patch",                                     # release
-            objective="reconstruct", recon_target="clean",      # its only loss: no noise, no time
+            objective="reconstruct",                            # its only loss: no noise, no time
+            # ours: the patches themselves, of which a picture can be made. LMD whitens each
+            # patch (--recon-target whitened)
+            recon_target="clean",
             batch=64, lr=7.5e-5, warmup=20_000, lr_end=0.0,     # 3e-4 x 64 / 256; one epoch
             steps=8_000_000,                                    # 400 epochs, its parser's default
             beta1=0.9, beta2=0.95, wd=0.05, clip=10.0)},        # ours, as in MAE: Adan there

@@ -4,8 +4,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import vit
 from mask import draw
-from running.cost import count_parameters, estimate_memory, forward_cost
+from running.cost import count_parameters, count_positions, estimate_memory, forward_cost
 from schedules import SCHEDULES
 from vit import ECONOMIES, MODELS, ViT
 
@@ -79,6 +80,17 @@ def test_the_published_sizes_come_out():
     plain = on_meta(channels=4, patch=2, classes=1000, **MODELS["xl"])
     whole = sum(count_parameters(plain).values()) + 256 * 1152
     assert whole / 1e6 == pytest.approx(675.1, abs=0.05)
+
+
+def test_fixed_positions_are_those_that_a_network_computes(monkeypatch):
+    """Counted while a real network runs: each number that `positions` gives."""
+    for options in (SMALL, SMALL | dict(decoder=2), SMALL | dict(economy="defer")):
+        net, given = ViT(SCHEDULES["edm"], **options), []
+        real = vit.positions
+        monkeypatch.setattr(vit, "positions", lambda *a: (p := real(*a), given.append(p.numel()))[0])
+        net(torch.randn(1, 3, 8, 8), torch.rand(1))
+        monkeypatch.undo()
+        assert count_positions(net, 16) == sum(given) > 0
 
 
 def test_the_memory_of_a_block_is_what_autograd_keeps():

@@ -59,7 +59,7 @@ def test_visible_tokens_pass_through_and_hidden_ones_are_the_networks(kind):
     full = fill_hidden(model, z, m)
     seen = m.visible
     assert torch.equal(patchify(full, 2)[seen], patchify(z, 2)[seen])
-    guess = 0.5 * model.net(z, torch.zeros(N, dtype=torch.float64), None, m)
+    guess = model.net(z, torch.zeros(N, dtype=torch.float64), None, m)
     torch.testing.assert_close(patchify(full, 2)[~seen], patchify(guess, 2)[~seen])
 
 
@@ -185,8 +185,9 @@ def test_held_out_errors_are_the_masked_mse_at_fixed_ratios_and_masks(kind, targ
         m = draw_masks(model, N, ratio, 1)
         out = patchify(model.net(z, torch.zeros(N, dtype=torch.float64), None, m), 2)
         u = patchify(z, 2)
-        wanted = u / 0.5 if target == "clean" else (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + 1e-6).sqrt()
-        assert error == pytest.approx(((out - wanted)[~m.visible] ** 2).mean().item(), rel=1e-4)
+        wanted = u if target == "clean" else (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + 1e-6).sqrt()
+        variance = 0.25 if target == "clean" else 1
+        assert error == pytest.approx(((out - wanted)[~m.visible] ** 2).mean().item() / variance, rel=1e-4)
         assert len(m.keep[0]) == round(64 * (1 - ratio))
     assert reconstruction_errors(model, data) == reconstruction_errors(model, data)
 

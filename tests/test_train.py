@@ -952,7 +952,8 @@ def test_a_dry_run_prints_the_published_costs_reads_no_image_and_writes_nothing(
     train.main(["--recipe", "maskdit", "--dry-run"])
     text = capsys.readouterr().out
     for fact in (
-        "730.12 M",
+        "730.12 M are trained",
+        "0.43 M more are fixed sines and cosines, which papers count: 730.54 M",
         "256 of 16 x 16 pixels, visible 128",
         "65.45 G multiply-adds",
         "125.8 with all tokens",

@@ -2,11 +2,13 @@
 
 Shapes depend on no flag."""
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import vit
 from mask import draw
 from schedules import SCHEDULES
 from vit import ECONOMIES, MODELS, Block, ViT, attend, positions, route_span, trace_tokens
@@ -356,6 +358,26 @@ def test_a_size_can_be_built(name):
     size = MODELS[name]
     assert size["width"] % size["heads"] == 0 == size["width"] % 4
     assert size["decoder_width"] % 32 == 0 and size["depth"] > 0
+
+
+@pytest.mark.parametrize("name, ours, published", [
+    ("tiny", 4.2, None), ("small", 32.5, 33), ("base", 129.5, 130), ("large", 456.8, 458),
+    ("xl", 673.7, 675)])
+def test_the_sizes_in_the_comments_are_counted(name, ours, published):
+    """Ours without classes; DiT's with 1001 of them, a second output for the variance and
+    256 fixed positions, as its table counts."""
+    def count(**options):
+        with torch.device("meta"):
+            net = ViT(SCHEDULES["edm"], channels=4, patch=2, **options, **MODELS[name])
+        return sum(q.numel() for q in net.parameters()) / 1e6
+
+    assert count() == pytest.approx(ours, abs=0.05)
+    source = Path(vit.__file__).read_text()
+    line = next(line for line in source.splitlines() if line.startswith(f'    "{name}": dict('))
+    assert f"# {ours} M" in line
+    if published:
+        fixed = 256 * MODELS[name]["width"] / 1e6
+        assert count(heads_out=2, classes=1001) + fixed == pytest.approx(published, abs=0.52)
 
 
 @pytest.mark.parametrize("name, millions", [("tiny", 4.2), ("small", 32.6), ("base", 129.8)])
