@@ -22,14 +22,15 @@ f64 = torch.float64
 
 
 def best_deviation(schedule):
-    """Where all grids lead to with many steps: no last step to 0 begins below T_MIN, and the mean image
-    at an angle theta of noise has standard deviation s cos(theta)."""
+    """Where all grids lead to with many steps: no last step to 0 begins below T_MIN, and
+    the mean image at an angle theta of noise has standard deviation s cos(theta)."""
     return schedule.data_std * math.cos(schedule.angle(T_MIN))
 
 
 def error_of(schedule, steps, grid, churn=0.0):
-    """|final standard deviation - that of many steps|, exactly. The network that knows zero-mean Gaussian data says 0 in the `unit` prediction, so every
-    step is linear: follow one unit of x and one unit of each fresh noise."""
+    """|final standard deviation - that of many steps|, exactly. The network that knows
+    zero-mean Gaussian data says 0 in the `unit` prediction, so every step is linear: follow
+    one unit of x and one unit of each fresh noise."""
     ts = GRIDS[grid](schedule, schedule.start_time("unit"), steps)
     t, s = ts[:-1], ts[1:]                                                      # all steps at once, as a batch
     one, zero = torch.ones(steps, 1, 1, 1, dtype=f64), torch.zeros(steps, 1, 1, 1, dtype=f64)
@@ -82,7 +83,9 @@ def test_every_solver_converges_and_at_least_with_first_order(name, solver):
 
     def error(calls):
         ts = GRIDS["angle"](schedule, 1.0, count_steps(solver, schedule, 1.0, calls))
-        return abs(denoise(oracle(schedule), schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls).item() - best_deviation(schedule))
+        start = schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64)
+        end = denoise(oracle(schedule), start, ts, schedule, solver, calls)
+        return abs(end.item() - best_deviation(schedule))
 
     assert error(320) < 0.01 and (error(320) < 1e-4 or error(80) / error(320) > 3.5)
 
@@ -150,7 +153,8 @@ def test_the_loop_computes_what_the_propagation_says(name):
     ts = GRIDS["angle"](schedule, 1.0, 20)
     start = schedule.b(ts[0]).item() * torch.ones(1, 1, 1, 1, dtype=f64)
     end = denoise(oracle(schedule), start, ts, schedule)
-    assert abs(abs(end.item()) - best_deviation(schedule)) == pytest.approx(error_of(schedule, 20, "angle"), rel=1e-9)
+    error = abs(abs(end.item()) - best_deviation(schedule))
+    assert error == pytest.approx(error_of(schedule, 20, "angle"), rel=1e-9)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -177,33 +181,37 @@ def test_no_grid_calls_the_network_below_its_training_range(grid, name, steps):
 
 
 def test_the_lowest_level_of_edms_grid_is_002_or_that_of_training():
-    """On b = sqrt t training ends at sigma .01, on a = sqrt(1 - b^2) with DDPM's betas at .0033."""
+    """On b = sqrt t training ends at sigma .01, with DDPM's betas at .0033."""
     def lowest(name):
         schedule = SCHEDULES[name]
         t = GRIDS["edm"](schedule, 1.0, 10)[-2]
         return (schedule.b(t) / schedule.a(t)).item()
 
-    assert lowest("ddm") == pytest.approx(0.01 / (1 - 1e-4)) and lowest("edm") == pytest.approx(0.002)
+    assert lowest("ddm") == pytest.approx(0.01 / (1 - 1e-4))
+    assert lowest("edm") == pytest.approx(0.002)
     assert lowest("flow") == pytest.approx(0.002)
     assert lowest("vp-linear") == pytest.approx(math.sqrt(math.exp(0.1 * 1e-4 + 9.95 * 1e-8) - 1))
 
 
 def test_grids_that_stay_in_the_training_range_are_their_formulas():
-    """Nothing is moved that need not be. Otherwise the steps are equal between 1 and the lowest."""
+    """Nothing is moved that need not be. Otherwise steps are equal from 1 to the lowest."""
     schedule = SCHEDULES["ddm"]
     for steps in (1, 10, 50):
         i = torch.arange(steps, -1, -1, dtype=f64)
         assert torch.allclose(GRIDS["uniform"](schedule, 1.0, steps), i / steps, atol=1e-15)
-        assert torch.allclose(GRIDS["quadratic"](schedule, 1.0, steps), (i / steps) ** 2, atol=1e-15)
+        quadratic = GRIDS["quadratic"](schedule, 1.0, steps)
+        assert torch.allclose(quadratic, (i / steps) ** 2, atol=1e-15)
     long = GRIDS["quadratic"](schedule, 1.0, 300)[:-1].sqrt()
-    assert long[-1].item() == pytest.approx(0.01) and torch.allclose(long.diff(), -torch.full((299,), 0.99 / 299, dtype=f64))
-    split = GRIDS["split"](schedule, 1.0, 10)
-    assert torch.allclose(split, torch.tensor([*(i / 9 for i in range(9, 0, -1)), 1e-4, 0], dtype=f64))
+    assert long[-1].item() == pytest.approx(0.01)
+    assert torch.allclose(long.diff(), torch.full((299,), -0.99 / 299, dtype=f64))
+    split = torch.tensor([*(i / 9 for i in range(9, 0, -1)), 1e-4, 0], dtype=f64)
+    assert torch.allclose(GRIDS["split"](schedule, 1.0, 10), split)
 
 
 def heun_by_hand(schedule, ts):
-    """[EDM] Heun's method for dx / dt of x_t = a x0 + b eps on Gaussian data, in y = x / a and sigma = b / a: dy / dsigma = y sigma / (s^2 + sigma^2);
-    from where sigma is infinite one step to s: x_s = b_s eps; the last one is Euler's."""
+    """[EDM] Heun's method on Gaussian data, in y = x / a and sigma = b / a:
+    dy / dsigma = y sigma / (s^2 + sigma^2). From where sigma is infinite, one step
+    x_s = b_s eps; the last step is Euler's."""
     s, sigma = schedule.data_std, [(schedule.b(t) / schedule.a(t)).item() for t in ts]
     y = sigma[1] if math.isinf(sigma[0]) else sigma[0]
     for now, then in zip(sigma[math.isinf(sigma[0]):], sigma[1 + math.isinf(sigma[0]):]):
@@ -216,18 +224,21 @@ def heun_by_hand(schedule, ts):
 
 
 @pytest.mark.parametrize("name, grid, order", [
-    ("ddm", "uniform", 1), ("ddm-cosine", "uniform", 1), ("ddm", "edm", 2), ("flow", "uniform", 2), ("edm", "edm", 2)])
+    ("ddm", "uniform", 1), ("ddm-cosine", "uniform", 1), ("ddm", "edm", 2),
+    ("flow", "uniform", 2), ("edm", "edm", 2)])
 def test_heun_is_first_order_on_the_uniform_grid_of_b_equal_to_sqrt_t(name, grid, order):
-    """There the last step is from sigma = 1 / sqrt n. Compared with a program of its own, in which every step but the ends is Heun's."""
+    """There the last step is from sigma = 1 / sqrt n. Compared with a program of its own,
+    in which every step but the ends is Heun's."""
     schedule = replace(SCHEDULES[name], data_std=0.5)
     first, _ = GRIDS[grid](schedule, 1.0, 1)
-    single = 1 + (schedule.a(first).item() == 0)                                # where sigma is infinite, and at the end
+    single = 1 + (schedule.a(first).item() == 0)         # at the end, and where sigma is infinite
     errors = []
     for steps in (80, 160):
         calls = 2 * steps - single
         ts = GRIDS[grid](schedule, 1.0, count_steps("heun", schedule, first, calls))
         assert len(ts) == steps + 1
-        ours = denoise(oracle(schedule), schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, "heun", calls).item()
+        start = schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64)
+        ours = denoise(oracle(schedule), start, ts, schedule, "heun", calls).item()
         assert ours == pytest.approx(heun_by_hand(schedule, ts), rel=1e-9)
         errors.append(abs(ours - best_deviation(schedule)))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
@@ -238,8 +249,9 @@ def test_help_says_where_the_order_is_one(solver):
     assert "first order where b = sqrt t" in " ".join(S.parser().format_help().split())
 
 
-def test_a_two_call_solver_is_second_order_at_every_step_but_the_last_where_its_grid_begins_at_a_finite_level():
-    """EDM's grid begins at sigma 80 on every schedule, also where a(1) = 0: 2 n - 1 calls are n steps."""
+def test_a_grid_that_begins_at_a_finite_level_has_two_calls_at_every_step_but_the_last():
+    """EDM's begins at sigma 80 on every schedule, also where a(1) = 0: 2 n - 1 calls are n
+    steps."""
     for name in SCHEDULES:
         schedule = replace(SCHEDULES[name], data_std=0.5)
         for steps in (2, 5, 40):
