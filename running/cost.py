@@ -185,6 +185,17 @@ def describe_memory(o, net, blocks, micro):
             f"{micro} images in {16 if half else 32} bits")
 
 
+def describe_disk(o, net):
+    """The line about checkpoints: weights, average and AdamW's two moments, 4 bytes each."""
+    size = 16 * sum(q.numel() for q in net.parameters()) / 1e9
+    line = f"disk         {size:.3g} GB a checkpoint"
+    if o.steps:
+        count = o.steps // o.save_every + (o.steps % o.save_every > 0)
+        kept = min(count, o.keep + 1) if o.keep else count
+        line += f", {kept} of them at --save-every {o.save_every}"
+    return line + ("" if o.keep else "; --keep N keeps the newest N")
+
+
 def describe_command(o, script, arguments, micro):
     """A line of --dry-run: the command for several GPUs, with the files that are
     missing."""
@@ -222,4 +233,5 @@ def describe_cost(o, network_options, script, arguments):
         f"tokens       {side * side} of {square} x {square} pixels, visible {seen}",
         *describe_work(o, sum(mean.values()), full, len(shares) > 1, mean),
         describe_memory(o, net, costs[max(shares)][1], micro),
+        describe_disk(o, net),
         describe_command(o, script, arguments, micro)])

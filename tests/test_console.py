@@ -14,26 +14,19 @@ from plumbing.console import Screen, UserError, build_parser, escape, parse_path
 
 def run_code(code, **how):
     """Run Python code below the project's root, in the folder `how` names."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output="stdout" not in how,
-        **how,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    return subprocess.run([sys.executable, "-c", code],
+                          capture_output="stdout" not in how,
+                          **how,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          )
 
 
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        ("plain\n", "plain\n"),
-        ("caf\u00e9 \u732b \t|", "caf\u00e9 \u732b \t|"),
-        ("\x1b[31mred", "\\x1b[31mred"),
-        ("a\udcffb", "a\\udcffb"),
-        ("\u202egnp.exe", "\\u202egnp.exe"),
-        ("\x9b2J", "\\x9b2J"),
-        ("\x07", "\\x07"),
-    ],
-)
+@pytest.mark.parametrize("text, shown", [("plain\n", "plain\n"),
+                                         ("caf\u00e9 \u732b \t|", "caf\u00e9 \u732b \t|"),
+                                         ("\x1b[31mred", "\\x1b[31mred"), ("a\udcffb", "a\\udcffb"),
+                                         ("\u202egnp.exe", "\\u202egnp.exe"), ("\x9b2J", "\\x9b2J"),
+                                         ("\x07", "\\x07"), ],
+                         )
 def test_no_text_moves_or_colours_a_terminal(text, shown):
     assert escape(text) == shown
     stream = io.StringIO()
@@ -48,13 +41,10 @@ def test_numbers_are_whole_numbers_as_people_write_them(capsys):
     parser.add_argument("--out", type=parse_path)
     given = parser.parse_args(["--size", "12", "--lr", "1e-3", "--out=~/runs"])
     assert (given.size, given.lr, given.out) == (12, 1e-3, os.path.expanduser("~/runs"))
-    for bad in (
-        ["--size=1_000"],
-        ["--size", "\uff11\uff12"],
-        ["--size", " 5"],
-        ["--lr", "1_0.5"],
-        ["--size", "5.0"],
-    ):
+    for bad in (["--size=1_000"], ["--size", "\uff11\uff12"], ["--size",
+                                                               " 5"], ["--lr",
+                                                                       "1_0.5"], ["--size", "5.0"],
+                ):
         with pytest.raises(SystemExit) as stop:
             parser.parse_args(bad)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
@@ -69,27 +59,22 @@ def test_a_full_screen_lets_the_work_end_and_is_told(tmp_path):
     with open("/dev/full", "w") as full:
         done = run_code(code, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path)
     assert done.returncode == 2 and (tmp_path / "made").exists()
-    assert (
-        done.stderr.decode().splitlines() == [done.stderr.decode().strip()]
-        and b"No space left" in done.stderr
-    )
+    assert (done.stderr.decode().splitlines() == [done.stderr.decode().strip()]
+            and b"No space left" in done.stderr)
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     code = COMMAND.format(
-        "[print(i, flush=True) for i in range(100000)]; open('made', 'w').close()"
-    )
+        "[print(i, flush=True) for i in range(100000)]; open('made', 'w').close()")
     command = f"{sys.executable} -c \"{code}\" | head -1"
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command],
-        capture_output=True,
-        cwd=tmp_path,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "") and (
-        tmp_path / "made"
-    ).exists()
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command],
+                          capture_output=True,
+                          cwd=tmp_path,
+                          text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n",
+                                                           "") and (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&- <&-"])
@@ -97,13 +82,11 @@ def test_a_closed_screen_is_no_file_of_the_work(tmp_path, closed):
     """A closed descriptor would be given to the next file, and a message would be written
     into it."""
     code = COMMAND.format(
-        "f = open('made', 'w'); print('x'); import os; os.write(2, b'noise'); f.close()"
-    )
-    done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -c \"{code}\" {closed}"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+        "f = open('made', 'w'); print('x'); import os; os.write(2, b'noise'); f.close()")
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -c \"{code}\" {closed}"],
+                          cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          )
     assert done.returncode == 0 and (tmp_path / "made").read_text() == ""
 
 
@@ -124,9 +107,8 @@ def test_a_link_in_the_place_of_a_new_file_is_replaced_and_not_followed(tmp_path
         (tmp_path / name).symlink_to(tmp_path / "precious")
     with replacing(tmp_path / "a.png", shared=False) as file:
         file.write(b"new")
-    assert (tmp_path / "a.png").read_bytes() == b"new" and (
-        tmp_path / "precious"
-    ).read_text() == "mine"
+    assert (tmp_path / "a.png").read_bytes() == b"new" and (tmp_path /
+                                                            "precious").read_text() == "mine"
 
 
 def test_a_message_of_many_lines_is_one_line(capsys):

@@ -4,9 +4,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import running.cost
 import vit
 from mask import draw
 from running.cost import count_parameters, count_positions, estimate_memory, forward_cost
+from running.options import Options
 from schedules import SCHEDULES
 from vit import ECONOMIES, MODELS, ViT
 
@@ -144,3 +146,12 @@ def test_masks_make_the_encoder_cheaper_and_nothing_else():
         few, all_of_them = forward_cost(net, 4, 4, 5)[0], forward_cost(net, 4, 4)[0]
         assert few["encoder"] < all_of_them["encoder"] and few["mixer"] <= all_of_them["mixer"]
         assert (few["mixer"] > 0) == ("mixer" in economy.build_parts(4, 32, 32))
+
+
+def test_the_disk_that_checkpoints_take_is_told_before_and_keep_keeps_it_small():
+    net = ViT(SCHEDULES["ddm"], width=32, depth=1, heads=1)
+    size = 16 * sum(q.numel() for q in net.parameters()) / 1e9
+    line = running.cost.describe_disk(Options(steps=100, save_every=30), net)
+    assert f"{size:.3g} GB a checkpoint, 4 of them at --save-every 30; --keep N" in line
+    assert "3 of them" in running.cost.describe_disk(Options(steps=100, save_every=30, keep=2), net)
+    assert "of them" not in running.cost.describe_disk(Options(minutes=4.0), net)

@@ -22,17 +22,9 @@ from plumbing.console import UserError
 from plumbing.images import choose_subset
 from running.evaluate import validate
 from sample import load
-from test_train import (
-    TINY,
-    equal,
-    go,
-    in_a_folder_of_its_own,
-    photos,
-    read,
-    rows,
-    start,
-    wait_for_step,
-)  # noqa: F401
+from test_train import (TINY, equal, go, in_a_folder_of_its_own, photos, read, rows, start,
+                        wait_for_step,
+                        )  # noqa: F401
 
 
 def paint(path, value):
@@ -67,10 +59,9 @@ def test_a_signal_saves_and_a_closed_window_is_one(photos, name):  # noqa: F811
 def test_nohup_goes_on(photos):  # noqa: F811
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        train.train(
-            options("--data", photos, "--steps", 4, "--out", "runs/a"),
-            on_step=lambda *_: os.kill(os.getpid(), signal.SIGHUP),
-        )
+        train.train(options("--data", photos, "--steps", 4, "--out", "runs/a"),
+                    on_step=lambda *_: os.kill(os.getpid(), signal.SIGHUP),
+                    )
     finally:
         signal.signal(signal.SIGHUP, before)
     assert read("runs/a/last.pt")["step"] == 4
@@ -90,8 +81,7 @@ def break_batches(monkeypatch, at, error):
 
 
 def test_an_error_keeps_the_last_whole_step_and_the_run_goes_on_as_if_nothing_had_been(
-    photos, monkeypatch
-):  # noqa: F811
+        photos, monkeypatch):  # noqa: F811
     go(photos, "--steps", 9, "--out", "runs/straight")
 
     def fail():
@@ -107,9 +97,8 @@ def test_an_error_keeps_the_last_whole_step_and_the_run_goes_on_as_if_nothing_ha
 
 
 def test_a_step_that_broke_in_its_middle_is_not_kept(photos, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(
-        torch, "_foreach_lerp_", lambda *_: 1 / 0
-    )  # the optimizer stepped, the average did not
+    monkeypatch.setattr(torch, "_foreach_lerp_",
+                        lambda *_: 1 / 0)  # the optimizer stepped, the average did not
     with pytest.raises(ZeroDivisionError):
         go(photos, "--steps", 3, "--out", "runs/a")
     assert not Path("runs/a/last.pt").exists()
@@ -117,15 +106,13 @@ def test_a_step_that_broke_in_its_middle_is_not_kept(photos, monkeypatch):  # no
 
 def test_a_signal_ends_the_wait_for_images_that_never_come(photos, monkeypatch):  # noqa: F811
     """The wait is that of torch's DataLoader, whose worker never answers."""
-
     class Asleep(torch.utils.data.Dataset):
         def __getitem__(self, i):
             os.kill(os.getppid(), signal.SIGINT)
             time.sleep(60)
 
     break_batches(
-        monkeypatch,
-        2,
+        monkeypatch, 2,
         lambda: next(iter(torch.utils.data.DataLoader(Asleep(), sampler=[0], num_workers=1))),
     )
     with pytest.raises(SystemExit) as stop:
@@ -146,15 +133,13 @@ def test_a_resumed_run_goes_on_with_its_own_images_and_classes_or_says_so():
     go_on = lambda: train.main(["--out", "runs/a", "--resume", "--steps", "4"])  # noqa: E731
 
     Path("things/ant").rename("things/wasp")
-    with pytest.raises(
-        UserError, match="began with the classes ant, bee, cow, now there are bee, cow, wasp"
-    ):
+    with pytest.raises(UserError,
+                       match="began with the classes ant, bee, cow, now there are bee, cow, wasp"):
         go_on()
     Path("things/wasp").rename("things/ant")
     paint(Path("things/bee/9.png"), 7)
-    with pytest.raises(
-        UserError, match="--data: the run in runs/a began with .* images, now there are"
-    ):
+    with pytest.raises(UserError,
+                       match="--data: the run in runs/a began with .* images, now there are"):
         go_on()
     Path("things/bee/9.png").unlink()
     Path("things/bee/3.png").rename("things/bee/x.png")
@@ -184,19 +169,9 @@ def test_a_run_does_not_write_among_its_images(flags):
 
 
 def test_what_a_longer_plan_turns_back_is_told(photos, capsys):  # noqa: F811
-    go(
-        photos,
-        "--steps",
-        4,
-        "--out",
-        "runs/a",
-        "--mask-from",
-        0.25,
-        "--mask",
-        0.75,
-        "--ramp",
-        "linear",
-    )
+    go(photos, "--steps", 4, "--out", "runs/a", "--mask-from", 0.25, "--mask", 0.75, "--ramp",
+       "linear",
+       )
     assert "turn progress back" not in capsys.readouterr().out
     train.main(["--out", "runs/a", "--resume", "--steps", "8"])
     assert "8 steps instead of 4 turn progress back from 1.00 to 0.50" in capsys.readouterr().out
@@ -209,15 +184,9 @@ def test_links_in_a_runs_folder_are_replaced_and_not_followed(photos):  # noqa: 
     Path("precious").mkdir()
     Path("precious/file").write_text("mine")
     Path("runs/a").mkdir(parents=True)
-    for name in (
-        "config.json",
-        "last.pt",
-        "last.pt.tmp",
-        "log.csv",
-        "log.csv.tmp",
-        "loss.png",
-        "000002.pt",
-    ):
+    for name in ("config.json", "last.pt", "last.pt.tmp", "log.csv", "log.csv.tmp", "loss.png",
+                 "000002.pt",
+                 ):
         (Path("runs/a") / name).symlink_to(Path("precious/file").resolve())
     Path("runs/a/samples").symlink_to(Path("precious").resolve())
     Path("runs/a/last.pt").unlink()  # or it would be a run to go on with
@@ -227,16 +196,13 @@ def test_links_in_a_runs_folder_are_replaced_and_not_followed(photos):  # noqa: 
 
 
 def test_where_runs_cannot_be_made_a_named_run_goes_on_and_a_nameless_one_is_one_line(
-    photos, capsys
-):  # noqa: F811
+        photos, capsys):  # noqa: F811
     Path("runs").write_text("a file")
     with pytest.raises(UserError, match="give another --out"):
         go(photos, "--steps", 1)
     go(photos, "--steps", 1, "--out", "elsewhere/a")
-    assert (
-        "runs/latest cannot be written" in capsys.readouterr().out
-        and Path("elsewhere/a/last.pt").exists()
-    )
+    assert ("runs/latest cannot be written" in capsys.readouterr().out
+            and Path("elsewhere/a/last.pt").exists())
 
 
 # --- measures
@@ -256,8 +222,7 @@ def test_the_datas_size_is_that_of_all_classes():
     """Two thousand images, a dark class before a bright one: the first thousand would know
     the dark one alone."""
     pixels = torch.cat(
-        [torch.full((1000, 3, 8, 8), value, dtype=torch.uint8) for value in (118, 255)]
-    )
+        [torch.full((1000, 3, 8, 8), value, dtype=torch.uint8) for value in (118, 255)])
     images = data.Images(8, 3, torch.zeros(2000, dtype=torch.int64), [], pixels)
     o = train.Options(size=8)
     std = running.setup.measure_std(o, images, train.open_space(o, 3), torch.device("cpu"))
@@ -266,17 +231,14 @@ def test_the_datas_size_is_that_of_all_classes():
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 13])
-def test_few_held_out_images_are_seen_at_every_noise_level(
-    photos, count, monkeypatch
-):  # noqa: F811
+def test_few_held_out_images_are_seen_at_every_noise_level(photos, count,
+                                                           monkeypatch):  # noqa: F811
     go(photos, "--steps", 1, "--out", "runs/a")
     model = load("runs/a", device="cpu")
     images, times = data.load_images(photos, 16).subset(range(count)), []
-    monkeypatch.setattr(
-        model.net,
-        "forward",
-        lambda zt, t, *rest: (times.append(t), torch.zeros(len(zt), 6, 16, 16))[1],
-    )
+    monkeypatch.setattr(model.net, "forward", lambda zt, t, *rest:
+                        (times.append(t), torch.zeros(len(zt), 6, 16, 16))[1],
+                        )
     validate(model, images)
     seen = torch.cat(times).unique(return_counts=True)
     assert len(seen[0]) == 8 and seen[1].max() - seen[1].min() <= count
@@ -289,33 +251,17 @@ def test_few_held_out_images_are_seen_at_every_noise_level(
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("attempt", range(5))
-def test_every_restart_by_torchrun_goes_on_from_the_last_checkpoint(
-    photos, name, rank, attempt
-):  # noqa: F811
+def test_every_restart_by_torchrun_goes_on_from_the_last_checkpoint(photos, name, rank,
+                                                                    attempt):  # noqa: F811
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "--max-restarts=3",
-        ROOT / "train.py",
-        "--data",
-        photos,
-        *TINY,
-        "--steps",
-        "60",
-        "--save-every",
-        "20",
-        "--sample-every",
-        "1000",
-        "--out",
-        "runs/a",
-        "--resume",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "--max-restarts=3", ROOT / "train.py", "--data", photos, *TINY, "--steps", "60",
+        "--save-every", "20", "--sample-every", "1000", "--out", "runs/a", "--resume",
     ]
-    agent = subprocess.Popen(
-        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    agent = subprocess.Popen([str(c) for c in command],
+                             stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT,
+                             text=True)
     while not Path("runs/a/000020.pt").exists():
         assert agent.poll() is None, agent.stdout.read()
         time.sleep(0.05)
@@ -324,3 +270,14 @@ def test_every_restart_by_torchrun_goes_on_from_the_last_checkpoint(
     said, _ = agent.communicate(timeout=180)
     assert agent.returncode == 0, said
     assert read("runs/a/last.pt")["step"] == 60 and [r["step"] for r in rows("runs/a")][-1] == "60"
+
+
+def test_only_the_newest_numbered_checkpoints_are_kept_when_asked(photos):  # noqa: F811
+    go(photos, "--steps", 9, "--save-every", 2, "--keep", 2, "--out", "runs/a")
+    assert sorted(p.name for p in Path("runs/a").glob("*.pt")) == ["000006.pt", "000008.pt", "last.pt"]
+
+
+def test_resume_with_nothing_to_start_from_and_no_run_is_one_line():
+    with pytest.raises(UserError, match="there is no run in runs/tpyo; the runs here are none"):
+        train.main(["--resume", "--out", "runs/tpyo"])
+    assert not Path("runs").exists()

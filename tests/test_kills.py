@@ -4,7 +4,9 @@ goes on as if nothing had been.
 All of it is slow (`pytest --slow tests/test_kills.py`): every kill is a process of its
 own."""
 
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +17,8 @@ import pytest
 import torch
 
 from conftest import ROOT
-from test_train import (
-    TINY,
-    WEIGHTS,
-    equal,
-    in_a_folder_of_its_own,
-    photos,
-    read,
-    rows,
-)  # noqa: F401
+from test_train import (TINY, WEIGHTS, equal, in_a_folder_of_its_own, photos, read, rows,
+                        )  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -52,84 +47,46 @@ import {module}
 def run_main(module, arguments, visit=0, after=False):
     """`python module.py arguments`, killed at the visit-th fsync, replace or link (0:
     never). -> exit status"""
-    code = KILLER.format(
-        root=str(ROOT),
-        visit=visit,
-        after=after,
-        module=module,
-        arguments=[str(a) for a in arguments],
-    )
+    code = KILLER.format(root=str(ROOT),
+                         visit=visit,
+                         after=after,
+                         module=module,
+                         arguments=[str(a) for a in arguments],
+                         )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
 
 
-def kill_at_every_visit(module, arguments, resume, out):
-    """Kill a command at its first visit, go on and kill it at the second one, and so on. ->
-    number of kills"""
-    kills = 0
-    for visit in range(1, 200):
-        for after in (False, True):
-            if run_main(module, [*arguments, "--out", out, *resume], visit, after) == 0:
-                return kills
-            kills += 1
-    raise AssertionError("the command never ended")
-
-
 @pytest.mark.parametrize("kind", ["train", "latents", "finetune"])
 def test_a_kill_at_every_fsync_replace_and_link_changes_nothing(photos, kind):  # noqa: F811
-    common = [
-        "--data",
-        photos,
-        *TINY,
-        "--steps",
-        6,
-        "--save-every",
-        2,
-        "--sample-every",
-        3,
-        "--mask",
-        0.5,
-    ]
-    module = "train"
+    """Killed before or after any of them, a run that is started again ends as one
+    undisturbed."""
+    module, common = "train", ["--data", photos, *TINY, "--steps", 4, "--save-every", 2]
+    common += ["--sample-every", 3, "--mask", 0.5]
     if kind == "latents":
-        assert (
-            run_main(
-                "vae",
-                ["--data", photos, "--size", 16, "--steps", 2, "--threads", 1, "--out", "vae.pt"],
-            )
-            == 0
-        )
-        common += ["--patch", 1, "--space", "latent", "--vae", "vae.pt"]
+        arguments = ["--data", photos, "--size", 16, "--steps", 2, "--threads", 1]
+        assert run_main("vae", [*arguments, "--out", "vae.pt"]) == 0
+        common += ["--patch", 1, "--space", "latent", "--vae", "vae.pt", "--latents", "latents"]
     if kind == "finetune":
         assert run_main("train", [*common, "--out", "runs/first"]) == 0
-        module, common = "finetune", [
-            "--from",
-            "runs/first",
-            "--steps",
-            6,
-            "--save-every",
-            2,
-            "--threads",
-            1,
-        ]
-    assert (
-        run_main(
-            module,
-            (
-                [*common, "--latents", "straight", "--out", "runs/straight"]
-                if kind == "latents"
-                else [*common, "--out", "runs/straight"]
-            ),
-        )
-        == 0
-    )
-    kills = kill_at_every_visit(module, common, ["--resume"], "runs/killed")
+        module, common = "finetune", ["--from", "runs/first", "--steps", 4, "--save-every", 2]
+        common += ["--threads", 1, "--sample-every", 3]
+    assert run_main(module, [*common, "--out", "runs/straight"]) == 0
+    straight, kills = read("runs/straight/last.pt"), 0
+    for visit, after in itertools.product(range(1, 100), (False, True)):
+        for folder in ("runs/killed", "latents"):
+            shutil.rmtree(folder, ignore_errors=True)
+        command = [*common, "--out", "runs/killed", "--resume"]
+        if run_main(module, command, visit, after) == 0:
+            break
+        kills += 1
+        assert run_main(module, command) == 0
+        killed = read("runs/killed/last.pt")
+        assert all(equal(straight[part], killed[part]) for part in WEIGHTS), (visit, after)
+        assert [r["step"]
+                for r in rows("runs/straight")] == [r["step"] for r in rows("runs/killed")]
     assert kills >= 20
-    straight, killed = read("runs/straight/last.pt"), read("runs/killed/last.pt")
-    assert all(equal(straight[part], killed[part]) for part in WEIGHTS)
-    assert [r["step"] for r in rows("runs/straight")] == [r["step"] for r in rows("runs/killed")]
-    assert not list(Path("runs").rglob("*.tmp"))
 
 
 def test_a_kill_at_every_visit_leaves_no_half_of_an_autoencoder(photos):  # noqa: F811
@@ -148,41 +105,27 @@ def test_a_kill_at_every_visit_leaves_no_half_of_an_autoencoder(photos):  # noqa
 
 def test_a_killed_torchrun_leaves_no_process_behind(photos):  # noqa: F811
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        ROOT / "train.py",
-        "--data",
-        photos,
-        *TINY,
-        "--steps",
-        "100000",
-        "--save-every",
-        "20",
-        "--sample-every",
-        "100000",
-        "--out",
-        "runs/a",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        ROOT / "train.py", "--data", photos, *TINY, "--steps", "100000", "--save-every", "20",
+        "--sample-every", "100000", "--out", "runs/a",
     ]
-    agent = subprocess.Popen(
-        [str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    agent = subprocess.Popen([str(c) for c in command],
+                             stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
     while not Path("runs/a/000020.pt").exists():
         assert agent.poll() is None
         time.sleep(0.05)
     children = [
-        int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        int(pid)
+        for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     ]
     agent.kill()
     agent.wait()
     for _ in range(600):
         if not any(
-            Path(f"/proc/{pid}").exists()
-            and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-            for pid in children
-        ):
+                Path(f"/proc/{pid}").exists()
+                and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+                for pid in children):
             break
         time.sleep(0.1)
     else:

@@ -13,7 +13,6 @@ from plumbing.plan import Plan
 class PretendedMachine:
     """A clock, and steps that take as long as their cost says, times how slow the machine
     is now."""
-
     def __init__(self, slowness):
         self.now, self.slowness = 1000.0, slowness
 
@@ -44,32 +43,30 @@ def run_plan(minutes, step_seconds, slowness, cost=lambda p: 1.0, look_seconds=0
 
 CONSTANT = lambda p: 1.0  # noqa: E731
 RAMPS = {
-    "none": CONSTANT,
-    "rising": lambda p: 1.2 - p,
-    "falling": lambda p: 0.2 + p,
+    "none": CONSTANT, "rising": lambda p: 1.2 - p, "falling": lambda p: 0.2 + p,
     "stairs": lambda p: 1.0 - 0.1 * round(7 * min(1, p / 0.67)),
 }
 
 
 @pytest.mark.parametrize("ramp", RAMPS)
-@given(
-    minutes=st.sampled_from([1, 4, 60]),
-    step=st.floats(0.02, 0.4),
-    factor=st.sampled_from([0.5, 1.0, 2.0]),
-    change=st.floats(0.0, 0.94),
-    back=st.floats(0.0, 0.94),
-)
+@given(minutes=st.sampled_from([1, 4, 60]),
+       step=st.floats(0.02, 0.4),
+       factor=st.sampled_from([0.5, 1.0, 2.0]),
+       change=st.floats(0.0, 0.94),
+       back=st.floats(0.0, 0.94),
+       )
 def test_minutes_are_kept_within_a_twentieth_on_machines_that_change_their_speed_by_two(
-    ramp, minutes, step, factor, change, back
-):
+        ramp, minutes, step, factor, change, back):
     """It slows down or speeds up by 2 at one moment, and at a later one it may be as
     before."""
-    slowness = lambda share: (
-        factor if change <= share <= max(change, back) or back < change <= share else 1.0
-    )  # noqa: E731
-    plan, path, seconds = run_plan(
-        minutes, step, slowness, RAMPS[ramp], look_seconds=0.5, look_every=200
-    )
+    slowness = lambda share: (factor if change <= share <= max(change, back) or back < change <=
+                              share else 1.0)  # noqa: E731
+    plan, path, seconds = run_plan(minutes,
+                                   step,
+                                   slowness,
+                                   RAMPS[ramp],
+                                   look_seconds=0.5,
+                                   look_every=200)
     assert 0.95 <= seconds / (60 * minutes) <= 1.05
     assert plan.step == plan.total == len(path) and plan.progress == pytest.approx(1)
 
@@ -81,9 +78,8 @@ def test_progress_never_falls_and_never_jumps(ramp, factor, change):
     steps = [later - earlier for earlier, later in zip(path[20:], path[21:])]
     assert path[:20] == [0.0] * 20
     assert min(steps) > 0 and max(steps) < 6 / len(path)
-    assert path[-1] == pytest.approx(
-        1, abs=6 / len(path)
-    )  # the last step's rate is the end of the decay
+    assert path[-1] == pytest.approx(1, abs=6 /
+                                     len(path))  # the last step's rate is the end of the decay
 
 
 def test_a_number_of_steps_is_its_own_plan_and_knows_no_clock():
@@ -102,17 +98,17 @@ def test_a_plan_that_goes_on_from_its_state_makes_the_same_steps_until_the_next_
     whole.adopt(whole.propose_steps_left())
     for _ in range(30):
         whole.count_step()
-    again = Plan(
-        None, 10.0, state=whole.state() | dict(step=whole.step), seconds=5.0, clock=lambda: 0.0
-    )
+    again = Plan(None,
+                 10.0,
+                 state=whole.state() | dict(step=whole.step),
+                 seconds=5.0,
+                 clock=lambda: 0.0)
     for _ in range(50):
         whole.count_step()
         again.count_step()
-        assert (again.step, again.total, again.progress) == (
-            whole.step,
-            whole.total,
-            whole.progress,
-        )
+        assert (again.step, again.total, again.progress) == (whole.step, whole.total,
+                                                             whole.progress,
+                                                             )
 
 
 def test_very_slow_steps_are_planned_after_a_tenth_of_the_time():

@@ -15,28 +15,9 @@ import torch
 from conftest import ROOT
 
 ABSURD = [
-    None,
-    -1,
-    0,
-    3,
-    7,
-    10**9,
-    2**70,
-    0.5,
-    -0.5,
+    None, -1, 0, 3, 7, 10**9, 2**70, 0.5, -0.5,
     float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "\x1b[31m",
-    "a" * 5000,
-    True,
-    [],
-    [1],
-    ["a", "a"],
-    {},
-    {"a": 1},
-    {1: 2},
+    float("inf"), "", "x", "\x1b[31m", "a" * 5000, True, [], [1], ["a", "a"], {}, {"a": 1}, {1: 2},
     torch.zeros(()),
     torch.zeros(3),
     torch.zeros(2, 0),
@@ -70,15 +51,12 @@ def change(ckpt, path, rng):
     if kind == "delete":
         del owner[path[-1]]
     elif kind == "reshape" and torch.is_tensor(value):
-        owner[path[-1]] = rng.choice(
-            [
-                value.flatten()[:1],
-                value[None],
-                value.double(),
-                value.to(torch.int64),
-                value.to_sparse() if value.ndim else value,
-            ]
-        )
+        owner[path[-1]] = rng.choice([
+            value.flatten()[:1], value[None],
+            value.double(),
+            value.to(torch.int64),
+            value.to_sparse() if value.ndim else value,
+        ])
     else:
         owner[path[-1]] = rng.choice(ABSURD)
     return changed
@@ -96,8 +74,9 @@ def try_file(path, original):
     except UserError as error:
         assert len(str(error).splitlines()) == 1, error
     for command in (
-        lambda: train.main(["--out", "run", "--resume", "--steps", str(original + 1)]),
-        lambda: finetune.main(["--from", str(path), "--steps", "1", "--out", "tuned"]),
+            lambda: train.main(["--out", "run", "--resume", "--steps",
+                                str(original + 1)]),
+            lambda: finetune.main(["--from", str(path), "--steps", "1", "--out", "tuned"]),
     ):
         subprocess.run(["rm", "-rf", "run", "tuned"])
         Path("run").mkdir()
@@ -115,27 +94,14 @@ def attack(count, seed):
 
     rng = random.Random(seed)
     options = [
-        "--data",
-        "faces",
-        "--size",
-        "8",
-        "--batch",
-        "4",
-        "--threads",
-        "1",
-        "--sample-every",
-        "1000",
-        "--amp",
-        "off",
-        "--model",
-        "tiny",
+        "--data", "faces", "--size", "8", "--batch", "4", "--threads", "1", "--sample-every",
+        "1000", "--amp", "off", "--model", "tiny",
     ]
     import running.setup
     from data import load_images
 
     running.setup.load_images = lambda source, *args, **how: load_images(
-        source, *args, **how | (dict(count=24) if source == "faces" else {})
-    )
+        source, *args, **how | (dict(count=24) if source == "faces" else {}))
     train.main([*options, "--labels", "--steps", "2", "--out", "made"])
     ckpt = torch.load("made/last.pt", weights_only=True)
     every = [path for path in places(ckpt) if path]
@@ -157,19 +123,17 @@ def attack(count, seed):
         signal.alarm(0)
 
 
-@pytest.mark.parametrize(
-    "count, seed",
-    [(12, 0)] + [pytest.param(250, seed, marks=pytest.mark.slow) for seed in range(1, 9)],
-)
+@pytest.mark.parametrize("count, seed", [(12, 0)] +
+                         [pytest.param(250, seed, marks=pytest.mark.slow) for seed in range(1, 9)],
+                         )
 def test_a_tampered_checkpoint_works_or_is_one_line(tmp_path, count, seed):
     paths = [str(ROOT), str(ROOT / "tests")]
-    code = (
-        f"import sys; sys.path[:0] = {paths!r}; "
-        f"import test_tampered; test_tampered.attack({count}, {seed})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    code = (f"import sys; sys.path[:0] = {paths!r}; "
+            f"import test_tampered; test_tampered.attack({count}, {seed})")
+    done = subprocess.run([sys.executable, "-c", code],
+                          cwd=tmp_path,
+                          capture_output=True,
+                          text=True)
     bad = [line for line in done.stdout.splitlines() if line.startswith("BAD")]
     last = [line for line in done.stdout.splitlines() if line.startswith("TRY")][-1:]
     assert not bad, "\n".join(bad)

@@ -37,17 +37,7 @@ from plumbing.images import seeded
 import spaces
 
 TINY = [
-    "--size",
-    "16",
-    "--patch",
-    "8",
-    "--batch",
-    "8",
-    "--threads",
-    "1",
-    "--val",
-    "0.2",
-    "--workers",
+    "--size", "16", "--patch", "8", "--batch", "8", "--threads", "1", "--val", "0.2", "--workers",
     "0",
 ]
 
@@ -101,80 +91,42 @@ def equal(one, two):
 
 WEIGHTS = ("model", "ema", "optimizer", "scaler", "step", "images")
 
-
 # --- one run from end to end --------------------------------------------------------------
 
 
 def test_train_finetune_and_sample_leave_what_the_contract_names(photos, capsys):
-    go(
-        photos,
-        "--steps",
-        12,
-        "--mask",
-        0.5,
-        "--sample-every",
-        5,
-        "--save-every",
-        6,
-        "--out",
-        "runs/a",
-    )
+    go(photos, "--steps", 12, "--mask", 0.5, "--sample-every", 5, "--save-every", 6, "--out",
+       "runs/a",
+       )
     run = Path("runs/a")
-    assert {p.name for p in run.iterdir()} == {
-        "config.json",
-        "log.csv",
-        "loss.png",
-        "samples",
-        "last.pt",
-        "000006.pt",
-        "000012.pt",
-    }
-    assert {p.name for p in (run / "samples").iterdir()} == {
-        "000000.png",
-        "000005.png",
-        "000010.png",
-        "000012.png",
-    }
+    assert {p.name
+            for p in run.iterdir()} == {
+                "config.json", "log.csv", "loss.png", "samples", "last.pt", "000006.pt",
+                "000012.pt",
+            }
+    assert {p.name
+            for p in (run / "samples").iterdir()
+            } == {"000000.png", "000005.png", "000010.png", "000012.png", }
     assert Path("runs/latest").read_text() == "runs/a"
     log = rows(run)
     assert list(log[0]) == [
-        "step",
-        "seconds",
-        "images",
-        "loss",
-        "val_loss",
-        "lr",
-        "ratio",
-        "visible",
+        "step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible",
         "images_per_second",
     ]
     assert [int(r["step"]) for r in log] == [0, 5, 6, 10, 12]
     assert all(r["visible"] == "2" and r["ratio"] == "0.5" for r in log) and all(
-        (float(r["val_loss"]) > 0) if r["step"] != "6" else not r["val_loss"] for r in log
-    )
+        (float(r["val_loss"]) > 0) if r["step"] != "6" else not r["val_loss"] for r in log)
     ckpt = read(run / "last.pt")
     assert set(ckpt) == {
-        "version",
-        "config",
-        "meta",
-        "step",
-        "images",
-        "seconds",
-        "model",
-        "ema",
-        "optimizer",
-        "scaler",
-        "rng",
+        "version", "config", "meta", "step", "images", "seconds", "model", "ema", "optimizer",
+        "scaler", "rng",
     }
     assert ckpt["step"] == 12 and ckpt["images"] == 96 and ckpt["meta"]["plan"] == 12
 
     finetune.main(["--steps", "3", "--out", "runs/b"])
     tuned = read("runs/b/last.pt")
-    assert (
-        tuned["config"]["mask"] == 0
-        and tuned["config"]["data"] == photos
-        and tuned["config"]["from_"] == "runs/a/last.pt"
-    )
+    assert (tuned["config"]["mask"] == 0 and tuned["config"]["data"] == photos
+            and tuned["config"]["from_"] == "runs/a/last.pt")
     assert rows("runs/b")[-1]["visible"] == "4"
     S.main(["--steps", "2", "--n", "4"])
     assert Image.open("samples.png").size[0] > 32
@@ -184,9 +136,8 @@ def test_train_finetune_and_sample_leave_what_the_contract_names(photos, capsys)
 def test_the_sample_grid_of_a_run_is_what_sample_py_draws_from_its_checkpoint(photos):
     go(photos, "--steps", 4, "--out", "runs/a")
     S.main(["--n", "16", "--out", "again.png"])
-    assert (
-        np.asarray(Image.open("again.png")) == np.asarray(Image.open("runs/a/samples/000004.png"))
-    ).all()
+    assert (np.asarray(Image.open("again.png")) == np.asarray(
+        Image.open("runs/a/samples/000004.png"))).all()
 
 
 def test_classes_are_kept_in_the_checkpoint(photos, capsys):
@@ -197,45 +148,20 @@ def test_classes_are_kept_in_the_checkpoint(photos, capsys):
     capsys.readouterr()
     S.main(["--label", "night", "--cfg", "2", "--n", "2", "--steps", "2"])
     assert "nothing was guided" not in capsys.readouterr().out
-    S.main(
-        [
-            "--label",
-            "night",
-            "--cfg",
-            "2",
-            "--n",
-            "2",
-            "--steps",
-            "2",
-            "--cfg-interval",
-            "1e8",
-            "1e9",
-        ]
-    )
+    S.main([
+        "--label", "night", "--cfg", "2", "--n", "2", "--steps", "2", "--cfg-interval", "1e8",
+        "1e9",
+    ])
     assert "nothing was guided" in capsys.readouterr().out
 
 
 def test_training_learns():
     """Faces, a hundred steps: the denoising error on held-out images falls well below what
     a linear guess knows."""
-    train.main(
-        [
-            "--size",
-            "16",
-            "--steps",
-            "100",
-            "--mask",
-            "0.5",
-            "--batch",
-            "32",
-            "--out",
-            "runs/a",
-            "--seed",
-            "1",
-            "--threads",
-            "1",
-        ]
-    )
+    train.main([
+        "--size", "16", "--steps", "100", "--mask", "0.5", "--batch", "32", "--out", "runs/a",
+        "--seed", "1", "--threads", "1",
+    ])
     values = [float(r["val_loss"]) for r in rows("runs/a") if r["val_loss"]]
     assert values[0] > 1 and values[-1] < 0.75
 
@@ -245,9 +171,8 @@ def test_the_average_keeps_no_history(photos, monkeypatch):
     until the machine has none."""
     kept = []
     monkeypatch.setattr(
-        running.journal,
-        "DiffusionModel",
-        lambda averaged, *rest: (kept.append(averaged), DiffusionModel(averaged, *rest))[1],
+        running.journal, "DiffusionModel", lambda averaged, *rest:
+        (kept.append(averaged), DiffusionModel(averaged, *rest))[1],
     )
     go(photos, "--steps", 3, "--out", "runs/a")
     assert kept and not any(q.requires_grad or q.grad_fn for q in kept[-1].parameters())
@@ -257,12 +182,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_alone(tmp_path, m
     path = tmp_path / "last.pt"
     save_atomic({"x": torch.zeros(3)}, path)
     before = path.read_bytes()
-    for error in (
-        RuntimeError(
-            "[enforce fail at inline_container.cc:672] . unexpected pos 31401024 vs 31400912"
-        ),
-        OSError(28, "No space left on device"),
-    ):
+    for error in (RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 31401024 vs 31400912"),
+                  OSError(28, "No space left on device"),
+                  ):
         monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(error))
         with pytest.raises(UserError, match="last.pt cannot be written"):
             save_atomic({"x": torch.ones(3)}, path)
@@ -273,71 +196,34 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_alone(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        ["--mask", "0.5"],
-        [
-            "--mask",
-            "0.75",
-            "--mask-from",
-            "0.25",
-            "--ramp",
-            "cosine",
-            "--policy",
-            "block",
-            "--block",
-            "2",
-            "--labels",
-            "--micro-batch",
-            "4",
-        ],
-        [
-            "--objective",
-            "reconstruct",
-            "--decoder",
-            "1",
-            "--mask",
-            "0.75",
-            "--mask-from",
-            "0.25",
-            "--ramp",
-            "cosine",
-            "--ramp-share",
-            "0.6",
-            "--recon-target",
-            "whitened",
-        ],
-        [
-            "--predict",
-            "both",
-            "--schedule",
-            "ddm-linear",
-            "--decoder",
-            "1",
-            "--recon",
-            "0.1",
-            "--mask",
-            "0.5",
-            "--amp",
-            "off",
-            "--skips",
-        ],
-    ],
+    "options", [["--mask", "0.5"],
+                [
+                    "--mask", "0.75", "--mask-from", "0.25", "--ramp", "cosine", "--policy",
+                    "block", "--block", "2", "--labels", "--micro-batch", "4",
+                ],
+                [
+                    "--objective", "reconstruct", "--decoder", "1", "--mask", "0.75", "--mask-from",
+                    "0.25", "--ramp", "cosine", "--ramp-share", "0.6", "--recon-target", "whitened",
+                ],
+                [
+                    "--predict", "both", "--schedule", "ddm-linear", "--decoder", "1", "--recon",
+                    "0.1", "--mask", "0.5", "--amp", "off", "--skips",
+                ], ],
 )
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(photos, options):
     common = ["--steps", 14, "--save-every", 7, "--sample-every", 6, *options]
     go(photos, *common, "--out", "runs/straight")
     go(photos, *common, "--out", "runs/broken")
     Path("runs/broken/000007.pt").replace(
-        "runs/broken/last.pt"
-    )  # as if killed after step 7, with a log that ran ahead
+        "runs/broken/last.pt")  # as if killed after step 7, with a log that ran ahead
     go(photos, *common, "--out", "runs/broken", "--resume")
     straight, broken = read("runs/straight/last.pt"), read("runs/broken/last.pt")
     for part in WEIGHTS:
         assert equal(straight[part], broken[part]), part
-    timeless = lambda run: [
-        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in rows(run)
-    ]
+    timeless = lambda run: [{
+        k: v
+        for k, v in r.items() if k not in ("seconds", "images_per_second")
+    } for r in rows(run)]
     assert timeless("runs/straight") == timeless("runs/broken")
 
 
@@ -346,17 +232,12 @@ def test_resume_without_a_checkpoint_starts_and_after_the_end_does_nothing(photo
     before = read("runs/a/last.pt")
     go(photos, "--steps", 3, "--out", "runs/a", "--resume")
     assert "finished" in capsys.readouterr().out and equal(read("runs/a/last.pt"), before)
-    train.main(
-        ["--out", "runs/a", "--resume", "--steps", "5"]
-    )  # a larger --steps continues it, with the run's own options
-    train.main(
-        ["--data", os.path.relpath(photos) + "/", "--out", "runs/a", "--resume"]
-    )  # another spelling of its data is the same run
-    assert read("runs/a/last.pt")["step"] == 5 and [r["step"] for r in rows("runs/a")] == [
-        "0",
-        "3",
-        "5",
-    ]
+    train.main(["--out", "runs/a", "--resume", "--steps",
+                "5"])  # a larger --steps continues it, with the run's own options
+    train.main(["--data", os.path.relpath(photos) + "/", "--out", "runs/a",
+                "--resume"])  # another spelling of its data is the same run
+    assert read("runs/a/last.pt")["step"] == 5 and [r["step"]
+                                                    for r in rows("runs/a")] == ["0", "3", "5", ]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_a_log_of_its_own(photos):
@@ -370,17 +251,9 @@ def test_two_runs_never_share_a_folder(photos):
     """Two that begin in the same second get two names; a second one in the folder of a
     running one is refused before any work."""
     assert open_run_folder()[0] != open_run_folder()[0]
-    process = start(
-        photos,
-        "--steps",
-        "100000",
-        "--out",
-        "runs/busy",
-        "--sample-every",
-        "100000",
-        "--save-every",
-        "20",
-    )
+    process = start(photos, "--steps", "100000", "--out", "runs/busy", "--sample-every", "100000",
+                    "--save-every", "20",
+                    )
     wait_for_step("runs/busy", 20, process)
     try:
         with pytest.raises(UserError, match="another process is training there"):
@@ -389,15 +262,14 @@ def test_two_runs_never_share_a_folder(photos):
         process.kill()
         process.wait()
     assert open_run_folder("runs/busy")[0] == Path(
-        "runs/busy"
-    )  # its lock ended with it, however it ended
+        "runs/busy")  # its lock ended with it, however it ended
 
 
 def start(photos, *arguments):
     command = [sys.executable, ROOT / "train.py", "--data", photos, *TINY, *map(str, arguments)]
-    return subprocess.Popen(
-        [str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen([str(c) for c in command],
+                            stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)
 
 
 def wait_for_step(run, step, process):
@@ -405,8 +277,7 @@ def wait_for_step(run, step, process):
     test)."""
     while process.poll() is None:
         if (Path(run) / "log.csv").exists() and any(
-            int(r["step"] or 0) >= step for r in rows(run) if r["visible"]
-        ):
+                int(r["step"] or 0) >= step for r in rows(run) if r["visible"]):
             return
         time.sleep(0.02)
     raise AssertionError(process.stderr.read().decode())
@@ -430,11 +301,8 @@ def test_kill_9_at_any_moment_then_resume_changes_nothing(photos, kills):
     for _ in range(kills):
         process = start(photos, *options, "--out", "runs/killed", "--resume")
         last = max(
-            (
-                [int(r["step"]) for r in rows("runs/killed")]
-                if Path("runs/killed/log.csv").exists()
-                else [0]
-            ),
+            ([int(r["step"])
+              for r in rows("runs/killed")] if Path("runs/killed/log.csv").exists() else [0]),
             default=0,
         )
         wait_for_step("runs/killed", last + 10, process)
@@ -467,59 +335,47 @@ def test_a_truncated_checkpoint_is_refused_and_an_unfinished_one_is_never_seen(p
 
 
 def test_runs_that_save_at_once_do_not_trip_over_runs_latest(tmp_path):
-    code = (
-        "import sys; from plumbing.checkpoint import name_newest\n"
-        "for i in range(2000): name_newest(sys.argv[1])"
-    )
+    code = ("import sys; from plumbing.checkpoint import name_newest\n"
+            "for i in range(2000): name_newest(sys.argv[1])")
     several = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, f"runs/{name}"],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        for name in "ab"
+        subprocess.Popen([sys.executable, "-c", code, f"runs/{name}"],
+                         stderr=subprocess.PIPE,
+                         text=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)},
+                         ) for name in "ab"
     ]
     errors = [process.communicate()[1] for process in several]
     assert [process.returncode for process in several] == [0, 0], errors
-    assert Path("runs/latest").read_text() in ("runs/a", "runs/b") and os.listdir("runs") == [
-        "latest"
-    ]
+    assert Path("runs/latest").read_text() in ("runs/a",
+                                               "runs/b") and os.listdir("runs") == ["latest"]
 
 
 # --- devices ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "here, world, wanted, got",
-    [
-        ("cuda", 1, "auto", "cuda:0"),
-        ("cuda", 1, "cuda", "cuda:0"),
-        ("cuda", 1, "cuda:1", "cuda:1"),
-        ("cuda", 2, "auto", "cuda:1"),
-        ("cuda", 2, "cuda", "cuda:1"),
-        ("cuda", 2, "cuda:0", "--device cuda:0"),
-        ("mps", 1, "auto", "mps"),
-        ("mps", 2, "auto", "cpu"),
-        ("mps", 2, "mps", "--device mps"),
-        ("cpu", 2, "auto", "cpu"),
-    ],
-)
-def test_every_process_gets_its_own_device_and_set_device_a_number(
-    monkeypatch, here, world, wanted, got
-):
+@pytest.mark.parametrize("here, world, wanted, got", [("cuda", 1, "auto", "cuda:0"),
+                                                      ("cuda", 1, "cuda", "cuda:0"),
+                                                      ("cuda", 1, "cuda:1", "cuda:1"),
+                                                      ("cuda", 2, "auto", "cuda:1"),
+                                                      ("cuda", 2, "cuda", "cuda:1"),
+                                                      ("cuda", 2, "cuda:0", "--device cuda:0"),
+                                                      ("mps", 1, "auto", "mps"),
+                                                      ("mps", 2, "auto", "cpu"),
+                                                      ("mps", 2, "mps", "--device mps"),
+                                                      ("cpu", 2, "auto", "cpu"), ],
+                         )
+def test_every_process_gets_its_own_device_and_set_device_a_number(monkeypatch, here, world, wanted,
+                                                                   got):
     """On machines that are not here: torch is told that it has GPUs, and set_device
     refuses, as it does, a device without its number."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: here == "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: here == "mps")
-    monkeypatch.setattr(
-        torch.cuda, "set_device", lambda device: torch.cuda._utils._get_device_index(device)
-    )
+    monkeypatch.setattr(torch.cuda, "set_device",
+                        lambda device: torch.cuda._utils._get_device_index(device))
     monkeypatch.setattr(plumbing.machine.dist, "is_initialized", lambda: True)
-    for name, value in (
-        dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items() if world > 1 else ()
-    ):
+    for name, value in (dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items()
+                        if world > 1 else ()):
         monkeypatch.setenv(name, str(value))
     if got.startswith("--"):
         with pytest.raises(UserError, match=got):
@@ -536,42 +392,22 @@ def torchrun(ranks, *arguments, script=ROOT / "train.py"):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={ranks}",
-        f"--master-port={port}",
-        script,
-        *arguments,
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+        f"--master-port={port}", script, *arguments,
     ]
-    done = subprocess.run(
-        [str(c) for c in command],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = subprocess.run([str(c) for c in command],
+                          capture_output=True,
+                          text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_k_processes_take_the_same_steps_as_one_with_k_micro_batches(photos, ranks):
     options = [
-        "--data",
-        photos,
-        *TINY,
-        "--batch",
-        "16",
-        "--steps",
-        "5",
-        "--mask",
-        "0.5",
-        "--decoder",
-        "1",
-        "--recon",
-        "0.1",
-        "--amp",
-        "off",
-        "--labels",
+        "--data", photos, *TINY, "--batch", "16", "--steps", "5", "--mask", "0.5", "--decoder", "1",
+        "--recon", "0.1", "--amp", "off", "--labels",
     ]
     torchrun(ranks, *options, "--out", "runs/many")
     train.main([*options, "--micro-batch", str(16 // ranks), "--out", "runs/one"])
@@ -579,25 +415,16 @@ def test_k_processes_take_the_same_steps_as_one_with_k_micro_batches(photos, ran
     for part in ("model", "ema"):
         for name, value in one[part].items():
             assert torch.allclose(many[part][name], value, atol=1e-5, rtol=1e-5), name
-    assert float(rows("runs/many")[-1]["loss"]) == pytest.approx(
-        float(rows("runs/one")[-1]["loss"]), rel=1e-4
-    )
+    assert float(rows("runs/many")[-1]["loss"]) == pytest.approx(float(
+        rows("runs/one")[-1]["loss"]),
+                                                                 rel=1e-4)
 
 
 def test_accumulation_under_no_sync_is_one_large_step_and_no_thread_outlives_it(photos, tmp_path):
     """2 processes x 2 micro-batches against 1 x 4. Threads: one of gloo's that still runs
     while Python ends can abort a finished process."""
     options = [
-        "--data",
-        photos,
-        *TINY,
-        "--batch",
-        "16",
-        "--micro-batch",
-        "4",
-        "--steps",
-        "3",
-        "--amp",
+        "--data", photos, *TINY, "--batch", "16", "--micro-batch", "4", "--steps", "3", "--amp",
         "off",
     ]
     script = tmp_path / "threads.py"
@@ -606,8 +433,7 @@ def test_accumulation_under_no_sync_is_one_large_step_and_no_thread_outlives_it(
         "tasks = '/proc/self/task'\n"
         "there = os.listdir(tasks) if os.path.isdir(tasks) else []\n"
         "left = [open(f'{tasks}/{t}/comm').read().strip() for t in there]\n"
-        "sys.exit(f'still running: {left}' if any('gloo' in name for name in left) else 0)\n"
-    )
+        "sys.exit(f'still running: {left}' if any('gloo' in name for name in left) else 0)\n")
     torchrun(2, *options, "--out", "runs/many", script=script)
     train.main([*options, "--out", "runs/one"])
     many, one = read("runs/many/last.pt")["model"], read("runs/one/last.pt")["model"]
@@ -621,13 +447,10 @@ def test_shards_of_one_step_draw_different_noise_masks_and_times():
     schedule, drawn = SCHEDULES["ddm"], []
     for step, rank in ((0, 0), (0, 1), (1, 0)):
         g = torch.Generator().manual_seed(seeded(0, 5, step, rank).initial_seed())
-        drawn.append(
-            (
-                schedule.noise(torch.zeros(4, 1, 8, 8), g),
-                draw("patch", 4, 4, 4, 0.5, g).keep,
-                times("uniform", schedule, 4, g),
-            )
-        )
+        drawn.append((schedule.noise(torch.zeros(4, 1, 8, 8),
+                                     g), draw("patch", 4, 4, 4, 0.5,
+                                              g).keep, times("uniform", schedule, 4, g),
+                      ))
     for a in range(3):
         for b in range(a):
             assert not any(torch.equal(x, y) for x, y in zip(drawn[a], drawn[b]))
@@ -661,22 +484,14 @@ def test_half_of_the_images_are_mirrored_unless_told_otherwise(monkeypatch):
 def test_the_stated_share_of_labels_is_dropped(photos, monkeypatch):
     for share, low, high in ((0.0, 0, 0), (0.5, 0.35, 0.65), (1.0, 1, 1)):
         with monkeypatch.context() as patch:
-            seen = record(
-                patch,
-                ViT,
-                "forward",
-                lambda zt, t, y=None, m=None, cond=None: (y, torch.is_grad_enabled()),
-            )
-            go(
-                photos,
-                "--steps",
-                20,
-                "--labels",
-                "--label-dropout",
-                share,
-                "--out",
-                f"runs/{share}",
-            )
+            seen = record(patch,
+                          ViT,
+                          "forward",
+                          lambda zt, t, y=None, m=None, cond=None: (y, torch.is_grad_enabled()),
+                          )
+            go(photos, "--steps", 20, "--labels", "--label-dropout", share, "--out",
+               f"runs/{share}",
+               )
         dropped = torch.cat([y for y, training in seen if training]) < 0
         assert len(dropped) == 160 and low <= dropped.float().mean() <= high
 
@@ -684,17 +499,14 @@ def test_the_stated_share_of_labels_is_dropped(photos, monkeypatch):
 @pytest.mark.parametrize("n, batch, shards", [(10, 4, 2), (7, 8, 4), (3, 8, 1), (100, 6, 3)])
 def test_an_epoch_shows_every_image_once_and_shards_do_not_overlap(n, batch, shards):
     size = batch // shards
-    order = torch.cat(
-        [
-            running.setup.shard_indices(n, (5, 0), k * batch + j * size, size)
-            for k in range(2 * n)
-            for j in range(shards)
-        ]
-    )
+    order = torch.cat([
+        running.setup.shard_indices(n, (5, 0), k * batch + j * size, size) for k in range(2 * n)
+        for j in range(shards)
+    ])
     for epoch in range(len(order) // n):
-        assert sorted(order[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
+        assert sorted(order[epoch * n:(epoch + 1) * n].tolist()) == list(range(n))
     if n > 5:
-        assert not torch.equal(order[:n], order[n : 2 * n])
+        assert not torch.equal(order[:n], order[n:2 * n])
 
 
 # --- the plan, the average, bad steps -----------------------------------------------------
@@ -708,8 +520,7 @@ def test_minutes_become_a_plan_that_the_checkpoint_keeps(photos):
 
 
 def test_a_run_that_stopped_before_its_plan_was_made_can_go_on_and_steps_make_it_longer(
-    photos, monkeypatch
-):
+        photos, monkeypatch):
     options = ["--data", photos, *TINY, "--minutes", "0.05", "--out", "runs/a"]
 
     def stop(step, numbers):
@@ -736,23 +547,15 @@ def test_on_step_hears_of_every_step_and_a_run_in_a_thread_leaves_the_signals_al
     heard, handler = [], signal.getsignal(signal.SIGINT)
     given = vars(
         train.options_parser(train.Options, "").parse_args(
-            ["--data", photos, *TINY, "--steps", "3", "--out", "runs/a"]
-        )
-    )
-    thread = threading.Thread(
-        target=lambda: heard.append(
-            train.train(
-                train.Options(**given), on_step=lambda step, numbers: heard.append((step, numbers))
-            )
-        )
-    )
+            ["--data", photos, *TINY, "--steps", "3", "--out", "runs/a"]))
+    thread = threading.Thread(target=lambda: heard.append(
+        train.train(train.Options(**given),
+                    on_step=lambda step, numbers: heard.append((step, numbers)))))
     thread.start()
     thread.join()
     assert [step for step, _ in heard[:-1]] == [1, 2, 3] and heard[-1] == Path("runs/a")
-    assert (
-        heard[1][1].keys() == {"loss", "lr", "ratio", "progress"}
-        and heard[1][1]["progress"] == 1 / 3
-    )
+    assert (heard[1][1].keys() == {"loss", "lr", "ratio", "progress"}
+            and heard[1][1]["progress"] == 1 / 3)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -762,9 +565,8 @@ def test_a_run_that_fails_gives_back_the_signals_and_its_folder(photos, monkeypa
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(train, "train_step", lambda *arguments: 1 / 0)
     journals, enter = [], running.journal.Journal.__enter__
-    monkeypatch.setattr(
-        running.journal.Journal, "__enter__", lambda self: journals.append(self) or enter(self)
-    )
+    monkeypatch.setattr(running.journal.Journal, "__enter__",
+                        lambda self: journals.append(self) or enter(self))
     with pytest.raises(ZeroDivisionError):
         go(photos, "--steps", 3, "--out", "runs/a")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -772,8 +574,7 @@ def test_a_run_that_fails_gives_back_the_signals_and_its_folder(photos, monkeypa
 
 
 def test_another_optimizer_is_one_function_and_its_groups_keep_their_share_of_the_rate(
-    photos, monkeypatch
-):
+        photos, monkeypatch):
     def build(net, o):
         matrices = [q for q in net.parameters() if q.ndim == 2]
         rest = [q for q in net.parameters() if q.ndim != 2]
@@ -781,24 +582,11 @@ def test_another_optimizer_is_one_function_and_its_groups_keep_their_share_of_th
 
     rates = []
     monkeypatch.setattr(train, "build_optimizer", build)
-    monkeypatch.setattr(
-        torch.optim.SGD, "step", lambda self: rates.append(self.param_groups[0]["lr"])
-    )
-    go(
-        photos,
-        "--steps",
-        4,
-        "--save-every",
-        2,
-        "--out",
-        "runs/a",
-        "--lr",
-        1e-3,
-        "--lr-end",
-        1,
-        "--warmup",
-        0,
-    )
+    monkeypatch.setattr(torch.optim.SGD, "step",
+                        lambda self: rates.append(self.param_groups[0]["lr"]))
+    go(photos, "--steps", 4, "--save-every", 2, "--out", "runs/a", "--lr", 1e-3, "--lr-end", 1,
+       "--warmup", 0,
+       )
     assert rates == pytest.approx([3e-3] * 4)
     Path("runs/a/000002.pt").replace("runs/a/last.pt")
     go(photos, "--steps", 4, "--out", "runs/a", "--resume")  # a list of states is read again
@@ -829,34 +617,18 @@ def test_the_average_follows_its_formula(photos):
     expected = initial
     for k in range(3):
         decay = min(0.25, (1 + k) / (10 + k))
-        expected = (
-            decay * expected + (1 - decay) * read(f"runs/a/{k + 1:06d}.pt")["model"]["embed.weight"]
-        )
+        expected = (decay * expected +
+                    (1 - decay) * read(f"runs/a/{k + 1:06d}.pt")["model"]["embed.weight"])
     assert torch.allclose(read("runs/a/last.pt")["ema"]["embed.weight"], expected, atol=1e-6)
 
 
 def test_learning_rate_warms_up_and_decays_with_progress(photos):
-    go(
-        photos,
-        "--steps",
-        200,
-        "--out",
-        "runs/a",
-        "--lr",
-        1e-3,
-        "--lr-end",
-        0.1,
-        "--warmup",
-        10,
-        "--sample-every",
-        1000,
-        "--batch",
-        2,
-    )
+    go(photos, "--steps", 200, "--out", "runs/a", "--lr", 1e-3, "--lr-end", 0.1, "--warmup", 10,
+       "--sample-every", 1000, "--batch", 2,
+       )
     lr = {int(r["step"]): float(r["lr"]) for r in rows("runs/a") if r["lr"]}
-    for k in range(
-        10, 201, 10
-    ):  # the row of step k tells the rate that made it: progress (k - 1) / 200
+    for k in range(10, 201,
+                   10):  # the row of step k tells the rate that made it: progress (k - 1) / 200
         decay = 0.1 + 0.9 * (1 + math.cos(math.pi * (k - 1) / 200)) / 2
         assert lr[k] == pytest.approx(1e-3 * min(1, k / 11) * decay, rel=1e-4)
 
@@ -876,12 +648,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(photos, monkeypatch, c
     go(photos, "--steps", 8, "--out", "runs/a")
     ckpt = read("runs/a/last.pt")
     assert ckpt["meta"]["skipped"] == 2 and all(
-        torch.isfinite(v).all() for v in ckpt["model"].values()
-    )
-    assert (
-        ckpt["optimizer"][0]["state"][0]["step"] == 6
-        and "2 steps skipped" in capsys.readouterr().out
-    )
+        torch.isfinite(v).all() for v in ckpt["model"].values())
+    assert (ckpt["optimizer"][0]["state"][0]["step"] == 6
+            and "2 steps skipped" in capsys.readouterr().out)
 
 
 def test_twenty_bad_steps_in_a_row_end_the_run_with_one_line(photos, monkeypatch):
@@ -897,160 +666,71 @@ RECONSTRUCT = ["--objective", "reconstruct", "--decoder", "1", "--mask", "0.5"]
 
 @pytest.mark.parametrize("economy", ECONOMIES)
 def test_every_economy_trains_tunes_and_samples_and_cannot_become_another(
-    photos, economy, monkeypatch
-):
+        photos, economy, monkeypatch):
     all_scored, build = [], train.OBJECTIVES["denoise"]
     monkeypatch.setitem(
-        train.OBJECTIVES, "denoise", lambda *args: all_scored.append(args[-1]) or build(*args)
-    )
+        train.OBJECTIVES, "denoise",
+        lambda *args, **how: all_scored.append(how["all_scored"]) or build(*args, **how))
     go(photos, "--economy", economy, "--mask", 0.5, "--steps", 2, "--labels", "--out", "runs/a")
-    finetune.main(
-        [
-            "--steps",
-            "2",
-            "--mask-from",
-            "0.5",
-            "--mask",
-            "0",
-            "--ramp",
-            "cosine4",
-            "--out",
-            "runs/b",
-        ]
-    )
-    assert (rows("runs/b")[0]["ratio"], rows("runs/b")[0]["visible"]) == (
-        "0.5",
-        "2",
-    )  # the fall begins where the first stage was
+    finetune.main([
+        "--steps", "2", "--mask-from", "0.5", "--mask", "0", "--ramp", "cosine4", "--out", "runs/b",
+    ])
+    # The fall begins where the first stage was.
+    assert (rows("runs/b")[0]["ratio"], rows("runs/b")[0]["visible"]) == ("0.5", "2")
     for run in ("a", "b"):
-        assert (
-            all_scored.pop() == ECONOMIES[economy].all_scored
-        )  # what the economy declares, the objective does
-        assert (
-            read(f"runs/{run}/last.pt")["meta"]["model"]["economy"]
-            == read(f"runs/{run}/last.pt")["config"]["economy"]
-            == economy
-        )
+        # What the economy declares, the objective does.
+        assert (all_scored.pop() == ECONOMIES[economy].all_scored)
+        assert (read(f"runs/{run}/last.pt")["meta"]["model"]["economy"] ==
+                read(f"runs/{run}/last.pt")["config"]["economy"] == economy)
     S.main(["--n", "2", "--steps", "2", "--cfg", "2", "--label", "day"])
     with pytest.raises(UserError, match="--economy"):
-        finetune.main(
-            [
-                "--economy",
-                "route" if economy == "drop" else "drop",
-                "--steps",
-                "1",
-                "--out",
-                "runs/c",
-            ]
-        )
+        finetune.main([
+            "--economy", "route" if economy == "drop" else "drop", "--steps", "1", "--out",
+            "runs/c",
+        ])
 
 
 def test_a_dry_run_prints_the_published_costs_reads_no_image_and_writes_nothing(
-    photos, capsys, monkeypatch
-):
+        photos, capsys, monkeypatch):
     monkeypatch.setattr(running.setup, "load_images", None)
     train.main(["--recipe", "maskdit", "--dry-run"])
     text = capsys.readouterr().out
-    for fact in (
-        "730.12 M are trained",
-        "0.43 M more are fixed sines and cosines, which papers count: 730.54 M",
-        "256 of 16 x 16 pixels, visible 128",
-        "65.45 G multiply-adds",
-        "125.8 with all tokens",
-        "torchrun --nproc_per_node=8 train.py",
-        "--data PATH --vae PATH",
-    ):
+    for fact in ("730.12 M are trained",
+                 "0.43 M more are fixed sines and cosines, which papers count: 730.54 M",
+                 "256 of 16 x 16 pixels, visible 128", "65.45 G multiply-adds",
+                 "125.8 with all tokens", "torchrun --nproc_per_node=8 train.py",
+                 "--data PATH --vae PATH",
+                 ):
         assert fact in text, (fact, text)
-    go(
-        photos,
-        "--labels",
-        "--mask",
-        0.75,
-        "--ramp",
-        "cosine",
-        "--mask-from",
-        0.25,
-        "--dry-run",
-        "--batch",
-        12,
-    )
+    go(photos, "--labels", "--mask", 0.75, "--ramp", "cosine", "--mask-from", 0.25, "--dry-run",
+       "--batch", 12,
+       )
     text = capsys.readouterr().out
-    assert (
-        "4 of 8 x 8 pixels, visible 1, 2, 3" in text
-        and "in the mean" in text
-        and "--batch 12 must become" in text
-    )
+    assert ("4 of 8 x 8 pixels, visible 1, 2, 3" in text and "in the mean" in text
+            and "--batch 12 must become" in text)
     assert not Path("runs").exists()
 
 
 def test_a_latent_generator_trains_tunes_and_samples_through_its_autoencoder(photos):
-    vae.main(
-        [
-            "--data",
-            photos,
-            "--size",
-            "16",
-            "--steps",
-            "2",
-            "--batch",
-            "4",
-            "--out",
-            "vae.pt",
-            "--threads",
-            "1",
-        ]
-    )
-    go(
-        photos,
-        "--steps",
-        2,
-        "--mask",
-        0.5,
-        "--patch",
-        2,
-        "--space",
-        "latent",
-        "--vae",
-        "vae.pt",
-        "--out",
-        "runs/a",
-    )
+    vae.main([
+        "--data", photos, "--size", "16", "--steps", "2", "--batch", "4", "--out", "vae.pt",
+        "--threads", "1",
+    ])
+    go(photos, "--steps", 2, "--mask", 0.5, "--patch", 2, "--space", "latent", "--vae", "vae.pt",
+       "--out", "runs/a",
+       )
     assert rows("runs/a")[0]["visible"] == "2"  # 16 pixels, factor 4, patch 2: 2 x 2 tokens
     finetune.main(["--steps", "2", "--out", "runs/b"])
     S.main(["--n", "2", "--steps", "2", "--out", "latent"])
     assert Image.open("latent/000000.png").size == (16, 16)
     with pytest.raises(UserError, match="multiple of 16"):
-        go(
-            photos,
-            "--steps",
-            2,
-            "--size",
-            24,
-            "--patch",
-            4,
-            "--space",
-            "latent",
-            "--vae",
-            "vae.pt",
-            "--out",
-            "runs/c",
-        )
-    vae.main(
-        [
-            "--data",
-            photos,
-            "--size",
-            "16",
-            "--steps",
-            "1",
-            "--batch",
-            "4",
-            "--out",
-            "vae.pt",
-            "--threads",
-            "1",
-        ]
-    )
+        go(photos, "--steps", 2, "--size", 24, "--patch", 4, "--space", "latent", "--vae", "vae.pt",
+           "--out", "runs/c",
+           )
+    vae.main([
+        "--data", photos, "--size", "16", "--steps", "1", "--batch", "4", "--out", "vae.pt",
+        "--threads", "1",
+    ])
     with pytest.raises(UserError, match="not the autoencoder"):
         S.main(["--n", "2"])
     with pytest.raises(UserError, match="not the autoencoder of the first stage"):
@@ -1060,41 +740,15 @@ def test_a_latent_generator_trains_tunes_and_samples_through_its_autoencoder(pho
 def test_a_model_of_latents_follows_its_autoencoder(photos, monkeypatch, tmp_path):
     """It is found from any working folder; moved, it is asked for and may be named; another
     one is refused by its hash."""
-    make = lambda out, seed: vae.main(
-        [
-            "--data",
-            photos,
-            "--size",
-            "16",
-            "--steps",
-            "1",
-            "--batch",
-            "4",
-            "--out",
-            out,
-            "--threads",
-            "1",
-            "--seed",
-            seed,
-        ]
-    )
+    make = lambda out, seed: vae.main([
+        "--data", photos, "--size", "16", "--steps", "1", "--batch", "4", "--out", out, "--threads",
+        "1", "--seed", seed,
+    ])
     make("vae.pt", "0")
     make("other.pt", "1")
-    go(
-        photos,
-        "--steps",
-        2,
-        "--space",
-        "latent",
-        "--vae",
-        "vae.pt",
-        "--patch",
-        1,
-        "--latents",
-        "kept",
-        "--out",
-        "runs/a",
-    )
+    go(photos, "--steps", 2, "--space", "latent", "--vae", "vae.pt", "--patch", 1, "--latents",
+       "kept", "--out", "runs/a",
+       )
     run = str(Path("runs/a").resolve())
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
@@ -1107,11 +761,9 @@ def test_a_model_of_latents_follows_its_autoencoder(photos, monkeypatch, tmp_pat
     train.main(["--out", "runs/a", "--resume", "--steps", "3", "--vae", "elsewhere/moved.pt"])
     S.main(["--ckpt", run, "--n", "1", "--steps", "1"])  # the resumed run knows where it is
     finetune.main(
-        ["--from", run, "--steps", "1", "--out", "runs/b", "--vae", "./elsewhere/moved.pt"]
-    )
-    finetune.main(
-        ["--from", run, "--steps", "1", "--out", "runs/c", "--task", "superres"]
-    )  # --latents of the first stage are no reason to refuse
+        ["--from", run, "--steps", "1", "--out", "runs/b", "--vae", "./elsewhere/moved.pt"])
+    finetune.main(["--from", run, "--steps", "1", "--out", "runs/c", "--task",
+                   "superres"])  # --latents of the first stage are no reason to refuse
     with pytest.raises(UserError, match="not the autoencoder"):
         finetune.main(["--from", run, "--steps", "1", "--out", "runs/d", "--vae", "other.pt"])
     with pytest.raises(UserError, match="works on pixels"):
@@ -1120,72 +772,31 @@ def test_a_model_of_latents_follows_its_autoencoder(photos, monkeypatch, tmp_pat
 
 
 def test_training_on_kept_latents_is_training_on_the_images_without_the_encoder(
-    photos, monkeypatch
-):
+        photos, monkeypatch):
     """Same steps, same validation, up to the rounding of another batch; and the encoder
     sees each image and its mirror once."""
-    vae.main(
-        [
-            "--data",
-            photos,
-            "--size",
-            "16",
-            "--steps",
-            "2",
-            "--batch",
-            "4",
-            "--out",
-            "vae.pt",
-            "--threads",
-            "1",
-        ]
-    )
+    vae.main([
+        "--data", photos, "--size", "16", "--steps", "2", "--batch", "4", "--out", "vae.pt",
+        "--threads", "1",
+    ])
     seen = record(monkeypatch, vae.AutoencoderKL, "encode", len)
     for name, more in (("kept", []), ("fresh", ["--no-cache-latents"])):
-        go(
-            photos,
-            "--steps",
-            4,
-            "--mask",
-            "0.5",
-            "--patch",
-            2,
-            "--space",
-            "latent",
-            "--vae",
-            "vae.pt",
-            "--amp",
-            "off",
-            "--out",
-            f"runs/{name}",
-            *more,
-        )
+        go(photos, "--steps", 4, "--mask", "0.5", "--patch", 2, "--space", "latent", "--vae",
+           "vae.pt", "--amp", "off", "--out", f"runs/{name}", *more,
+           )
         assert name == "fresh" or sum(seen) == 2 * 40
     kept, fresh = (read(f"runs/{name}/last.pt") for name in ("kept", "fresh"))
     assert all(torch.allclose(kept["model"][k], v, atol=1e-4) for k, v in fresh["model"].items())
-    assert [float(r["val_loss"]) for r in rows("runs/kept")] == pytest.approx(
-        [float(r["val_loss"]) for r in rows("runs/fresh")], rel=1e-4
-    )
-    vae.main(
-        [
-            "--data",
-            photos,
-            "--size",
-            "16",
-            "--steps",
-            "1",
-            "--batch",
-            "4",
-            "--out",
-            "vae.pt",
-            "--threads",
-            "1",
-        ]
-    )
+    assert [float(r["val_loss"]) for r in rows("runs/kept")
+            ] == pytest.approx([float(r["val_loss"]) for r in rows("runs/fresh")], rel=1e-4)
+    vae.main([
+        "--data", photos, "--size", "16", "--steps", "1", "--batch", "4", "--out", "vae.pt",
+        "--threads", "1",
+    ])
     seen.clear()
     with pytest.raises(
-        UserError, match="not the autoencoder"
-    ):  # refused before anything is encoded with another one
+            UserError,
+            match="not the autoencoder"):  # refused before anything is encoded with another one
         train.main(["--resume", "--out", "runs/kept", "--steps", "9"])
     assert not seen
 
@@ -1197,9 +808,8 @@ def test_a_reconstruction_is_logged_drawn_tuned_and_not_sampled(photos):
     loaded = S.load("runs/a", device="cpu")
     _, held_out = running.setup.holdout(running.setup.load_images(photos, 16), "0.2", seed=0)
     errors = running.evaluate.reconstruction_errors(loaded, held_out)
-    assert float(rows("runs/a")[-1]["val_loss"]) == pytest.approx(
-        sum(errors.values()) / 4, rel=1e-4
-    )
+    assert float(rows("runs/a")[-1]["val_loss"]) == pytest.approx(sum(errors.values()) / 4,
+                                                                  rel=1e-4)
     assert Image.open("runs/a/samples/000003.png").width > 400
     with pytest.raises(UserError, match="--objective reconstruct"):
         S.main(["--n", "2", "--out", "none.png"])
@@ -1209,10 +819,8 @@ def test_a_reconstruction_is_logged_drawn_tuned_and_not_sampled(photos):
     with pytest.raises(UserError, match="--objective denoise: .* was trained with reconstruct"):
         finetune.main(["--steps", "1", "--objective", "denoise"])
     finetune.main(["--steps", "1", "--mask", "0.25", "--out", "runs/b"])
-    assert (
-        read("runs/b/last.pt")["meta"]["objective"] == "reconstruct"
-        and rows("runs/b")[-1]["visible"] == "3"
-    )
+    assert (read("runs/b/last.pt")["meta"]["objective"] == "reconstruct"
+            and rows("runs/b")[-1]["visible"] == "3")
 
 
 def test_a_run_from_before_there_were_objectives_is_tuned_and_sampled(photos):
@@ -1230,24 +838,14 @@ def test_finetune_starts_from_raw_or_averaged_weights_with_a_fresh_optimizer(pho
     go(photos, "--steps", 5, "--out", "runs/a", "--mask", "0.5")
     first = read("runs/a/last.pt")
     for weights in ("model", "ema"):
-        finetune.main(
-            [
-                "--from",
-                "runs/a",
-                "--weights",
-                weights,
-                "--steps",
-                "1",
-                "--lr",
-                "1e-12",
-                "--out",
-                f"runs/{weights}",
-            ]
-        )
+        finetune.main([
+            "--from", "runs/a", "--weights", weights, "--steps", "1", "--lr", "1e-12", "--out",
+            f"runs/{weights}",
+        ])
         tuned = read(f"runs/{weights}/last.pt")
-        assert torch.allclose(
-            tuned["model"]["embed.weight"], first[weights]["embed.weight"], atol=1e-7
-        )
+        assert torch.allclose(tuned["model"]["embed.weight"],
+                              first[weights]["embed.weight"],
+                              atol=1e-7)
         assert tuned["optimizer"][0]["state"][0]["step"] == 1
 
 
@@ -1280,16 +878,13 @@ def test_stage_two_holds_out_the_same_images_and_draws_other_noise(photos, monke
 
 def test_automatic_precision_is_never_fp16():
     assert amp_type("auto", torch.device("cpu")) in (torch.bfloat16, None)
-    assert (
-        amp_type("off", torch.device("cpu")) is None
-        and amp_type("bf16", torch.device("cpu")) == torch.bfloat16
-    )
+    assert (amp_type("off", torch.device("cpu")) is None
+            and amp_type("bf16", torch.device("cpu")) == torch.bfloat16)
 
 
 def test_the_gradient_is_clipped_to_its_largest_norm(photos):
     """With plain gradient descent in AdamW's place, one step moves the weights by at most
     lr x clip."""
-
     class Descent(torch.optim.SGD):
         def __init__(self, parameters, lr, **ignored):
             super().__init__(parameters, lr)
@@ -1298,25 +893,11 @@ def test_the_gradient_is_clipped_to_its_largest_norm(photos):
     for clip in (1e-3, 1e3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim, "AdamW", Descent)
-            go(
-                photos,
-                "--steps",
-                1,
-                "--lr",
-                1.0,
-                "--warmup",
-                0,
-                "--clip",
-                clip,
-                "--out",
-                f"runs/{clip}",
-                "--amp",
-                "off",
-            )
+            go(photos, "--steps", 1, "--lr", 1.0, "--warmup", 0, "--clip", clip, "--out",
+               f"runs/{clip}", "--amp", "off",
+               )
         torch.manual_seed(0)
         ckpt = read(f"runs/{clip}/last.pt")
         start = S.build_model(ckpt["meta"])[0].state_dict()
-        moved.append(
-            math.sqrt(sum(((ckpt["model"][k] - start[k]) ** 2).sum().item() for k in start))
-        )
+        moved.append(math.sqrt(sum(((ckpt["model"][k] - start[k])**2).sum().item() for k in start)))
     assert moved[0] == pytest.approx(1e-3, rel=1e-2) and 1e-2 < moved[1] < 1e3
