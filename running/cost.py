@@ -186,7 +186,8 @@ def describe_memory(o, net, blocks, micro):
 
 
 def describe_disk(o, net):
-    """The line about checkpoints: weights, average and AdamW's two moments, 4 bytes each."""
+    """The line about checkpoints: weights, average and AdamW's two moments, 4 bytes
+    each."""
     size = 16 * sum(q.numel() for q in net.parameters()) / 1e9
     line = f"disk         {size:.3g} GB a checkpoint"
     if o.steps:

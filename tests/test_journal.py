@@ -274,7 +274,8 @@ def test_every_restart_by_torchrun_goes_on_from_the_last_checkpoint(photos, name
 
 def test_only_the_newest_numbered_checkpoints_are_kept_when_asked(photos):  # noqa: F811
     go(photos, "--steps", 9, "--save-every", 2, "--keep", 2, "--out", "runs/a")
-    assert sorted(p.name for p in Path("runs/a").glob("*.pt")) == ["000006.pt", "000008.pt", "last.pt"]
+    kept = sorted(path.name for path in Path("runs/a").glob("*.pt"))
+    assert kept == ["000006.pt", "000008.pt", "last.pt"]
 
 
 def test_resume_with_nothing_to_start_from_and_no_run_is_one_line():
