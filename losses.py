@@ -166,7 +166,7 @@ def build_objective(
         error = denoising_error(out, z, n, t, schedule, predict, patch, weighting)          # (B, N)
         if m is None or all_scored or m.keep.shape[1] == m.N:
             return error.mean()
-        loss = visible_mean(error, m)                               # [MaskDM] divided by K
+        loss = visible_mean(error, m)                               # [MaskDM] 1/K sum over visible
         if recon:
             guessed = token_error(out, z, n, t, schedule, predict, patch, recon_target)     # (B, N)
             loss = loss + recon * hidden_mean(guessed, m)           # [MaskDiT] lambda = 0.1

@@ -3,8 +3,8 @@
 The idea (DDM, arXiv 2306.13720). The network looks at x_t and guesses the image x0. The
 step of schedules.py then goes from t to any earlier s exactly as it would for that image:
 
-    x_1 ~ b(1) N(0, I)
-    for t, s in zip(grid, grid[1:]):                grid falls from 1 to 0: GRIDS
+    x   = b(t_0) N(0, I)                            t_0: the first time of the grid, near 1
+    for t, s in zip(grid, grid[1:]):                the grid falls from t_0 to 0: GRIDS
         x0  = split(model(x_t, t))                  one network call
         x_s = step(x_t, x0, t, s, churn)            churn 0: deterministic, 1: the posterior
 
@@ -71,7 +71,7 @@ def quadratic_grid(schedule, start, steps):
 
 
 def angle_grid(schedule, start, steps):
-    """Equal steps of theta = arctan(b / (a s)): smooth in every schedule."""
+    """Equal steps of theta = arctan(b / (a data_std)): smooth in every schedule."""
     top = schedule.angle(start)
     shares = fall_evenly(1, steps, schedule.angle(T_MIN) / top)[:-1]
     return torch.cat([schedule.time_at(shares * top), torch.zeros(1, dtype=torch.float64)])
@@ -106,10 +106,10 @@ GRIDS = {"uniform": uniform_grid, "quadratic": quadratic_grid, "angle": angle_gr
 
 
 # --- solvers: a better x0 for the same step -----------------------------------------------
-# In y = x / a and sigma = b / a the deterministic step is a straight line of slope eps,
+# In y = x / a and sigma = b / a the deterministic step is a straight line, dy = eps dsigma,
 # exact for the x0 that it is given. So a second-order method is the same step, another x0.
 
-HISTORY = 4                                     # guesses that are kept for solvers
+HISTORY = 4         # guesses that are kept for solvers: DPM-Solver++ reads two, yours may read more
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ def refine_analytic(predict_x0, schedule, zt, slopes, s, history):
 
 
 def refine_heun(predict_x0, schedule, zt, slopes, s, history):
-    """[EDM] The mean of the slopes where a step begins and would end: second order."""
+    """[EDM] The mean of the directions where a step begins and would end: second order."""
     t, x0 = history[-1]
     there = schedule.step(zt, x0, t, s, slopes=slopes)
     x0_there, slopes_there = predict_x0(there, s)
     eps = schedule.eps(there, x0_there, s, slopes_there)
     a, b, *e = schedule.coefficients(t, zt)
-    drift = sum(ej * Kj for ej, Kj in zip(e, slopes))
+    drift = sum(e_j * kappa_j for e_j, kappa_j in zip(e, slopes))
     return (x0 + (zt - b * eps - drift) / a) / 2                        # y - sigma (eps + eps') / 2
 
 
@@ -148,12 +148,12 @@ def refine_dpm(predict_x0, schedule, zt, slopes, s, history):
     if len(history) == 1:
         return x0
     before, x0_before = history[-2]
-    there, now, back = (log_signal(schedule, time) for time in (s, t, before))
+    there, now, back = (half_log_snr(schedule, time) for time in (s, t, before))
     return x0 + (x0 - x0_before) * (there - now) / (now - back) / 2             # half a step ahead
 
 
-def log_signal(schedule, t):
-    """lambda = ln(a / b), a number."""
+def half_log_snr(schedule, t):
+    """lambda = ln(a / b), half of the logarithm of the signal-to-noise ratio; a number."""
     return float((schedule.a(t) / schedule.b(t)).log())
 
 
@@ -167,7 +167,7 @@ SOLVERS = {
 def resolve_auto(solver, time_grid, churn, steps):
     """What "auto" stands for -> (solver, time_grid).
 
-    The best of eighteen at ten calls, on a model of CIFAR-10. Fresh noise wants the
+    The best of seventeen at ten calls, on a model of CIFAR-10. Fresh noise wants the
     analytic step. Few calls want the uniform grid: of two on EDM's, the second is at noise
     .002, where nothing is left to do."""
     if solver == "auto":
@@ -180,13 +180,26 @@ def resolve_auto(solver, time_grid, churn, steps):
 def count_steps(solver, schedule, first, calls):
     """How many steps of a grid `calls` network calls are good for. first: its first time.
 
-    Where sigma is infinite (a = 0) and at the last step, to 0, only the analytic step is
-    defined. A two-call solver takes single calls there, and one more where the number is
-    not even."""
+    A two-call solver takes single calls where it is not defined, see `choose_refined`, and
+    one more where the number is not even."""
     if SOLVERS[solver].calls == 1:
         return calls
     single = 1 + bool(schedule.a(to_float64(first)) < 1e-9)
     return min(calls, single + (calls - single + 1) // 2)
+
+
+def choose_refined(solver, schedule, ts, calls):
+    """Which steps of the grid `ts` a solver refines, so that just `calls` calls are made.
+
+    All others are analytic. They are the only ones where sigma is infinite (a = 0) and at
+    the last step, to 0. -> a bool for each step"""
+    extra, refined = SOLVERS[solver].calls - 1, []
+    spare = calls - (len(ts) - 1)                                           # beyond one call a step
+    for t, s in zip(ts[:-1], ts[1:]):
+        defined = s > 0 and schedule.a(t) > 1e-9                         # sigma is finite and not 0
+        refined.append(bool(defined and spare >= extra))
+        spare -= extra * refined[-1]
+    return refined
 
 
 # --- the loop -----------------------------------------------------------------------------
@@ -203,16 +216,13 @@ def denoise(
     noise=None,             # () -> N(0, I) like zt
 ):
     """Follow the times `ts` from zt to images. -> (B, C, H, W)"""
-    left, history, solver = calls or len(ts) - 1, [], SOLVERS[solver]
-    for i, (t, s) in enumerate(zip(ts[:-1], ts[1:])):
+    refined = choose_refined(solver, schedule, ts, calls or len(ts) - 1)
+    refine, history = SOLVERS[solver].refine, []
+    for t, s, is_refined in zip(ts[:-1], ts[1:], refined):
         x0, slopes = predict_x0(zt, t)                             # [DDM] x0 = split(model(x_t, t))
-        left -= 1
         history = [*history, (t, x0)][-HISTORY:]
-        defined = s > 0 and schedule.a(t) > 1e-9                         # sigma is finite and not 0
-        extra, steps_after = solver.calls - 1, len(ts) - 2 - i
-        if defined and left - extra >= steps_after:                          # and the calls suffice
-            x0 = solver.refine(predict_x0, schedule, zt, slopes, s, history)
-            left -= extra
+        if is_refined:
+            x0 = refine(predict_x0, schedule, zt, slopes, s, history)
         fresh = noise() if churn > 0 else None
         zt = schedule.step(zt, x0, t, s, churn, fresh, slopes)       # [DDM] reverse step x_t -> x_s
     return zt
@@ -310,8 +320,8 @@ def sample(
         draw_noise = NoisePerImage(seed, range(first + lo, first + hi), shape, model.device)
         y, shown = (v if v is None else v[lo:hi].to(model.device) for v in (labels, cond))
         predict_x0 = GuidedPredictor(model, y, shown, cfg, cfg_interval, amp, watch)
-        noise = draw_noise() * float(schedule.b(ts[0]))                         # x_1 ~ b(1) N(0, I)
-        z = denoise(predict_x0, noise, ts, schedule, solver, steps, churn, draw_noise)
+        zt = draw_noise() * float(schedule.b(ts[0]))                            # x = b(t_0) N(0, I)
+        z = denoise(predict_x0, zt, ts, schedule, solver, steps, churn, draw_noise)
         done.append(space.decode(z).clamp(-1, 1).float().cpu())
     return torch.cat(done)
 

@@ -241,7 +241,10 @@ class Prediction:
 
 
 class BothPrediction(Prediction):
-    """The image and the noise, from two raw heads. [DDM]"""
+    """The image and the noise, from two raw heads. [DDM]
+
+    With `ddm` and churn 1 the step of Schedule is then the paper's own, for any two heads:
+    x_s = x_t + (t - s) f0 - ((t - s) / sqrt t) f1 + sqrt(s (t - s) / t) noise."""
     heads = 2
     has_image = True
 
@@ -297,7 +300,9 @@ class VelocityPrediction(Prediction):
 
 
 class UnitPrediction(Prediction):
-    """A blend of image and noise with variance 1 at every time. [EDM]"""
+    """A blend of image and noise with variance 1 at every time. [EDM]
+
+    The plain squared error of F is EDM's loss on the image with lambda = 1 / c_out^2."""
 
     def target(self, x0, eps, a, b, schedule):
         data_std = schedule.data_std
@@ -329,7 +334,7 @@ T_MIN = 1e-4                                        # [DDM] t = 1e-4 + (1 - 1e-4
 
 
 def times(kind, schedule, B, generator=None):
-    """Draw a training time for each image -> (B,) in [T_MIN, 1], float64.
+    """Draw a training time for each image -> (B,) in [T_MIN, 1], or all 0; float64.
 
     The B uniforms are stratified, u_i = (u + i/B) mod 1 (2107.00630): each is uniform by
     itself. Together they cover [0, 1] evenly, which makes the loss less noisy at no cost.

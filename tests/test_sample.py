@@ -484,3 +484,10 @@ def test_bad_arguments_are_one_line_and_exit_2(arguments, capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert status(S, arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_grid_and_every_solver_describes_itself_in_one_line():
+    """So that --help takes it from here."""
+    for name, entry in [*GRIDS.items(), *((k, solver.refine) for k, solver in SOLVERS.items())]:
+        assert entry.__doc__, f"{name}: give it a docstring, --help shows its first line"
+        assert 10 < len(entry.__doc__.splitlines()[0]) <= 100, name

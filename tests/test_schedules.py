@@ -402,3 +402,15 @@ def test_a_prediction_says_whether_its_first_head_is_the_image(name, predict):
     z, n = draw(schedule)
     first = schedule.target(z, n, t_(0.3, 0.6, 0.9), predict)[0]
     assert torch.equal(first, z) == PREDICTIONS[predict].has_image
+
+
+@pytest.mark.parametrize("t, s", [(1.0, 0.4), (0.7, 0.6), (0.5, 1e-3), (0.3, 0.0)])
+def test_with_two_heads_the_posterior_step_of_ddm_is_the_papers_own_whatever_the_heads_say(t, s):
+    """[DDM] x_s = x_t + (t - s) c - ((t - s) / sqrt t) e + sqrt(s (t - s) / t) noise."""
+    schedule, g = SCHEDULES["ddm"], torch.Generator().manual_seed(0)
+    xt, c, e, noise = torch.randn(4, 2, 3, 4, 4, generator=g, dtype=torch.float64)
+    x0, _ = schedule.split(torch.cat([c, e], 1), xt, t_(t), "both")
+    ours = schedule.step(xt, x0, t_(t), t_(s), churn=1.0, noise=noise)
+    fresh = math.sqrt(s * (t - s) / t) * noise
+    theirs = xt + (t - s) * c - (t - s) / math.sqrt(t) * e + fresh
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-14)
