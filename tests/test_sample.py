@@ -93,7 +93,8 @@ def test_every_solver_converges_and_at_least_with_first_order(name, solver):
 @pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if solver.order > 1])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_solvers_of_a_higher_order_keep_it_when_the_calls_double(name, solver):
-    """On a grid that is smooth in ln sigma at both ends: a second-order solver quarters its error.
+    """On a grid that is smooth in ln sigma: a second-order solver quarters its error, or does
+    better (the midpoint rule has a ratio of 5.4 here).
 
     Equal steps of angle cost a logarithm: the ratio there is 3.1."""
     schedule = replace(SCHEDULES[name], data_std=0.5)
@@ -105,7 +106,7 @@ def test_solvers_of_a_higher_order_keep_it_when_the_calls_double(name, solver):
         return abs(end.item() - best_deviation(schedule))
 
     ratio = error("edm", 80) / error("edm", 160)
-    assert error("edm", 160) < 1e-6 or ratio == pytest.approx(1.05 * 2 ** SOLVERS[solver].order, rel=0.09)
+    assert error("edm", 160) < 1e-6 or ratio > 0.96 * 2 ** SOLVERS[solver].order
     assert error("angle", 320) < error_of(schedule, 320, "angle") / 10
 
 
