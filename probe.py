@@ -11,9 +11,9 @@ What the classifier cannot compute, the features must already hold.
 The classifier's loss is convex: L-BFGS from zero needs no learning rate and no draw.
 
 A model of `--objective reconstruct` is shown the image itself. A denoiser has hardly seen
-any image without noise. So it is shown images with a little, b / (a s) = 0.1, and told so.
-Beside its accuracy stand those of the same network before training, of the pixels alone,
-and of always naming the most frequent class: without them a number says nothing.
+any image without noise. So it is shown images with a little, b / (a data_std) = 0.1, and
+told so. Beside its accuracy stand those of the same network before training, of the pixels
+alone, and of always naming the most frequent class: without them a number says nothing.
 
     python probe.py --data cifar10-train.zip        # newest run, a folder for each class
     python probe.py --from runs/A --weights model   # a run's own data, its raw weights
@@ -40,7 +40,7 @@ from sample import build_model, load
 from spaces import encode_once
 
 PIXELS = 16                     # side to which raw pixels are shrunk: 768 numbers, as ViT-B's width
-NOISE = 0.1                     # b / (a s) for denoisers
+NOISE = 0.1                     # b / (a data_std) for denoisers
 
 
 # --- features -----------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def extract_features(
     net,                        # a ViT: the model's own, or another one like it
     model,                      # a DiffusionModel: its space and schedule
     images,                     # data.Images
-    noise=0.0,                  # b / (a s) of what the network sees
+    noise=0.0,                  # b / (a data_std) of what the network sees
     seed=0,                     # of the noise, with the number of the batch
     batch=256,                  # images at once
 ):
@@ -118,7 +118,7 @@ def probe_accuracy(
     model,                      # a DiffusionModel
     images,                     # data.Images with labels, to learn from
     held_out,                   # data.Images with labels, to measure on
-    noise=0.0,                  # b / (a s) of what the network sees
+    noise=0.0,                  # b / (a data_std) of what the network sees
     seed=0,                     # of the untrained network's weights and of the noise
     batch=256,                  # images at once
     folder=None,                # where latents are kept for both networks; None: nowhere

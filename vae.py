@@ -7,8 +7,8 @@ layout of `diffusers`, so its published files load. This file's command trains a
 minutes.
 
     posterior  q(z|x) = N(mean, exp(logvar)),  (mean, logvar) = quant_conv(encoder(x)) [LDM]
-    latent     z = (mean - m) / s: the mode, not a sample; m and s are the mean and the
-               standard deviation of each latent channel                               [LMD]
+    latent     z = (mean - latent_mean) / latent_std: the mode, not a sample; mean and
+               standard deviation of each latent channel, over the data                [LMD]
     training   |x' - x|^2 + 0.1 |x' - x| + 1e-6 KL,  x' = decoder(mean + exp(logvar/2) eps)
                KL(q || N(0, I)) = 1/2 sum(mean^2 + exp(logvar) - 1 - logvar)           [LDM]
 

@@ -5,7 +5,7 @@ it compares nothing. `validate` asks every model the same question, at eight noi
 with the same noise: how far is your guess of the clean image, in units of what the best
 linear guess leaves open?
 
-    val_loss = mean over levels of |x0_hat - x0|^2 / (b^2 s^2 / V)      s: the data's rms
+    val_loss = mean over levels of |x0_hat - x0|^2 / (b^2 data_std^2 / V)
 
 All tokens are visible. 1 is as good as a linear guess. `evaluate_model` adds what no number
 replaces: samples of fixed noise, or condition | result | target of a task, or a
@@ -38,10 +38,10 @@ def validate(
     """Denoising error on held-out images at fixed times and noise, all tokens visible.
 
     It is |x0_hat - x0|^2 in units of what a linear guess leaves unknown at that time, b^2
-    s^2 / V, averaged over `levels` equal steps of angle. An untrained `unit` model has 1,
-    other predictions start above. It compares mask ratios, and predictions too, for x0_hat
-    comes after `split`. Of few images each is seen at several levels, so that every level
-    has an answer. -> float"""
+    data_std^2 / V, averaged over `levels` equal steps of angle. An untrained `unit` model
+    has 1, other predictions start above. It compares mask ratios, and predictions too, for
+    x0_hat comes after `split`. Of few images each is seen at several levels, so that every
+    level has an answer. -> float"""
     schedule, space, task = model.schedule, model.space, model.meta.get("task", "generate")
     top = schedule.angle(schedule.start_time(model.predict))
     ts = schedule.time_at((torch.arange(levels, dtype=torch.float64) + 0.5) / levels * top)
@@ -62,7 +62,7 @@ def validate(
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             out = model.net(zt, t, y, None, cond)
         x0, _ = schedule.split(out, zt, t, model.predict)
-        # What a linear guess leaves unknown: b^2 s^2 / V.
+        # What a linear guess leaves unknown: b^2 data_std^2 / V.
         linear = (schedule.b(t) * schedule.data_std * schedule.input_scale(t)) ** 2
         errors.append(((x0 - z) ** 2).mean((1, 2, 3)).cpu().double() / linear)
     return torch.stack([torch.cat(errors)[level == k].mean() for k in range(levels)]).mean().item()
