@@ -20,8 +20,12 @@ Shapes: n images, B batch, C channels (3, or 1 for gray), S the side in pixels.
 Run `python data.py` to see the faces.
 """
 import copy
+import itertools
+import os
+import shutil
 import signal
 import sys
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,11 +38,14 @@ from tqdm import tqdm
 from plumbing.console import UserError, describe_error, run_picture_command
 from plumbing.faces import EXPRESSIONS, STYLES, draw_faces
 from plumbing.images import grid, seeded, to_float, to_uint8  # noqa: F401  (handed on)
+from plumbing.names import sort_classes
 from plumbing.sheets import draw_sheet
-from plumbing.sources import EXTENSIONS, Paired, class_folders, open_images, read_picture
+from plumbing.sources import Paired, class_folders, open_images, read_picture
 
 FACES = 8192                                     # how many faces are drawn unless it is said
 EXACT = ("edges", "saliency")                    # maps of the faces, by their names in faces.Faces
+PARTS = {"train", "val", "valid", "validation", "test"}       # of a data set: these are no classes
+SHARED = "/dev/shm"                              # where worker processes hand over their batches
 
 
 # --- a data set ---------------------------------------------------------------------------
@@ -98,6 +105,8 @@ class Images:
             name = self.source.names[row]
             try:
                 return read_picture(self.source, name, self.size, self.channels == 1), row
+            except MemoryError:
+                raise too_large(name) from None
             except Exception as error:
                 if name not in self.warned:
                     print(f"{name} cannot be read ({describe_error(error)}): the next image "
@@ -115,19 +124,98 @@ class Images:
         if self.pixels is not None or workers == 0:
             return map(self.take, order)
         order = (torch.as_tensor(indices).tolist() for indices in order)
+        first = next(order, [])
+        row = 8 + (self.channels + self.maps) * self.size**2               # bytes of an image
+        require_shared_memory(workers, len(first) * row)
         # There is nothing to collate: `take` makes whole batches. The generator keeps the
         # DataLoader from drawing from the global random state.
-        return iter(DataLoader(self, batch_sampler=order, num_workers=workers, collate_fn=tuple,
-                               worker_init_fn=leave_signals_to_parent,
-                               generator=torch.Generator()))
+        loader = DataLoader(self, batch_sampler=itertools.chain([first], order), collate_fn=tuple,
+                            num_workers=workers, worker_init_fn=leave_signals_to_parent,
+                            generator=torch.Generator())
+        return watch_workers(iter(loader))
 
+    def count_classes(self):
+        """How many of these images each class has. -> [int, ...]"""
+        return torch.bincount(self.labels[self.rows], minlength=len(self.classes)).tolist()
+
+    def describe_classes(self):
+        """"18 images of 3 classes (ant, bee, cow)", at most 10 of them, and a note where
+        these look like no classes. How many each has is said where numbers differ."""
+        n, names, counts = len(self), self.classes, self.count_classes()
+        if not names:
+            return f"{n} images"
+        differ = len(set(counts)) > 1
+        told = [f"{name} {count}" if differ else name for name, count in zip(names, counts)][:10]
+        more = ", ..." if len(names) > 10 else ""
+        plural = "es" * (len(names) > 1)
+        line = f"{n} images of {len(names)} class{plural} ({', '.join(told)}{more})"
+        if len(names) == 1 or {name.lower() for name in names} <= PARTS:
+            line += "; note: is the folder one level too high or too low?"
+        return line
+
+
+# --- processes that decode ----------------------------------------------------------------
 
 def leave_signals_to_parent(worker):
-    """Make a worker ignore Ctrl-C and SIGTERM, which reach all processes of a group.
+    """Make a worker ignore the signals that reach all processes of a group.
 
     The parent saves, and tells its workers to end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):                               # Windows has two of them
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def require_shared_memory(workers, batch):
+    """UserError when the batches of some workers do not fit into the shared memory.
+
+    Each keeps two ready, and one is in use. A worker that finds no room would die, and
+    the parent would wait for ever. batch: bytes."""
+    if not os.path.isdir(SHARED):
+        return
+    free, needed = shutil.disk_usage(SHARED).free, (2 * workers + 1) * batch * 1.1 + 2**20
+    if needed > free:
+        raise UserError(f"--workers {workers}: they need {needed / 1e6:.0f} MB of shared memory, "
+                        f"and {SHARED} has {free / 1e6:.0f} MB left; give --workers 0, or more "
+                        "of it (docker run --shm-size=8g)")
+
+
+def name_dead_worker(error):
+    """What torch says of a dead worker -> a UserError; any other error stays."""
+    if "DataLoader worker" not in str(error):
+        return error
+    return UserError("a process that decodes images was killed, probably for lack of memory; "
+                     "give fewer --workers")
+
+
+class DeathNotice:
+    """The handler of SIGCHLD while there are workers: torch's own, in our words.
+
+    torch raises its error wherever the program is, not only where it waits for a batch."""
+
+    def __init__(self, handler):
+        self.handler = handler
+
+    def __call__(self, number, frame):
+        try:
+            self.handler(number, frame)
+        except RuntimeError as error:
+            raise name_dead_worker(error) from None
+
+
+def watch_workers(batches):
+    """The batches of a DataLoader's iterator. UserError when a worker was killed."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and not isinstance(handler, DeathNotice):
+            signal.signal(signal.SIGCHLD, DeathNotice(handler))
+
+    def watch():
+        try:
+            yield from batches
+        except RuntimeError as error:
+            raise name_dead_worker(error) from None
+
+    return watch()
 
 
 # --- loading ------------------------------------------------------------------------------
@@ -156,19 +244,27 @@ def load_faces(size, gray, labels, seed, count, targets):
 def number_classes(source, labels):
     """The class of every picture of a source: its first-level folder, if labels.
 
-    -> y (n,) int64, the classes' names in order, [] without labels"""
+    -> y (n,) int64, the classes' names in order (of numbers, if all are), [] without
+    labels"""
     if not labels:
         return torch.zeros(len(source.names), dtype=torch.int64), []
     folders = class_folders(source)
-    classes = sorted(set(folders))
+    classes = sort_classes(folders)
     number = {name: i for i, name in enumerate(classes)}
     return torch.tensor([number[folder] for folder in folders]), classes
+
+
+def too_large(name):
+    """The error for a picture that does not fit into memory."""
+    return UserError(f"{name}: there is not memory enough to decode it; make it smaller, or give "
+                     "a smaller --cache-gb")
 
 
 def find_fault(images, i):
     """Decode image i into its place in memory, or only look at its header.
 
-    images: Images that are still to be filled.  -> None, or why it cannot be read"""
+    images: Images that are still to be filled.  -> None, or why it cannot be read
+    UserError when the memory is full."""
     source, name = images.source, images.source.names[i]
     try:
         if images.pixels is not None:
@@ -178,6 +274,8 @@ def find_fault(images, i):
             source.picture(name).close()
             if images.maps:
                 source.map(name).close()
+    except MemoryError:
+        raise too_large(name) from None
     except Exception as error:             # on damaged files decoders raise nearly everything
         return describe_error(error)
 
@@ -223,7 +321,7 @@ def load_images(
     source,            # a folder, a .zip, cifar-10-python.tar.gz, or "faces"
     size,              # pixels along a side
     gray=False,        # 1 channel instead of 3
-    labels=False,      # a class per first-level subfolder, ordered by name; of faces: expressions
+    labels=False,      # a class per first-level subfolder, in order; of faces: expressions
     cache_gb=4.0,      # above this many 10^9 bytes pixels are not kept but decoded when taken
     threads=None,      # how many decode; None: a few per core, Pillow releases the lock
     progress=True,     # show a bar
@@ -246,7 +344,10 @@ def load_images(
         source = Paired(source, open_images(targets))
     names, maps = source.names, int(targets is not None)
     if not names:
-        raise UserError(f"{path}: holds no images ({' '.join(EXTENSIONS)}); is it the right place?")
+        raise UserError(f"{path}: holds no images; is it the right place? "
+                        f"{'; '.join(source.notes)}".strip())
+    if maps:
+        source.require_light()
     y, classes = number_classes(source, labels)
     channels = 1 if gray else 3
     shape = (len(names), channels + maps, size, size)
@@ -256,7 +357,34 @@ def load_images(
     images.rows = torch.tensor([i for i, why in enumerate(faults) if why is None])
     images.skipped = [name for name, why in zip(names, faults) if why is not None]
     report_skipped(path, names, faults)
+    if progress:
+        for note in source.notes:
+            print(f"note: {path}: {note}", file=sys.stderr)
     return images
+
+
+def choose_held_out(labels, count, seed):
+    """Draw the numbers of images to hold out, fixed by seed. Each class keeps an image to
+    train on, unless no class has two.
+
+    labels (n,) int64.  count: how many at most.  -> (k,) int64, ascending"""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    labels, left, chosen = labels.tolist(), torch.bincount(labels).tolist(), []
+    for i in order.tolist():
+        if len(chosen) == count:
+            break
+        if left[labels[i]] > 1:
+            left[labels[i]] -= 1
+            chosen.append(i)
+    return torch.tensor(chosen or order[:count].tolist()).sort().values
+
+
+def note_empty_classes(images):
+    """Say in one line which classes have no image to train on."""
+    empty = [name for name, count in zip(images.classes, images.count_classes()) if not count]
+    if empty:
+        print(f"note: {len(empty)} of {len(images.classes)} classes have no image to train on: "
+              f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}", file=sys.stderr)
 
 
 def holdout(images, val, seed=0, **load_kwargs):
@@ -276,6 +404,7 @@ def holdout(images, val, seed=0, **load_kwargs):
         if held.classes != images.classes:
             raise UserError(f"--val {val}: its classes {held.classes} are not the data's "
                             f"{images.classes}") from None
+        note_empty_classes(images)
         return images, held
     if not 0 < fraction < 1:
         raise UserError(f"--val {val}: a fraction lies between 0 and 1; or give a folder or a .zip")
@@ -283,9 +412,12 @@ def holdout(images, val, seed=0, **load_kwargs):
         raise UserError(f"--val {val}: one image cannot be split; add images, or give a folder of "
                         "held-out ones")
     count = min(max(1, round(len(images) * fraction)), 1024, len(images) - 1)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    held, rest = order[:count].sort().values, order[count:].sort().values
-    return images.subset(rest), images.subset(held)
+    held = choose_held_out(images.labels[images.rows], count, seed)
+    is_held = torch.zeros(len(images), dtype=torch.bool)
+    is_held[held] = True
+    rest = images.subset((~is_held).nonzero().flatten())
+    note_empty_classes(rest)
+    return rest, images.subset(held)
 
 
 # --- the picture --------------------------------------------------------------------------

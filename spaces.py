@@ -163,10 +163,9 @@ def cache_key(images, space, flip):
         for rows in images.rows.split(4096):
             sha.update(images.pixels[rows].numpy().tobytes())
     else:
-        path = Path(images.source.path)
         for row in images.rows.tolist():
             name = images.source.names[row]
-            stat = (path / name if path.is_dir() else path).stat()
+            stat = images.source.file_of(name).stat()
             sha.update(repr((name, stat.st_size, stat.st_mtime_ns)).encode())
     return sha.hexdigest()[:16]
 
@@ -234,6 +233,8 @@ def write_cache(
     side = images.size // space.factor
     part = path.with_suffix(".part" if fcntl else f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if part.is_symlink():                           # a link to elsewhere is replaced, not followed
+        part.unlink()
 
     def encode(x):
         return encode_both_flips(to_float(x).to(device), space, flip).cpu().numpy()

@@ -24,7 +24,10 @@ z (B, L, H / f, W / f).
 import hashlib
 import math
 import re
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -35,9 +38,11 @@ from torch import nn
 from tqdm import tqdm
 
 from data import holdout, load_images
-from plumbing.console import UserError, build_parser, describe_error, replacing, run_command
-from plumbing.images import grid, to_float, to_uint8
+from plumbing.console import (
+    UserError, build_parser, describe_error, parse_path, replacing, run_command)
+from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.machine import pick_device
+from plumbing.sheets import save_picture
 from tasks import psnr
 
 
@@ -368,6 +373,30 @@ def load_vae(path, config="sd"):
 
 # --- training -----------------------------------------------------------------------------
 
+@contextmanager
+def stop_signals():
+    """Note Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 in a block; a second one ends it at once.
+
+    What is ignored (by nohup) stays so.  -> a list, of the numbers that came so far"""
+    came, before = [], {}
+
+    def note(number, frame):
+        if came:
+            raise SystemExit(128 + number)                # files that are open here are removed
+        came.append(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)
+        is_main = threading.current_thread() is threading.main_thread()       # Python's own rule
+        if number and is_main and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def draw_training_images(images, batch, generator):
     """Draw a batch of images with replacement, each mirrored with probability 1/2.
 
@@ -399,12 +428,13 @@ def autoencoder_rate(lr, step, steps):
     return lr * min(1, (step + 1) / 50) * decay
 
 
-def train_vae(vae, images, o, device):
+def train_vae(vae, images, o, device, came=()):
     """Train an autoencoder in place.
 
     --minutes becomes a number of steps after ten timed ones, because the learning rate must
     know where it ends. The clock stops a training that runs 10 % over that plan.
     vae: AutoencoderKL on device.  images: data.Images.  o: the command's options.
+    came: from `stop_signals`; the training ends when it is not empty.
     -> how many steps were taken
     UserError when the gradient stops being finite."""
     generator = torch.Generator().manual_seed(o.seed)
@@ -414,7 +444,7 @@ def train_vae(vae, images, o, device):
     started = timed = perf_counter()
     with tqdm(desc="training", total=steps, unit="step",
               mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
-        while step != steps and perf_counter() - started < 66 * minutes:
+        while step != steps and perf_counter() - started < 66 * minutes and not came:
             optimizer.param_groups[0]["lr"] = autoencoder_rate(o.lr, step, steps)
             x = draw_training_images(images, o.batch, generator).to(device)
             loss = autoencoder_loss(vae, x, generator)
@@ -465,15 +495,15 @@ def patch_pca(fit, x, f, latent):
 
 def parser():
     p = build_parser("Train a tiny autoencoder.")
-    p.add_argument("--data", default="faces",
+    p.add_argument("--data", default="faces", type=parse_path,
                    help="a folder, a .zip, cifar-10-python.tar.gz, or faces for the built-in ones")
     p.add_argument("--size", type=int, default=32, help="pixels along a side, a multiple of 4")
     p.add_argument("--gray", action="store_true", help="one channel instead of three")
     p.add_argument("--steps", type=int, help="number of steps; --minutes decides when left out")
     p.add_argument("--minutes", type=float,
                    help="length of the training; 10 when neither this nor --steps is given")
-    p.add_argument("--out", default="vae.pt", help="the weights to write")
-    p.add_argument("--picture",
+    p.add_argument("--out", default="vae.pt", type=parse_path, help="the weights to write")
+    p.add_argument("--picture", type=parse_path,
                    help="the .png of held-out originals | reconstructions; "
                         "beside --out when left out")
     p.add_argument("--batch", type=int, default=32, help="images in a step")
@@ -508,6 +538,9 @@ def check_vae_options(o, out, picture, factor):
         if path.suffix != ending or not path.parent.is_dir() or path.is_dir():
             raise UserError(f"--{name} {path}: wants a name that ends with {ending}, "
                             "in a folder that exists")
+    # Of a folder of images, the picture would become one, or take the place of one.
+    if Path(o.data).is_dir() and picture.resolve().is_relative_to(Path(o.data).resolve()):
+        raise UserError(f"--picture {picture}: lies in --data {o.data}; give another place")
 
 
 def load_split(o):
@@ -518,34 +551,41 @@ def load_split(o):
     return holdout(images, 0.1, o.seed)
 
 
-def measure_latents(vae, images, device):
-    """`latent_statistics` of at most 4,096 images. -> mean, std (L,)"""
-    order = torch.arange(min(len(images), 4096)).split(256)
+def measure_latents(vae, images, device, seed=0):
+    """`latent_statistics` of at most 4,096 images, a random part. -> mean, std (L,)"""
+    order = choose_subset(len(images), 4096, seed).split(256)
     return latent_statistics(vae, (to_float(images.take(some)[0]).to(device) for some in order))
 
 
-def take_first(images):
-    """The first images of a data set, at most 1,024. -> x (n, C, H, W) in [-1, 1]"""
-    return to_float(images.take(range(min(len(images), 1024)))[0])
+def take_some(images, seed=0):
+    """At most 1,024 images of a data set, a random part. -> x (n, C, H, W) in [-1, 1]"""
+    return to_float(images.take(choose_subset(len(images), 1024, seed))[0])
 
 
 def draw_reconstructions(x, reconstructed, columns=8):
     """Draw at most 32 originals on the left, their reconstructions on the right.
 
-    Only full rows are drawn.
+    They are a random part. Only full rows are drawn.
     x, reconstructed (n, C, H, W) in [-1, 1].  -> PIL image"""
-    columns = min(columns, len(x))
+    columns, chosen = min(columns, len(x)), choose_subset(len(x), 32)
     rows = []
-    for originals, results in zip(x[:32].split(columns), reconstructed[:32].split(columns)):
+    for originals, results in zip(x[chosen].split(columns), reconstructed[chosen].split(columns)):
         if len(originals) == columns:
             rows += [originals, results]
     return grid(to_uint8(torch.cat(rows)), columns=2 * columns)
 
 
+def write_vae(vae, mean, std, file):
+    """Write an autoencoder and its statistics, for `load_vae`."""
+    weights = {name: tensor.cpu() for name, tensor in vae.state_dict().items()}
+    torch.save(dict(config=vae.config, model=weights, mean=mean, std=std), file)
+
+
 def run_training(o):
     """Do the command's work: check, train, write, measure, draw.
 
-    o: the parsed arguments.
+    A signal ends the training; the autoencoder as it is then is written and measured.
+    o: the parsed arguments.  -> exit status
     UserError as of check_vae_options, load_images and train_vae."""
     factor = 2 ** (len(PRESETS["tiny"]["widths"]) - 1)
     out, picture = Path(o.out), Path(o.picture or o.out.removesuffix(".pt") + ".png")
@@ -555,25 +595,28 @@ def run_training(o):
     images, held_out = load_split(o)
     torch.manual_seed(o.seed)                                                # of the first weights
     vae = AutoencoderKL(**PRESETS["tiny"], channels=images.channels).to(device)
-    with replacing(out) as file:
-        steps = train_vae(vae, images, o, device)
-        mean, std = measure_latents(vae, images, device)
-        weights = {name: tensor.cpu() for name, tensor in vae.state_dict().items()}
-        torch.save(dict(config=vae.config, model=weights, mean=mean, std=std), file)
-    space, x = LatentSpace(vae, mean, std), take_first(held_out)
-    reconstructed = space.decode(space.encode(x.to(device))).cpu()
-    draw_reconstructions(x, reconstructed).save(picture)
-    rival = patch_pca(take_first(images), x, factor, vae.latent)
+    with stop_signals() as came:
+        with replacing(out) as file:
+            steps = train_vae(vae, images, o, device, came)
+            if came and not steps:
+                raise SystemExit(128 + came[0])                              # nothing was learnt
+            mean, std = measure_latents(vae, images, device, o.seed)
+            write_vae(vae, mean, std, file)
+        space, x = LatentSpace(vae, mean, std), take_some(held_out)
+        reconstructed = space.decode(space.encode(x.to(device))).cpu()
+        save_picture(draw_reconstructions(x, reconstructed), picture)
+    rival = patch_pca(take_some(images), x, factor, vae.latent)
     print(f"held-out PSNR {psnr(reconstructed.clamp(-1, 1), x):.2f} dB, patch-PCA of the same "
           f"latent size {psnr(rival.clamp(-1, 1), x):.2f} dB ({len(x)} images)")
     side, shown_std = o.size // factor, " ".join(f"{value:.2f}" for value in std.tolist())
     print(f"wrote {out} after {steps} steps: {o.size} x {o.size} x {vae.channels} -> "
           f"{side} x {side} x {vae.latent}, latent std {shown_std}; "
           f"{picture}: originals | reconstructions")
+    return 128 + came[0] if came else 0
 
 
 def main(argv=None):
-    run_training(parser().parse_args(argv))
+    return run_training(parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ own archive, or a pair of sources in which every picture has a map (edges, salie
     read_picture(source, name, size)   uint8 (C, size, size); of a pair (C + 1, size, size):
                                        the map is cut and resized like its picture
 
-A picture is turned as its EXIF tag says and flattened to 8 bits. Its largest centred square
-is cut out and resized with LANCZOS. Files come from anywhere, so nothing here trusts them:
-a decompression bomb is not opened, and a pickle may name no function of its choice.
+plumbing/pictures.py opens one picture and makes an array of it, plumbing/names.py compares
+names. Files come from anywhere, so nothing here trusts them: links may go round in circles,
+and a pickle may name no function of its choice.
+
+`.notes` are lines for the user: which files are left out. `.file_of(name)` is the file in
+which a picture lies.
 
 Shapes: C channels (3, or 1 for gray), size the side in pixels.
 """
@@ -20,102 +23,111 @@ import pickle
 import tarfile
 import threading
 import zipfile
+from collections import deque
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from plumbing.console import UserError, describe_error
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-# --- one image ----------------------------------------------------------------------------
-
-def open_picture(file):
-    """Open a path or a file object with Pillow; its header is read and its pixels are not.
-
-    -> PIL picture.  Image.DecompressionBombError for too many pixels."""
-    picture = Image.open(file)
-    limit = Image.MAX_IMAGE_PIXELS             # above it Pillow warns; it raises above twice of it
-    if limit and picture.width * picture.height > limit:
-        raise Image.DecompressionBombError(
-            f"{picture.width} x {picture.height} pixels, the limit is {limit}")
-    return picture
-
-
-def to_8_bit(picture):
-    """Bring a PIL picture of any mode to mode L or RGB.
-
-    16 bits are scaled to 8, and transparency is laid over white.  -> PIL picture"""
-    if picture.mode[0] in "IF":        # 16 and 32 bits, float: convert() would clip them at 255
-        values = np.nan_to_num(np.asarray(picture, np.float64)).clip(0)
-        white = 65535
-        if picture.mode[0] == "F":
-            white = 1 if values.max() <= 1 else 255
-        values = values * (255 / max(white, values.max()))
-        return Image.fromarray(values.round().astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "L" else picture.convert("RGB")
-
-
-def crop_square(picture, size, gray=False):
-    """Cut out the largest centred square of a PIL picture and resize it with LANCZOS.
-
-    -> uint8 array (C, size, size)"""
-    picture = to_8_bit(ImageOps.exif_transpose(picture)).convert("L" if gray else "RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    # Cropped first: resize(box=...) would look across the border.
-    picture = picture.crop((left, top, left + side, top + side))
-    small = picture.resize((size, size), Image.Resampling.LANCZOS)
-    return np.array(small).reshape(size, size, -1).transpose(2, 0, 1)
+from plumbing.names import common_folders, count_endings, is_hidden, normal_name, split_name
+from plumbing.pictures import (
+    ENDINGS, crop_square, largest_value, open_picture, to_8_bit, upright_size)  # noqa: F401
 
 
 # --- many images --------------------------------------------------------------------------
 
-def is_hidden(name):
-    """Whether a part of a name starts with a dot, or macOS put the file into a zip."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+def separate_images(names):
+    """Tell images from other files by their endings. What is hidden is left out.
+
+    names: an iterable, with '/' between a name's parts.  -> images, others: sorted lists"""
+    seen = sorted((name for name in names if not is_hidden(name)), key=normal_name)
+    images = [name for name in seen if name.lower().endswith(ENDINGS)]
+    return images, [name for name in seen if not name.lower().endswith(ENDINGS)]
 
 
-def images_among(names):
-    """Choose the names of images that are not hidden; '/' stands between a name's parts.
+def identify_folder(path):
+    """What tells two folders apart, whatever names lead to them."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
-    names: an iterable.  -> a sorted list"""
-    return sorted(name for name in names
-                  if name.lower().endswith(EXTENSIONS) and not is_hidden(name))
+
+def walk_folder(path):
+    """List all files below a folder, through links to other folders, too.
+
+    A folder is visited once, so that links cannot go round in circles.
+    -> names of files, names of the links that lead to a folder visited before"""
+    files, repeated, visited = [], [], {identify_folder(path)}
+    links = deque([""])
+    while links:
+        link = links.popleft()
+        if link:
+            identity = identify_folder(path / link)
+            if identity in visited:
+                repeated.append(link)
+                continue
+            visited.add(identity)
+        for at, folders, inside in os.walk(path / link):
+            here = Path(at).relative_to(path)
+            files += [(here / name).as_posix() for name in inside]
+            links += [(here / name).as_posix() for name in sorted(folders)
+                      if os.path.islink(Path(at, name))]
+            folders[:] = [name for name in sorted(folders) if enter_folder(Path(at, name), visited)]
+    return files, repeated
+
+
+def enter_folder(path, visited):
+    """Whether a folder, which is no link, was not visited before. From now on it was."""
+    if os.path.islink(path) or identify_folder(path) in visited:
+        return False
+    visited.add(identify_folder(path))
+    return True
 
 
 class Folder:
-    """All images below a folder."""
+    """All images below a folder. Folders that wrap all the others are left out of the
+    names."""
 
     def __init__(self, path):
-        self.path = path
-        self.names = images_among(Path(at, name).relative_to(path).as_posix()
-                                  for at, _, files in os.walk(path) for name in files)
+        self.path = Path(path)
+        files, repeated = walk_folder(self.path)
+        names, others = separate_images(files)
+        self.top = common_folders(names)
+        self.names = [name.removeprefix(self.top) for name in names]
+        self.notes = [count_endings(others)] if count_endings(others) else []
+        if repeated:
+            self.notes.append(f"{len(repeated)} link(s) lead to folders that are read already "
+                              f"({', '.join(repeated[:5])}{', ...' * (len(repeated) > 5)})")
+
+    def file_of(self, name):
+        """The path of the file that holds a picture."""
+        return self.path / self.top / name
 
     def picture(self, name):
-        return open_picture(self.path / name)
+        return open_picture(self.file_of(name))
 
 
 class Zip:
-    """All images in a .zip. A folder that wraps all the others is left out of the names."""
+    """All images in a .zip. Folders that wrap all the others are left out of the names."""
 
     def __init__(self, path):
-        self.path, self.lock, self.pid = path, threading.Lock(), None
+        self.path, self.lock, self.pid = Path(path), threading.Lock(), None
         try:
             with zipfile.ZipFile(path) as archive:
-                names = images_among(archive.namelist())
-        except (OSError, zipfile.BadZipFile) as error:
+                members = {"/".join(split_name(name)): name for name in archive.namelist()
+                           if not name.endswith(("/", "\\"))}
+        except Exception as error:                         # names that are none are a ValueError
             raise UserError(f"{path}: is no readable .zip ({describe_error(error)}); download or "
                             "pack it again") from error
-        tops = {name.split("/")[0] for name in names}
-        is_wrapped = len(tops) == 1 and any(name.count("/") > 1 for name in names)
-        self.top = tops.pop() + "/" if is_wrapped else ""
-        self.names = [name.removeprefix(self.top) for name in names]
+        names, others = separate_images(members)
+        self.top = common_folders(names)
+        self.members = {name.removeprefix(self.top): members[name] for name in names}
+        self.names = list(self.members)
+        self.notes = [count_endings(others)] if count_endings(others) else []
+
+    def file_of(self, name):
+        """The path of the file that holds a picture: the archive."""
+        return self.path
 
     def picture(self, name):
         # One reader at a time, and a handle for each process: forked ones would share one
@@ -123,7 +135,7 @@ class Zip:
         with self.lock:
             if self.pid != os.getpid():
                 self.archive, self.pid = zipfile.ZipFile(self.path), os.getpid()
-            return open_picture(io.BytesIO(self.archive.read(self.top + name)))
+            return open_picture(io.BytesIO(self.archive.read(self.members[name])))
 
     def __reduce__(self):                              # how a worker that is not forked gets a copy
         return Zip, (self.path,)
@@ -154,7 +166,7 @@ class Cifar:
     FILES = ["batches.meta", *(f"data_batch_{i}" for i in range(1, 6))]
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.notes = path, []
         try:
             meta, *batches = self.read_parts()
             labels = [meta[b"label_names"][label].decode()
@@ -172,6 +184,10 @@ class Cifar:
             files = {Path(member.name).name: archive.extractfile(member)
                      for member in archive if member.isfile()}
             return [SafeUnpickler(files[name], encoding="bytes").load() for name in self.FILES]
+
+    def file_of(self, name):
+        """The path of the file that holds a picture: the archive."""
+        return self.path
 
     def picture(self, name):
         return Image.fromarray(self.pixels[int(name.split("/")[1])].transpose(1, 2, 0))
@@ -193,33 +209,71 @@ class Paired:
     ):
         self.source, self.maps, self.path = source, maps, source.path
         self.what, self.flag = what, flag
-        here, there = Path(source.path).resolve(), Path(maps.path).resolve()
-        if here == there:
+        self.notes = source.notes + [f"{flag} {maps.path}: {note}" for note in maps.notes]
+        if Path(source.path).resolve() == Path(maps.path).resolve():
             raise UserError(f"{flag} {maps.path}: is the place of the pictures themselves; "
                             "give another folder or .zip")
         self.names = source.names
-        if Path(source.path).is_dir() and there.is_relative_to(here):
-            inside = there.relative_to(here).as_posix() + "/"
-            self.names = [name for name in source.names if not name.startswith(inside)]
+        inside = find_inside(source, maps)
+        if inside:
+            self.names = [name for name in source.names
+                          if not f"{source.top}{name}".startswith(inside)]
         self.by_path, self.by_stem = {}, {}
         for name in maps.names:
-            self.by_path.setdefault(name.rpartition(".")[0], []).append(name)
-            self.by_stem.setdefault(Path(name).stem, []).append(name)
+            path = normal_name(name).rpartition(".")[0]
+            self.by_path.setdefault(path, []).append(name)
+            self.by_stem.setdefault(path.rpartition("/")[2], []).append(name)
+
+    def file_of(self, name):
+        """The path of the file that holds a picture."""
+        return self.source.file_of(name)
 
     def picture(self, name):
         return self.source.picture(name)
 
-    def map(self, name):
-        """Open the map of a picture.
+    def find_map(self, name):
+        """The name of a picture's map.
 
         LookupError, in words for the user, where there is none or no single one."""
-        path = name.rpartition(".")[0]
+        path = normal_name(name).rpartition(".")[0]
         stem = path.rpartition("/")[2]
         same = self.by_path.get(path) or self.by_stem.get(stem, [])
         if len(same) != 1:
             found = f"{len(same) or 'no'} {self.what}{'s' * (len(same) > 1)}"
             raise LookupError(f"{found} {stem}.* in {self.flag} {self.maps.path}")
-        return self.maps.picture(same[0])
+        return same[0]
+
+    def map(self, name):
+        """Open the map of a picture. LookupError as `find_map`."""
+        return self.maps.picture(self.find_map(name))
+
+    def require_light(self):
+        """UserError when no map reaches middle grey: maps of 0 and 1 look black.
+
+        Nearly always the first map answers."""
+        highest = 0
+        for name in self.names:
+            try:
+                with self.map(name) as picture:
+                    value, is_light = largest_value(picture)
+            except Exception:                          # it will be named and skipped
+                continue
+            if is_light:
+                return
+            highest = max(highest, value)
+        raise UserError(f"{self.flag} {self.maps.path}: the largest value is {highest:g}, so all "
+                        "look black; are they 0/1, or numbers of classes? Spread them to 0..255")
+
+
+def find_inside(source, maps):
+    """The folder of maps that lie below their pictures, seen from the pictures.
+
+    -> "masks/", or "" """
+    for find in (os.path.abspath, os.path.realpath):          # a link to maps may lead elsewhere
+        here, there = Path(find(source.path)), Path(find(maps.path))
+        if here.is_dir() and there.is_relative_to(here):
+            return there.relative_to(here).as_posix() + "/"
+    return ""
 
 
 def read_picture(source, name, size, gray=False):
@@ -228,11 +282,11 @@ def read_picture(source, name, size, gray=False):
     -> uint8 (C, size, size); of a Paired source (C + 1, size, size), the map last
     ValueError when the map has another shape than the picture."""
     with source.picture(name) as picture:
+        width, height = upright_size(picture)
         x = crop_square(picture, size, gray)
-        width, height = ImageOps.exif_transpose(picture).size
     if isinstance(source, Paired):
         with source.map(name) as picture:
-            map_width, map_height = ImageOps.exif_transpose(picture).size
+            map_width, map_height = upright_size(picture)
             # Of another shape, it would not fit when both are cut to their squares.
             if abs(map_width * height - map_height * width) > 0.02 * map_width * height:
                 raise ValueError(f"{width} x {height} pixels, but its {source.what} "
@@ -249,7 +303,7 @@ def class_folders(source):
         if "/" not in name:
             raise UserError(f"{source.path}: {name} lies in no subfolder; with labels every class "
                             "has one of its own")
-    return [name.partition("/")[0] for name in source.names]
+    return [normal_name(name.partition("/")[0]) for name in source.names]
 
 
 def open_images(path, also=""):
