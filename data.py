@@ -19,6 +19,7 @@ Shapes: n images, B batch, C channels (3, or 1 for gray), S the side in pixels.
 
 Run `python data.py` to see the faces.
 """
+import contextlib
 import copy
 import itertools
 import os
@@ -179,43 +180,41 @@ def require_shared_memory(workers, batch):
                         "of it (docker run --shm-size=8g)")
 
 
-def name_dead_worker(error):
-    """What torch says of a dead worker -> a UserError; any other error stays."""
-    if "DataLoader worker" not in str(error):
-        return error
-    return UserError("a process that decodes images was killed, probably for lack of memory; "
-                     "give fewer --workers")
+class CalmHandler:
+    """A handler of SIGCHLD that raises nothing.
 
-
-class DeathNotice:
-    """The handler of SIGCHLD while there are workers: torch's own, in our words.
-
-    torch raises its error wherever the program is, not only where it waits for a batch."""
+    torch's own raises wherever the program is, in the middle of an update, too. The next
+    wait for a batch finds the dead worker as well."""
 
     def __init__(self, handler):
         self.handler = handler
 
     def __call__(self, number, frame):
-        try:
+        with contextlib.suppress(RuntimeError):
             self.handler(number, frame)
-        except RuntimeError as error:
-            raise name_dead_worker(error) from None
 
 
 def watch_workers(batches):
     """The batches of a DataLoader's iterator. UserError when a worker was killed."""
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         handler = signal.getsignal(signal.SIGCHLD)
-        if callable(handler) and not isinstance(handler, DeathNotice):
-            signal.signal(signal.SIGCHLD, DeathNotice(handler))
+        if callable(handler) and not isinstance(handler, CalmHandler):
+            signal.signal(signal.SIGCHLD, CalmHandler(handler))
+    return describe_deaths(batches)
 
-    def watch():
-        try:
-            yield from batches
-        except RuntimeError as error:
-            raise name_dead_worker(error) from None
 
-    return watch()
+def describe_deaths(batches):
+    """Hand on batches; what workers raise becomes one line."""
+    try:
+        yield from batches
+    except UserError as error:                          # torch puts the worker's traceback before it
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        is_dead = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)
+        if not is_dead:
+            raise
+        raise UserError("a process that decodes images was killed, probably for lack of memory; "
+                        "give fewer --workers") from None
 
 
 # --- loading ------------------------------------------------------------------------------

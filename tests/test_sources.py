@@ -372,7 +372,7 @@ def main():
     for child in open(f"/proc/self/task/{os.getpid()}/children").read().split():
         os.kill(int(child), signal.SIGKILL)
     if sys.argv[2] == "busy":
-        time.sleep(20)
+        time.sleep(2)
     for _ in batches:
         pass
 run_command(main)
@@ -387,6 +387,14 @@ def test_a_killed_worker_is_one_line(tmp_path, when):
                           capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "fewer --workers" in done.stderr
+
+
+def test_what_a_worker_cannot_read_any_more_is_one_line(tmp_path):
+    images = load_images(save(tmp_path / "a.png").parent, 8, cache_gb=0)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError) as error:
+        next(images.batches([torch.tensor([0])], workers=1))
+    assert str(error.value).startswith(f"{tmp_path}: not one") and "\n" not in str(error.value)
 
 
 def test_workers_leave_all_signals_to_the_parent(monkeypatch):
@@ -405,22 +413,33 @@ def train_command(tmp_path, *more):
             "--threads", "1", "--out", str(tmp_path / "v.pt"), *more]
 
 
+NOTED = """
+import sys, torch, vae
+from pathlib import Path
+from plumbing.console import run_command
+step = torch.optim.AdamW.step
+def note(self, *args):
+    Path(sys.argv[1], "begun").touch()
+    return step(self, *args)
+torch.optim.AdamW.step = note
+run_command(lambda: vae.main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_writes_and_measures_the_autoencoder_as_it_is(tmp_path, number):
-    code = f"import vae, conftest; conftest.run_command(lambda: vae.main({train_command(tmp_path)}))"
-    run = subprocess.Popen([sys.executable, "-c", code, "--minutes", "5"], stdout=subprocess.PIPE,
-                           stderr=subprocess.DEVNULL, text=True, cwd=ROOT / "tests",
-                           env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    command = [str(tmp_path), *train_command(tmp_path, "--minutes", "5")]
+    run = subprocess.Popen([sys.executable, "-c", NOTED, *command], stdout=subprocess.PIPE,
+                           stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
                            preexec_fn=lambda: signal.signal(signal.SIGINT,
                                                             signal.default_int_handler))
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob("v.pt.*.tmp")) and time.monotonic() < until:
-        time.sleep(0.05)
-    time.sleep(3)
+    until = time.monotonic() + 100
+    while not (tmp_path / "begun").exists() and time.monotonic() < until:
+        time.sleep(0.1)
     run.send_signal(number)
-    said, _ = run.communicate(timeout=60)
+    said, _ = run.communicate(timeout=100)
     assert run.returncode == 128 + number and "held-out PSNR" in said and "after" in said
-    assert sorted(os.listdir(tmp_path)) == ["data", "v.png", "v.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["begun", "data", "v.png", "v.pt"]
     assert vae.load_vae(tmp_path / "v.pt").vae.latent == 4
 
 

@@ -445,7 +445,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_training(folder, caps
     real = open
 
     def read_only(path, mode="r", *rest, **more):
-        if "w" in mode:
+        if "w" in mode or "x" in mode:
             raise OSError(30, "Read-only file system")
         return real(path, mode, *rest, **more)
 
