@@ -207,7 +207,7 @@ def describe_deaths(batches):
     """Hand on batches; what workers raise becomes one line."""
     try:
         yield from batches
-    except UserError as error:                          # torch puts the worker's traceback before it
+    except UserError as error:                          # torch puts a traceback before its line
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
         is_dead = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from plumbing.console import UserError, build_parser, describe_error, replacing, run_command
@@ -46,7 +46,8 @@ from plumbing.faces import draw_faces
 from plumbing.images import to_float
 from plumbing.inception import load_inception
 from plumbing.machine import pick_device
-from plumbing.sources import Folder, Zip, crop_square, to_8_bit
+from plumbing.pictures import crop_square, to_8_bit, turn_upright
+from plumbing.sources import Folder, Zip
 
 # --- the protocol: uint8 (B, 3, H, W) -> float (B, 3, 299, 299) ---------------------------
 
@@ -364,7 +365,7 @@ class MeasuredPictures:
         try:
             with self.read(self.names[i]) as picture:
                 if self.flat or picture.mode[0] in "IF":
-                    picture = to_8_bit(ImageOps.exif_transpose(picture))
+                    picture = to_8_bit(turn_upright(picture))
                 return picture.convert("RGB")
         except Exception as error:
             raise UserError(f"{self.names[i]}: cannot be decoded ({describe_error(error)}); "

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from plumbing.console import UserError, describe_error
 from plumbing.images import seeded, to_float
-from plumbing.sources import Paired, crop_square, open_images, to_8_bit
+from plumbing.pictures import crop_square, to_8_bit, turn_upright
+from plumbing.sources import Paired, open_images
 
 
 @dataclass
@@ -40,14 +41,14 @@ def picture_to_tensor(picture, mode, side=None):
     side: cut it to its centred square and resize that, as in training."""
     if side:
         return to_float(torch.from_numpy(crop_square(picture, side, mode == "L"))[None])
-    array = np.array(to_8_bit(ImageOps.exif_transpose(picture)).convert(mode))
+    array = np.array(to_8_bit(turn_upright(picture)).convert(mode))
     pixels = torch.from_numpy(array.reshape(*array.shape[:2], -1))
     return to_float(pixels.permute(2, 0, 1)[None].contiguous())
 
 
 def flatten_over_black(picture):
     """A mask as mode L, what is transparent as if it lay on black."""
-    picture = ImageOps.exif_transpose(picture)
+    picture = turn_upright(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
@@ -56,7 +57,7 @@ def flatten_over_black(picture):
 
 def read_transparency(picture):
     """The opacity of a PIL picture as mode L: black where it is transparent."""
-    picture = ImageOps.exif_transpose(picture)
+    picture = turn_upright(picture)
     if picture.has_transparency_data:
         return picture.convert("RGBA").getchannel("A")
     return Image.new("L", picture.size, 255)

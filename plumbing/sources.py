@@ -31,8 +31,7 @@ from PIL import Image
 
 from plumbing.console import UserError, describe_error
 from plumbing.names import common_folders, count_endings, is_hidden, normal_name, split_name
-from plumbing.pictures import (
-    ENDINGS, crop_square, largest_value, open_picture, to_8_bit, upright_size)  # noqa: F401
+from plumbing.pictures import ENDINGS, crop_square, largest_value, open_picture, upright_size
 
 
 # --- many images --------------------------------------------------------------------------

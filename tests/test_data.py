@@ -20,7 +20,7 @@ from data import holdout, load_images
 from plumbing.console import UserError
 from plumbing.faces import EXPRESSIONS, PARTS, STYLES, draw_chunk, draw_faces
 from plumbing.images import grid, to_float, to_uint8
-from plumbing.sources import crop_square, to_8_bit
+from plumbing.pictures import crop_square, to_8_bit
 
 
 def noise(h, w, c=3, seed=0):

@@ -215,10 +215,20 @@ def test_the_long_texts_of_image_generators_are_no_damage(tmp_path):
     assert load_images(tmp_path, 8).skipped == []
 
 
+@pytest.mark.parametrize("kind", ["text", "exif"])
+def test_a_users_picture_with_damage_beside_its_pixels_is_read(tmp_path, kind):
+    from plumbing.inputs import UserPictures
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "x" * 2_000_000, zip=True)
+    damage = dict(pnginfo=texts) if kind == "text" else dict(exif=b"Exif\0\0garbage of some length")
+    save(tmp_path / "a.png", **damage), save(tmp_path / "b.png")
+    assert [each.name for each in UserPictures(tmp_path)] == ["a", "b"]
+
+
 # --- values of any range ------------------------------------------------------------------
 
 def as_8_bit(values):
-    from plumbing.sources import to_8_bit
+    from plumbing.pictures import to_8_bit
     return np.asarray(to_8_bit(Image.fromarray(values)))
 
 
