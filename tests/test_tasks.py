@@ -16,8 +16,8 @@ from plumbing.faces import draw_faces
 from sample import DiffusionModel, sample
 from schedules import SCHEDULES
 from tasks import (TASKS, back_project, cut_hole, draw_holes, enlarge, fill_with_mean,
-                   fold_condition, mae, make_condition, max_f, paste_known, place_side_by_side,
-                   psnr, read_hole, recover_small, shrink, sobel_edges)
+                   edge_f, fold_condition, mae, make_condition, max_f, paste_known,
+                   place_side_by_side, psnr, read_hole, recover_small, shrink, sobel_edges)
 from vit import ViT
 from plumbing.images import seeded, to_float, to_uint8
 from plumbing.writer import ImageWriter
@@ -79,6 +79,21 @@ def test_a_restored_picture_shrinks_to_the_small_one_and_the_truth_is_left_alone
                      for u in (rough, back_project(rough, cond)))
     assert after < before / 4 and psnr(back_project(rough, cond), x) > psnr(rough, x)
     assert psnr(back_project(x, cond), x) > 40
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 3)])
+def test_enlarging_is_pillows(size):
+    """Bicubic with a = -.5, of float pictures, at the border, too."""
+    x = torch.randn(1, 1, *size, generator=torch.Generator().manual_seed(1))
+    picture = Image.fromarray(x[0, 0].numpy(), mode="F")
+    pillow = np.asarray(picture.resize((4 * size[1], 4 * size[0]), Image.Resampling.BICUBIC))
+    assert np.allclose(enlarge(x)[0, 0].numpy(), pillow.clip(-1, 1), atol=1e-5)
+
+
+def test_shrinking_is_pillows_of_float_pictures():
+    x = torch.rand(1, 1, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    pillow = Image.fromarray(x[0, 0].numpy(), mode="F").resize((6, 4), Image.Resampling.BICUBIC)
+    assert np.allclose(shrink(x)[0, 0].numpy(), np.asarray(pillow).clip(-1, 1), atol=1e-5)
 
 
 def test_shrinking_is_pillows():
@@ -166,33 +181,93 @@ def test_the_mean_absolute_error_of_opposite_maps_is_one():
     assert mae(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)) == 0.5
 
 
-def brute_force_f(guess, truth, tolerance, beta2):
-    """Every threshold, every pixel, every neighbour."""
-    level, true = to_uint8(guess)[:, 0].numpy(), (truth[:, 0] > 0).numpy()
-    n, H, W = level.shape
-
-    def near(mask, b, i, j):
-        return mask[b, max(0, i - tolerance):i + tolerance + 1,
-                    max(0, j - tolerance):j + tolerance + 1].any()
-
+def best_f(counts, beta2):
+    """The best F over thresholds. counts: [[(hits of what is said, said, hits of what is true, true) of each image], ...]"""
     best = 0.0
-    for threshold in range(1, 256):
-        said = level >= threshold
-        found = sum(near(true, b, i, j) for b, i, j in zip(*np.nonzero(said)))
-        recalled = sum(near(said, b, i, j) for b, i, j in zip(*np.nonzero(true)))
-        precision, recall = found / max(1, said.sum()), recalled / max(1, true.sum())
+    for images in counts:
+        precision = np.mean([hit / max(1, said) for hit, said, _, _ in images])
+        recall = np.mean([hit / max(1, true) for _, _, hit, true in images])
         best = max(best, (1 + beta2) * precision * recall / max(1e-12, beta2 * precision + recall))
     return best
 
 
-@pytest.mark.parametrize("tolerance, beta2", [(0, 0.3), (1, 1.0), (2, 0.3)])
-def test_max_f_equals_a_brute_force_loop(tolerance, beta2):
-    g = torch.Generator().manual_seed(tolerance)
-    truth = torch.where(torch.rand(2, 1, 7, 9, generator=g) < 0.25, 1.0, -1.0)
-    guess = (0.4 * truth + torch.randn(2, 1, 7, 9, generator=g) * 0.5).clamp(-1, 1)
-    expected = brute_force_f(guess, truth, tolerance, beta2)
-    assert max_f(guess, truth, tolerance, beta2) == pytest.approx(expected, rel=1e-9)
-    assert max_f(truth, truth, tolerance, beta2) == pytest.approx(1)
+def brute_force_f(guess, truth, beta2):
+    """The protocol of saliency: every threshold, every image, every pixel."""
+    level, true = to_uint8(guess)[:, 0].tolist(), (truth[:, 0] > 0).tolist()
+    counts = []
+    for threshold in range(1, 256):
+        counts.append([])
+        for picture, wanted in zip(level, true):
+            pixels = [(a >= threshold, b) for row, line in zip(picture, wanted) for a, b in zip(row, line)]
+            hits = sum(a and b for a, b in pixels)
+            counts[-1].append((hits, sum(a for a, _ in pixels), hits, sum(b for _, b in pixels)))
+    return best_f(counts, beta2)
+
+
+def brute_force_edge_f(guess, truth, tolerance):
+    """Every threshold, every pixel, every neighbour; a pixel may be matched once at most."""
+    level, true = to_uint8(guess)[:, 0].numpy(), (truth[:, 0] > 0).numpy()
+
+    def near(mask, b, i, j):
+        return mask[b, max(0, i - tolerance):i + tolerance + 1, max(0, j - tolerance):j + tolerance + 1].any()
+
+    counts = []
+    for threshold in range(1, 256):
+        said = level >= threshold
+        counts.append([])
+        for b in range(len(level)):
+            found = sum(near(true, b, i, j) for i, j in zip(*np.nonzero(said[b])))
+            recalled = sum(near(said, b, i, j) for i, j in zip(*np.nonzero(true[b])))
+            pairs = min(found, recalled)
+            counts[-1].append((pairs, said[b].sum(), pairs, true[b].sum()))
+    return best_f(counts, 1.0)
+
+
+def random_maps(seed, images=3):
+    """Maps and guesses of them, of images of which each has its own share of true pixels."""
+    g = torch.Generator().manual_seed(seed)
+    share = torch.tensor([0.05, 0.25, 0.6])[:images, None, None, None]
+    truth = torch.where(torch.rand(images, 1, 7, 9, generator=g) < share, 1.0, -1.0)
+    return (0.4 * truth + torch.randn(images, 1, 7, 9, generator=g) * 0.5).clamp(-1, 1), truth
+
+
+@pytest.mark.parametrize("beta2", [0.3, 1.0])
+def test_max_f_is_that_of_precision_and_recall_averaged_over_images(beta2):
+    guess, truth = random_maps(0)
+    assert max_f(guess, truth, beta2) == pytest.approx(brute_force_f(guess, truth, beta2), rel=1e-9)
+    assert max_f(truth, truth, beta2) == pytest.approx(1) and max_f(-truth, truth) < 0.7
+
+
+@pytest.mark.parametrize("tolerance", [0, 1, 2])
+def test_the_edge_score_equals_a_brute_force_loop(tolerance):
+    guess, truth = random_maps(tolerance)
+    assert edge_f(guess, truth, tolerance) == pytest.approx(brute_force_edge_f(guess, truth, tolerance), rel=1e-9)
+
+
+def test_an_edge_may_lie_a_pixel_off_but_not_be_three_pixels_thick():
+    truth = torch.full((2, 1, 12, 12), -1.0)
+    truth[:, :, :, 5] = 1
+    thick = truth.roll(1, 3).maximum(truth).maximum(truth.roll(-1, 3))
+    assert edge_f(truth, truth) == pytest.approx(1) and edge_f(truth.roll(1, 3), truth) == pytest.approx(1)
+    assert edge_f(truth.roll(2, 3), truth) == 0
+    assert edge_f(thick, truth) == pytest.approx(0.5)                   # precision 1 / 3, recall 1
+
+
+def test_the_edge_score_is_never_below_that_of_a_true_one_to_one_matching():
+    """scipy finds the largest matching of every image at every threshold."""
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+    guess, truth = random_maps(5)
+    counts = []
+    for threshold in range(1, 256):
+        counts.append([])
+        for said, true in zip((to_uint8(guess)[:, 0] >= threshold), truth[:, 0] > 0):
+            p, q = said.nonzero(), true.nonzero()
+            close = (p[:, None] - q[None]).abs().amax(2) <= 1 if len(p) and len(q) else torch.zeros(len(p) + 1, len(q) + 1)
+            pairs = int((maximum_bipartite_matching(csr_matrix(close.int().numpy())) >= 0).sum())
+            counts[-1].append((pairs, len(p), pairs, len(q)))
+    strict = best_f(counts, 1.0)
+    assert strict <= edge_f(guess, truth) + 1e-9 and edge_f(guess, truth) < strict + 0.05
 
 
 # --- training ----------------------------------------------------------------------------------------------------------------------------
