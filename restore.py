@@ -53,11 +53,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from losses import build_reconstruction, image_unit
+from losses import build_reconstruction, image_unit, normalise_patches
 from mask import Mask, draw, patchify, unpatchify
 from plumbing.checkpoint import VERSION
 from plumbing.console import UserError, build_parser, run_command
-from plumbing.images import grid, to_float, to_uint8
+from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.inputs import UserPictures
 from plumbing.sheets import draw_sheet
 from plumbing.writer import ImageWriter
@@ -322,7 +322,7 @@ def reconstruction_errors(
     model,              # of --objective reconstruct
     images,             # data.Images, or spaces.Latents with their space
     ratios=RATIOS,      # shares of hidden tokens
-    n=256,              # images at most
+    n=256,              # images at most, drawn at random
     seed=1,             # of the masks
     batch=64,           # images at once
 ):
@@ -331,14 +331,16 @@ def reconstruction_errors(
     Masks are a function of (seed, ratio) and n: the same for every model and every moment
     of training, which training losses under a ramp are not.
     -> {ratio: mean over hidden tokens of |out - patch|^2}, in units of the data's variance,
-    of normalised patches in their own: 1 is what an all-zero guess costs."""
+    of normalised patches in their own: 1 is what an all-zero guess costs. What the mean
+    image costs is `mean_image_error`."""
     target, net = model.meta["recon_target"], model.net.eval()
     score = build_reconstruction(model.schedule, "unit", net.p, recon_target=target)
     scale = output_unit(model) / model.schedule.data_std if target == "clean" else 1.0
-    n, errors = min(n, len(images)), {ratio: 0.0 for ratio in ratios}
+    chosen, errors = choose_subset(len(images), n), {ratio: 0.0 for ratio in ratios}
+    n = len(chosen)
     masks = {ratio: draw_masks(model, n, ratio, seed) for ratio in ratios}
     for some in torch.arange(n).split(batch):
-        x, y = images.take(some)
+        x, y = images.take(chosen[some])
         z = model.space.encode(to_float(x).to(model.device))
         y = y.to(model.device) if net.embed_class is not None else None
         now = torch.zeros(len(z), dtype=torch.float64)
@@ -348,6 +350,40 @@ def reconstruction_errors(
             error = score(out, z, None, torch.zeros(()), m).item()
             errors[ratio] += error * len(some) / n
     return errors
+
+
+def mean_image_error(
+    model,              # of --objective reconstruct
+    images,             # data.Images of the training, or spaces.Latents with their space
+    held_out,           # the same, held out
+    n=256,              # held-out images at most, those of `reconstruction_errors`
+    count=4096,         # training images at most, drawn at random
+    batch=64,           # images at once
+):
+    """What it costs to guess the mean of the training images everywhere, a number.
+
+    It is in the units of `reconstruction_errors` and, on average, the same at every ratio:
+    a network that has learnt nothing but the mean image has this error."""
+    total, square, part = 0, 0.0, choose_subset(len(images), count)
+    for some in part.split(batch):
+        total = total + recon_targets(model, images, some).sum(0)                           # (N, P)
+    chosen = choose_subset(len(held_out), n)
+    for some in chosen.split(batch):
+        error = recon_targets(model, held_out, some) - total / len(part)
+        square += error.square().mean((1, 2)).sum().item()
+    return square / len(chosen)
+
+
+@torch.no_grad()
+def recon_targets(model, images, some):
+    """What a network should say of some images, in the unit of the data's deviation.
+
+    some (k,): their numbers.  -> (k, N, P) float64"""
+    x, _ = images.take(some)
+    z = model.space.encode(to_float(x).to(model.device))
+    if model.meta["recon_target"] == "whitened":
+        return normalise_patches(patchify(z, model.net.p)).double()
+    return patchify(z / model.schedule.data_std, model.net.p).double()
 
 
 def choose_zoom(rows, width=512):

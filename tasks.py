@@ -229,7 +229,7 @@ def best_f(hits, said, true, beta2):
 
 
 def max_f(guess, truth, beta2=0.3):
-    """max-F of saliency, as its benchmarks have it (1904.09146), a number.
+    """max-F of saliency, as its benchmarks have it, a number.
 
     guess, truth (B, 1, H, W) in [-1, 1]: true is what is above 0.  beta2: the weight of the
     recall; with 0.3 precision weighs more."""

@@ -9,21 +9,21 @@ it. `generator` is a denoiser in the same latents, trained on a quarter of the t
 `generator-whole` its fine-tuning on all of them.
 
 Measured. The held-out error of reconstruction at four fixed ratios, at every fifth of the
-time.
+time, beside that of the mean image.
 
 Fairness. Equal time, not equal steps: a ramp's steps cost more while more is visible.
 """
 from functools import partial
-
-import torch
 
 import finetune
 import train
 import vae
 from claims.bench import Bench, call_flags, format_table
 from plumbing.checkpoint import read_checkpoint
-from plumbing.images import grid, to_float
-from restore import draw_reconstruction, reconstruct, reconstruction_errors
+from plumbing.images import choose_subset, grid, to_float
+from restore import (
+    draw_reconstruction, mean_image_error, reconstruct, reconstruction_errors,
+)
 
 SCALES = {
     "smoke": dict(steps=8, minutes=1, vae=["--steps", 4], model="tiny", train=["--batch", 4],
@@ -44,14 +44,16 @@ def run_lmd(args):
     train_latent_generator(bench)
     if not bench.all_trained():
         return
-    _, held_out = bench.split_images(gray=args.gray)
+    images, held_out = bench.split_images(gray=args.gray)
     rows = []
     for name in ARMS:
         rows += measure_reconstructions(bench, name, held_out)
     table = format_table(["arm", "minutes", "step", *RATIO_COLUMNS.values()], rows)
-    bench.write("table.md", "Held-out error of hidden latents (1: the mean image), "
+    mean = bench.measure_once("the mean image", measure_mean_image, bench, images, held_out)
+    bench.write("table.md", "Held-out error of hidden latents in units of the data's variance "
+                f"(1: an all-zero guess; {mean:.4f}: the mean of the training images), "
                 f"{args.data}, seed {args.seed}.\n\n{table}\n")
-    x = to_float(held_out.take(torch.arange(min(4, len(held_out))))[0])
+    x = to_float(held_out.take(choose_subset(len(held_out), 4))[0])
     for name in ARMS:
         done = reconstruct(bench.model(name), x, 0.75)
         draw_reconstruction(done).save(bench.folder / f"{name}.png")
@@ -110,10 +112,15 @@ def train_latent_generator(bench):
                     *length_flags(bench, 1 / 2))
 
 
-def measure_errors(bench, key, held_out):
+def measure_mean_image(bench, images, held_out):
+    """What it costs to guess the mean of the training images. All arms have one space."""
+    return round(mean_image_error(bench.model("fixed"), images, held_out), 5)
+
+
+def measure_errors(bench, path, held_out):
     """Errors of a checkpoint at every ratio, its minutes and its step."""
-    errors = reconstruction_errors(bench.model(key), held_out)
-    checkpoint = read_checkpoint(bench.folder / key)
+    errors = reconstruction_errors(bench.model(path), held_out)
+    checkpoint = read_checkpoint(bench.folder / path)
     minutes = round(checkpoint["seconds"] / 60, 2)
     return ({f"{ratio:g}": round(error, 5) for ratio, error in errors.items()}
             | dict(minutes=minutes, step=checkpoint["step"]))
@@ -124,8 +131,8 @@ def measure_reconstructions(bench, name, held_out):
     rows = []
     folder = bench.folder / name
     for path in [*sorted(folder.glob("0*.pt")), folder / "last.pt"]:
-        key = f"{name}/{path.name}"
-        cell = bench.measure_once(key, measure_errors, bench, key, held_out)
+        arm = f"{name}/{path.name}"
+        cell = bench.measure_once(f"{arm}, images drawn", measure_errors, bench, arm, held_out)
         errors = [f"{cell[ratio]:.4f}" for ratio in RATIO_COLUMNS]
         rows.append([name, f"{cell['minutes']:.1f}", cell["step"], *errors])
     return rows

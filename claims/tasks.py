@@ -18,12 +18,10 @@ learn a formula.
 Fairness. All arms have one network, batch, learning rate and seed. Photographs are trained
 on a quarter of the tokens, faces at half the size on all of them.
 """
-import torch
-
 import finetune
 import train
 from claims.bench import NEVER, Bench, count_calls, format_table
-from plumbing.images import seeded, to_float
+from plumbing.images import choose_subset, seeded, to_float
 from plumbing.machine import amp_type
 from restore import restore_pictures
 from tasks import TASKS, make_condition, place_side_by_side
@@ -97,7 +95,7 @@ def hold_out_pairs(bench, name, task):
         data, size, gray = "faces", args.size // 2, False
     exact = TASKS[task].exact if data == "faces" else None
     _, images = bench.split_images(data, size, gray, targets=exact)
-    x, _ = images.take(torch.arange(min(bench.scale["n"], len(images))))
+    x, _ = images.take(choose_subset(len(images), bench.scale["n"], args.seed))
     return make_condition(task, to_float(x), images.maps, g=seeded(args.seed, 101))
 
 
@@ -117,14 +115,15 @@ def measure_task(bench, name, task, truth, cond):
                 for key, score in TASKS[task].scores.items()}
 
     n = len(truth)
-    plain = bench.measure_once(f"{name} plain n={n}", measure, TASKS[task].plain, cond)
-    cells = [bench.measure_once(f"{name} n={n} steps={calls}",
+    key = f"{name}, images drawn n={n}"
+    plain = bench.measure_once(f"{key} plain", measure, TASKS[task].plain, cond)
+    cells = [bench.measure_once(f"{key} steps={calls}",
                                 measure, restore_with, bench, name, cond, calls)
              for calls in bench.scale["calls"]]
     rows = []
-    for i, key in enumerate(plain):
-        scores = [f"{cell[key]:.3f}" for cell in cells]
-        rows.append([name if i == 0 else "", key, f"{plain[key]:.3f}", *scores])
+    for i, score in enumerate(plain):
+        scores = [f"{cell[score]:.3f}" for cell in cells]
+        rows.append([name if i == 0 else "", score, f"{plain[score]:.3f}", *scores])
     return rows
 
 

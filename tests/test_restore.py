@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from plumbing.console import UserError
 from data import Images
 from mask import patchify
-from restore import RATIOS, fill_hidden, hole_mask, inpaint_hole, reconstruction_errors, draw_masks, draw_reconstruction, reconstruct, describe_reconstruction
+from restore import (RATIOS, describe_reconstruction, draw_masks, draw_reconstruction, fill_hidden,
+                     hole_mask, inpaint_hole, mean_image_error, reconstruct, reconstruction_errors)
 from sample import DiffusionModel
 from schedules import SCHEDULES
 from tasks import psnr_per_image
@@ -203,3 +204,51 @@ def test_any_split_of_encoder_and_decoder_reconstructs(decoder):
 
 def test_psnr_of_an_error_of_a_tenth_of_the_range_is_20_db():
     assert psnr_per_image(torch.full((1, 1, 2, 2), 0.2), torch.zeros(1, 1, 2, 2)).item() == pytest.approx(20, abs=1e-5)
+
+
+# --- what a number of a table is beside ---------------------------------------------------
+
+def sorted_images(n, size, seed=0):
+    """Dark pictures first, then bright ones: a set that is sorted by class."""
+    noise = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    level = torch.arange(n)[:, None, None, None] / n
+    pixels = (40 * noise + 215 * level).byte()
+    return Images(size, 3, torch.zeros(n, dtype=torch.int64), pixels=pixels)
+
+
+def test_errors_of_a_part_of_a_sorted_set_are_those_of_the_set():
+    model, data = build("pixel"), sorted_images(200, 16)
+    every = reconstruction_errors(model, data, n=200, ratios=(0.5,))[0.5]
+    part = reconstruction_errors(model, data, n=50, ratios=(0.5,))[0.5]
+    assert part == pytest.approx(every, rel=0.25)
+
+
+@both_spaces
+@pytest.mark.parametrize("target", ["clean", "whitened"])
+def test_the_cost_of_the_mean_image_is_that_of_a_guess_by_hand(kind, target):
+    model = build(kind, target)
+    side = model.meta["size"]
+    train, held = sorted_images(12, side), sorted_images(6, side, 1)
+
+    def targets(data):
+        u = patchify(model.space.encode(to_float(data.take(range(len(data)))[0])), 2)
+        if target == "clean":
+            return u / 0.5
+        return (u - u.mean(-1, keepdim=True)) / (u.var(-1, keepdim=True) + 1e-6).sqrt()
+
+    mean = targets(train).mean(0)
+    expected = ((targets(held) - mean) ** 2).mean().item()
+    assert mean_image_error(model, train, held, batch=4) == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_is_the_cost_of_an_all_zero_guess_and_not_of_the_mean_image():
+    """The network says nothing: its weights are zero. The pictures' mean is not."""
+    model, data = build("pixel"), sorted_images(64, 16)
+    data.pixels = data.pixels // 2 + 127
+    root = to_float(data.pixels).square().mean().sqrt().item()
+    model = replace(model, schedule=replace(model.schedule, data_std=root))
+    for p in model.net.parameters():
+        p.data.zero_()
+    zero = reconstruction_errors(model, data, ratios=(0.5,))[0.5]
+    assert zero == pytest.approx(1, abs=1e-3)
+    assert mean_image_error(model, data, data) < 0.5

@@ -182,7 +182,8 @@ def test_the_mean_absolute_error_of_opposite_maps_is_one():
 
 
 def best_f(counts, beta2):
-    """The best F over thresholds. counts: [[(hits of what is said, said, hits of what is true, true) of each image], ...]"""
+    """The best F. counts: of each threshold (hits among what is said, said, hits among what
+    is true, true) of each image."""
     best = 0.0
     for images in counts:
         precision = np.mean([hit / max(1, said) for hit, said, _, _ in images])
@@ -198,7 +199,8 @@ def brute_force_f(guess, truth, beta2):
     for threshold in range(1, 256):
         counts.append([])
         for picture, wanted in zip(level, true):
-            pixels = [(a >= threshold, b) for row, line in zip(picture, wanted) for a, b in zip(row, line)]
+            pixels = [(a >= threshold, b) for row, line in zip(picture, wanted)
+                      for a, b in zip(row, line)]
             hits = sum(a and b for a, b in pixels)
             counts[-1].append((hits, sum(a for a, _ in pixels), hits, sum(b for _, b in pixels)))
     return best_f(counts, beta2)
@@ -209,7 +211,8 @@ def brute_force_edge_f(guess, truth, tolerance):
     level, true = to_uint8(guess)[:, 0].numpy(), (truth[:, 0] > 0).numpy()
 
     def near(mask, b, i, j):
-        return mask[b, max(0, i - tolerance):i + tolerance + 1, max(0, j - tolerance):j + tolerance + 1].any()
+        return mask[b, max(0, i - tolerance):i + tolerance + 1,
+                    max(0, j - tolerance):j + tolerance + 1].any()
 
     counts = []
     for threshold in range(1, 256):
@@ -241,14 +244,16 @@ def test_max_f_is_that_of_precision_and_recall_averaged_over_images(beta2):
 @pytest.mark.parametrize("tolerance", [0, 1, 2])
 def test_the_edge_score_equals_a_brute_force_loop(tolerance):
     guess, truth = random_maps(tolerance)
-    assert edge_f(guess, truth, tolerance) == pytest.approx(brute_force_edge_f(guess, truth, tolerance), rel=1e-9)
+    expected = brute_force_edge_f(guess, truth, tolerance)
+    assert edge_f(guess, truth, tolerance) == pytest.approx(expected, rel=1e-9)
 
 
 def test_an_edge_may_lie_a_pixel_off_but_not_be_three_pixels_thick():
     truth = torch.full((2, 1, 12, 12), -1.0)
     truth[:, :, :, 5] = 1
     thick = truth.roll(1, 3).maximum(truth).maximum(truth.roll(-1, 3))
-    assert edge_f(truth, truth) == pytest.approx(1) and edge_f(truth.roll(1, 3), truth) == pytest.approx(1)
+    assert edge_f(truth, truth) == pytest.approx(1)
+    assert edge_f(truth.roll(1, 3), truth) == pytest.approx(1)
     assert edge_f(truth.roll(2, 3), truth) == 0
     assert edge_f(thick, truth) == pytest.approx(0.5)                   # precision 1 / 3, recall 1
 
@@ -263,8 +268,8 @@ def test_the_edge_score_is_never_below_that_of_a_true_one_to_one_matching():
         counts.append([])
         for said, true in zip((to_uint8(guess)[:, 0] >= threshold), truth[:, 0] > 0):
             p, q = said.nonzero(), true.nonzero()
-            close = (p[:, None] - q[None]).abs().amax(2) <= 1 if len(p) and len(q) else torch.zeros(len(p) + 1, len(q) + 1)
-            pairs = int((maximum_bipartite_matching(csr_matrix(close.int().numpy())) >= 0).sum())
+            close = ((p[:, None] - q[None]).abs().amax(2) <= 1).int().numpy()
+            pairs = close.size and (maximum_bipartite_matching(csr_matrix(close)) >= 0).sum()
             counts[-1].append((pairs, len(p), pairs, len(q)))
     strict = best_f(counts, 1.0)
     assert strict <= edge_f(guess, truth) + 1e-9 and edge_f(guess, truth) < strict + 0.05
