@@ -27,7 +27,7 @@ from fid import proxy_distances
 from plumbing.console import UserError, replacing
 from plumbing.images import seeded, to_uint8
 from plumbing.machine import amp_type
-from plumbing.sheets import draw_sheet
+from plumbing.sheets import draw_sheet, save_picture
 from sample import load, sample
 
 NEVER = 10**9                   # for --save-every and --sample-every
@@ -110,7 +110,7 @@ class Bench:
 
     def read_cells(self):
         """All numbers that are known by now. Another process may have measured some."""
-        return json.loads(self.file.read_text()) if self.file.exists() else {}
+        return json.loads(self.file.read_bytes()) if self.file.exists() else {}
 
     def measure_once(self, key, measure, *arguments):
         """The number (or numbers) called `key`: remembered, or measure(*arguments) now."""
@@ -167,7 +167,8 @@ class Bench:
 
     def write(self, name, text):
         """A file of the claim's folder, also printed."""
-        (self.folder / name).write_text(text)
+        with replacing(self.folder / name) as file:
+            file.write(text.encode())
         print(f"\n{text}\nwrote {self.folder / name}")
 
     def save_sheet(self, name, rows, columns):
@@ -175,7 +176,7 @@ class Bench:
 
         rows: [(title, uint8 (k, C, H, W) or a list of pictures), ...]. columns: titles."""
         zoom = -(-PICTURE_SIDE // rows[0][1][0].shape[-1])
-        draw_sheet(rows, columns, zoom).save(self.folder / name)
+        save_picture(draw_sheet(rows, columns, zoom), self.folder / name)
         print(f"wrote {self.folder / name}")
 
 

@@ -21,6 +21,7 @@ import vae
 from claims.bench import Bench, call_flags, format_table
 from plumbing.checkpoint import read_checkpoint
 from plumbing.images import choose_subset, grid, to_float
+from plumbing.sheets import save_picture
 from restore import (
     draw_reconstruction, mean_image_error, reconstruct, reconstruction_errors,
 )
@@ -56,8 +57,9 @@ def run_lmd(args):
     x = to_float(held_out.take(choose_subset(len(held_out), 4))[0])
     for name in ARMS:
         done = reconstruct(bench.model(name), x, 0.75)
-        draw_reconstruction(done).save(bench.folder / f"{name}.png")
-    grid(bench.draw("generator-whole", 16, steps=10)).save(bench.folder / "faces.png")
+        save_picture(draw_reconstruction(done), bench.folder / f"{name}.png")
+    faces = grid(bench.draw("generator-whole", 16, steps=10))
+    save_picture(faces, bench.folder / "faces.png")
     print(f"wrote {', '.join(f'{name}.png' for name in (*ARMS, 'faces'))} in {bench.folder}")
 
 

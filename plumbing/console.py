@@ -9,11 +9,14 @@ at all: `replacing`. A module that draws its own idea does so with `run_picture_
 import argparse
 import os
 import re
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 
 class UserError(ValueError):
@@ -167,6 +170,28 @@ def find_status(command):
 
 
 @contextmanager
+def unwinding():
+    """While it lasts, a signal that would end the process at once is a SystemExit, so that
+    temporary files vanish. A signal that somebody handles stays his."""
+    taken = {}
+
+    def leave(number, frame):
+        signal.signal(number, signal.SIG_IGN)       # a second one would disturb the tidying
+        raise SystemExit(128 + number)              # what a shell expects after a signal
+
+    is_main = threading.current_thread() is threading.main_thread()
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if is_main else ():
+        number = getattr(signal, name, None)        # Windows has only the first
+        if number and signal.getsignal(number) is signal.SIG_DFL:
+            taken[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, before in taken.items():
+            signal.signal(number, before)
+
+
+@contextmanager
 def replacing(path, shared=True):
     """A file to write. It takes the name `path` when the block has ended well and vanishes
     when it has not: the name always holds the whole new file or the old one.
@@ -180,12 +205,13 @@ def replacing(path, shared=True):
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
     try:
-        temporary.unlink(missing_ok=True)           # a link to elsewhere is replaced, not followed
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with unwinding():
+            temporary.unlink(missing_ok=True)       # a link to elsewhere is replaced, not followed
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         # torch.save makes a RuntimeError of a full disk
@@ -202,14 +228,18 @@ def run_picture_command(description, draw, out, **numbers):
 
     numbers: an option each, name=(default, help)."""
     parser = build_parser(description)
-    parser.add_argument("--out", default=out, help="the picture to write")
+    parser.add_argument("--out", type=parse_path, default=out, help="the picture to write")
     for name, (default, text) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     given = vars(parser.parse_args())
     options = ", ".join(f"--{name} {value}" for name, value in given.items())
     out = given.pop("out")
     try:
-        draw(**given).save(out)
+        ending, kinds = Path(out).suffix.lower(), Image.registered_extensions()
+        if ending not in kinds:
+            raise UserError(f"give a name that ends with .png, not with {ending or 'nothing'}")
+        with replacing(out) as file:
+            draw(**given).save(file, kinds[ending])
     except (OSError, ValueError, RuntimeError) as error:    # ValueError: an unknown kind of file
         parser.error(f"{options}: {describe_error(error)}")
     print(f"wrote {out}")

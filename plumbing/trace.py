@@ -7,9 +7,11 @@ It knows nothing of models: how x_t is scaled and how it becomes pictures are ha
 Shapes: B images, C channels (1 or 3), H x W pixels.
 """
 from pathlib import Path
+from tempfile import TemporaryFile
 
+from plumbing.console import UserError, describe_error
 from plumbing.images import to_uint8
-from plumbing.sheets import draw_sheet
+from plumbing.sheets import draw_sheet, save_picture
 
 
 class Trace:
@@ -23,11 +25,7 @@ class Trace:
         self.keep = keep if path else 0
         self.calls, self.frames, self.result = 0, [], None
         if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            new = not Path(path).exists()
-            open(path, "ab").close()                                  # told now, not after the work
-            if new:
-                Path(path).unlink()
+            require_place(path)                                       # told now, not after the work
 
     def __call__(self, t, zt, x0):
         self.calls += 1
@@ -50,4 +48,17 @@ class Trace:
             guesses = [frame[2][i, :, :H, :W] for frame in self.frames]
             rows += [(f"image {i}: x_t", [*noisy, image]), ("guess of x0", [*guesses, image])]
         columns = [f"t = {t:.2g}" for t, *_ in self.frames] + ["result"]
-        draw_sheet(rows, columns, zoom=max(1, 96 // W)).save(self.path)
+        save_picture(draw_sheet(rows, columns, zoom=max(1, 96 // W)), self.path)
+
+
+def require_place(path):
+    """UserError unless a file can be written at `path`. Its folder is made."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({describe_error(error)}); "
+                        "give another place") from None
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
