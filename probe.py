@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import holdout, load_images
 from plumbing.checkpoint import newest_checkpoint, read_checkpoint
-from plumbing.console import UserError, build_parser, run_command
+from plumbing.console import UserError, build_parser, parse_path, run_command
 from plumbing.images import seeded, to_float
 from running.options import Options, is_same_value
 from sample import build_model, load
@@ -154,24 +154,26 @@ def parser():
                      argument_default=argparse.SUPPRESS, formatter_class=argparse.HelpFormatter)
     run = "(default: the run's)"
     switch = dict(action=argparse.BooleanOptionalAction)
-    p.add_argument("--from", dest="from_", help="a checkpoint or a run's folder (default: the "
-                                                "newest run)")
+    p.add_argument("--from", dest="from_", type=parse_path,
+                   help="a checkpoint or a run's folder (default: the newest run)")
     p.add_argument("--weights", choices=["ema", "model"],
                    help="averaged weights or the raw ones (default: model)")
     p.add_argument("--noise", type=float, help="noise on the images, as a share of their contrast "
                                                "(default: 0.1, for a reconstruction 0)")
-    p.add_argument("--data", help=f"images with a first-level folder for each class {run}")
-    p.add_argument("--val", help=f"held-out images: a fraction of --data, or a path {run}")
+    p.add_argument("--data", type=parse_path,
+                   help=f"images with a first-level folder for each class {run}")
+    p.add_argument("--val", type=parse_path,
+                   help=f"held-out images: a fraction of --data, or a path {run}")
     p.add_argument("--fraction", type=float,
                    help="share of the other images that is used, in (0, 1] (default: 1)")
     p.add_argument("--size", type=int, help=f"side of the images {run}")
     p.add_argument("--gray", **switch, help=f"one channel instead of three {run}")
     p.add_argument("--seed", type=int, help=f"of all random draws {run}")
-    p.add_argument("--vae", help="the autoencoder of a model of latents, when it has moved "
-                                 f"{run}")
+    p.add_argument("--vae", type=parse_path,
+                   help=f"the autoencoder of a model of latents, when it has moved {run}")
     p.add_argument("--cache-gb", type=float,
                    help=f"decoded images are kept in memory up to this size {run}")
-    p.add_argument("--latents", help=f"folder of the kept latents {run}")
+    p.add_argument("--latents", type=parse_path, help=f"folder of the kept latents {run}")
     p.add_argument("--cache-latents", **switch,
                    help=f"encode every image once and keep the latents on disk {run}")
     p.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps (default: auto)")

@@ -30,7 +30,8 @@ from claims.lmd import run_lmd
 from claims.maskdit import run_maskdit
 from claims.maskdm import run_maskdm
 from claims.tasks import run_tasks
-from plumbing.console import UserError, build_parser, run_command
+from plumbing.console import UserError, build_parser, parse_path, run_command
+from plumbing.writer import refuse_overwriting
 
 # The first line of each function's docstring is its help text.
 CLAIMS = {
@@ -50,7 +51,7 @@ def parser():
     p.add_argument("claim", choices=CLAIMS, help="; ".join(entries))
     p.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu",
                    help="smoke: a minute; cpu: hours on two cores; gpu: for one GPU")
-    p.add_argument("--data", default="faces",
+    p.add_argument("--data", type=parse_path, default="faces",
                    help="a folder, a .zip, cifar-10-python.tar.gz, or faces for the built-in ones")
     p.add_argument("--size", type=int, default=32, help="pixels along a side")
     p.add_argument("--gray", action="store_true",
@@ -60,7 +61,8 @@ def parser():
     p.add_argument("--seed", type=int, default=0, help="of training, noise and held-out images")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    p.add_argument("--out", default=REAL, help="the claim's files go to a folder of its name here")
+    p.add_argument("--out", type=parse_path, default=REAL,
+                   help="the claim's files go to a folder of its name here")
     return p
 
 
@@ -71,6 +73,7 @@ def main(argv=None):
     if args.threads < 0 or args.size < 8 or args.size % 8:
         raise UserError(f"--threads {args.threads}, --size {args.size}: threads must be at least "
                         "0, the size a multiple of 8")
+    refuse_overwriting({"--out": f"{args.out}/{args.claim}"}, {"--data": args.data})
     if args.threads:
         torch.set_num_threads(args.threads)
     CLAIMS[args.claim](args)

@@ -56,7 +56,7 @@ from tqdm import tqdm
 from losses import build_reconstruction, image_unit, normalise_patches
 from mask import Mask, draw, patchify, unpatchify
 from plumbing.checkpoint import VERSION
-from plumbing.console import UserError, build_parser, run_command
+from plumbing.console import UserError, build_parser, parse_path, run_command
 from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.inputs import UserPictures
 from plumbing.sheets import draw_sheet
@@ -437,12 +437,15 @@ def parser():
     tasks = [name for name in TASKS if name != "generate"]
     p.add_argument("--task", choices=[*tasks, "reconstruct"],
                    help="what the model must have been trained for; its own task when left out")
-    p.add_argument("--input", help="your pictures: a folder or .zip; for a task of any size")
-    p.add_argument("--holes", help="for inpaint: a folder or .zip of masks of the same file stems, "
-                                   "white where the hole is, or random; transparent pixels of "
-                                   "--input when left out")
-    p.add_argument("--targets", help="for a task: what should come out, a folder or .zip of the "
-                                     "same file stems, to be compared with")
+    p.add_argument("--input", type=parse_path,
+                   help="your pictures: a folder, a .zip or a single one; for a task of any size")
+    p.add_argument("--holes", type=parse_path,
+                   help="for inpaint: a folder or .zip of masks of the same file stems, white "
+                        "where the hole is, or the mask of a single picture, or random; "
+                        "transparent pixels of --input when left out")
+    p.add_argument("--targets", type=parse_path,
+                   help="for a task: what should come out, a folder or .zip of the same file "
+                        "stems, or that of a single picture, to be compared with")
     p.add_argument("--ratio", type=float, help="for reconstruct: the share of the tokens to hide; "
                                                "the training's when left out")
     add_sampling_arguments(p, None, "how many pictures; all when left out", "restored.png")
@@ -480,7 +483,7 @@ def check_restoration(args, meta):
         raise UserError(f"--ratio: this model was trained for {task}, not to reconstruct what is "
                         "hidden")
     labels = resolve_labels(args.label, 1, meta["classes"])
-    check_guided_labels(args.cfg, labels, meta["classes"])
+    check_guided_labels(args.cfg, labels, meta)
 
 
 def check_one_pass(args, inpaint):

@@ -36,12 +36,13 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-from plumbing.checkpoint import newest_checkpoint, read_checkpoint
-from plumbing.console import UserError, build_parser, describe_error, run_command
+from plumbing.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
+from plumbing.console import UserError, build_parser, describe_error, parse_path, run_command
 from plumbing.images import seeded, to_uint8
 from plumbing.machine import amp_type, pick_device
+from plumbing.names import normal_name
 from plumbing.trace import Trace
-from plumbing.writer import ImageWriter
+from plumbing.writer import ImageWriter, refuse_overwriting
 from schedules import PREDICTIONS, SCHEDULES, T_MIN, to_float64
 from spaces import SPACES
 from tasks import TASKS
@@ -305,7 +306,7 @@ def sample(
     check_model(model, n, cond)
     classes = model.meta.get("classes", ())
     labels = resolve_labels(labels, n, classes)
-    check_guided_labels(cfg, labels, classes)
+    check_guided_labels(cfg, labels, model.meta)
     model.net.eval()
     schedule, space = model.schedule, model.space
     start = schedule.start_time(model.predict)
@@ -388,25 +389,48 @@ def check_model(model, n, cond=None):
         raise UserError(f"{len(cond)} conditions for {n} images: give one for each")
 
 
-def check_guided_labels(cfg, labels, classes):
-    """UserError for guidance without anything to guide towards."""
+def check_guided_labels(cfg, labels, meta):
+    """UserError for guidance without anything to guide towards, or away from."""
+    classes = meta.get("classes", ())
     if cfg != 1 and not classes:
         raise UserError(f"--cfg {cfg}: this model was trained without labels, there is nothing to "
                         "guide")
     if cfg != 1 and labels is None:
         raise UserError(f"--cfg {cfg} guides towards a class: give --label, one of "
                         f"{', '.join(classes[:10])}")
+    if cfg != 1 and meta.get("label_dropout") == 0:
+        raise UserError(f"--cfg {cfg}: this model was trained with --label-dropout 0 and never saw "
+                        "an image without its label, so guidance has nothing to start from")
+
+
+def find_named_class(label, classes):
+    """The number of the class that a text means, or None.
+
+    It is a name, however its accents are encoded. Where names are whole numbers, a whole
+    number is a name, too: 1 means 001. Elsewhere it is the class's own number."""
+    names, label = [normal_name(name) for name in classes], normal_name(label)
+    if label in names:
+        return names.index(label)
+    if not is_whole(label):
+        return None
+    if not any(map(is_whole, names)):
+        return int(label)
+    same = [i for i, name in enumerate(names) if is_whole(name) and int(name) == int(label)]
+    return same[0] if len(same) == 1 else None
+
+
+def is_whole(text):
+    """Whether a text is a whole number in common digits."""
+    return text.isascii() and text.isdecimal()
 
 
 def find_class(label, classes):
-    """A label as a number. label: a class's name, its number, also as text, or -1 for none.
+    """A label as a number. label: text as in `find_named_class`, a number, -1 for none.
 
     UserError when there is no such class."""
-    number = label
-    if isinstance(label, str):
-        number = int(label) if label.isdecimal() else None
-        number = classes.index(label) if label in classes else number
-    if number in range(0 if isinstance(label, str) else -1, len(classes)):
+    is_text = isinstance(label, str)
+    number = find_named_class(label, classes) if is_text else label
+    if number in range(0 if is_text else -1, len(classes)):
         return int(number)
     names = [*classes[:10], *["..."] * (len(classes) > 10)]
     known = f"the classes are {', '.join(names)}"
@@ -560,8 +584,9 @@ def load(path=None, weights="ema", device="auto", vae=None):
     net, schedule, space = build_model(meta | (dict(vae=vae) if vae else {}), ckpt[weights])
     load_weights(net, ckpt[weights])
     device = pick_device(device)
-    meta = dict(task="generate", objective="denoise") | meta
-    meta |= dict(step=ckpt["step"], version=ckpt["version"])
+    known = dict(step=ckpt["step"], version=ckpt["version"],
+                 label_dropout=ckpt.get("config", {}).get("label_dropout"))
+    meta = dict(task="generate", objective="denoise") | meta | known
     return DiffusionModel(net.to(device).eval(), schedule, space, meta["predict"], meta, device)
 
 
@@ -575,10 +600,12 @@ def first_lines(functions):
 def add_sampling_arguments(p, n, n_help, out):
     """What sample.py and restore.py share. n, n_help: of --n; out: the default of --out."""
     refine = {name: solver.refine for name, solver in SOLVERS.items()}
-    p.add_argument("--ckpt", help="a checkpoint or a run's folder; the newest run when left out")
+    p.add_argument("--ckpt", type=parse_path,
+                   help="a checkpoint or a run's folder; the newest run when left out")
     p.add_argument("--weights", choices=["ema", "model"], default="ema",
                    help="averaged weights or the raw ones")
-    p.add_argument("--vae", help="the autoencoder of a model of latents, when it has moved")
+    p.add_argument("--vae", type=parse_path,
+                   help="the autoencoder of a model of latents, when it has moved")
     p.add_argument("--n", type=int, default=n, help=n_help)
     p.add_argument("--steps", type=int, default=10, help="network calls per image")
     p.add_argument("--churn", type=float, default=0.0,
@@ -589,23 +616,24 @@ def add_sampling_arguments(p, n, n_help, out):
     p.add_argument("--solver", choices=["auto", *SOLVERS], default="auto",
                    help=f"auto: dpm++, with --churn analytic. {first_lines(refine)} On the uniform "
                         "grid all are first order where b = sqrt t (the ddm schedules).")
-    p.add_argument("--label", help="class name or number; left out: all classes in turn, with "
-                                   "pictures of your own none")
+    p.add_argument("--label", help="class name, or number where no name is one; left out: all "
+                                   "classes in turn, with pictures of your own none")
     p.add_argument("--cfg", type=float, default=1.0,
                    help="guidance scale: 1 plain conditional, 0 unconditional")
     p.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, math.inf),
                    metavar=("LOW", "HIGH"),
                    help="guide at noise levels b / a in (LOW, HIGH] alone, whatever the schedule: "
                         ".3 to 3 keeps variety and saves passes")
-    p.add_argument("--trace", help="a .png of x_t and of the guess of x0 at every call, of the "
-                                   "first two images, or of the first picture")
+    p.add_argument("--trace", type=parse_path,
+                   help="a .png of x_t and of the guess of x0 at every call, of the first two "
+                        "images, or of the first picture")
     p.add_argument("--seed", type=int, default=0,
                    help="image i is a function of (seed, i); -1 picks a seed and prints it")
     p.add_argument("--batch", type=int, default=64,
                    help="images (or tiles of a large one) made at once; it changes no result")
     p.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
                    help="mixed precision of the network; auto: bf16 where the hardware has it")
-    p.add_argument("--out", default=out,
+    p.add_argument("--out", type=parse_path, default=out,
                    help="a .png sheet, a .zip of PNGs, or a folder of PNGs (sample.py: also .npz)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
@@ -639,12 +667,9 @@ def check_arguments(args, inputs=()):
         raise UserError(f"--threads {args.threads}: must be 0 (torch's own choice) to 1024")
     if args.trace and not args.trace.lower().endswith(".png"):
         raise UserError(f"--trace {args.trace}: give a name that ends with .png")
-    places = [(name, getattr(args, name)) for name in ("out", "trace", *inputs)]
-    places = [(name, path) for name, path in places if path]
-    for i, (name, path) in enumerate(places):
-        for other, place in places[:i]:
-            if other in ("out", "trace") and Path(path).resolve() == Path(place).resolve():
-                raise UserError(f"--{other} {place} would overwrite --{name}: give it another name")
+    read = {f"--{name}": getattr(args, name) for name in ("vae", *inputs)}
+    read["--ckpt"] = args.ckpt and find_checkpoint(args.ckpt)
+    refuse_overwriting({"--out": args.out, "--trace": args.trace}, read)
 
 
 def load_asked_model(args):
@@ -692,7 +717,15 @@ class SamplingRun:
         passes = (f", {self.passes / n:g} passes (a guided call takes two, each tile of a large "
                   "picture its own)") if extra else ""
         print(f"wrote {n} images to {args.out}: {calls} network calls each ({path} grid){passes}, "
-              f"seed {self.seed}, {args.weights} weights of step {self.model.meta['step']}")
+              f"seed {self.seed}, {args.weights} weights of step {self.model.meta['step']}"
+              f"{self.name_class()}")
+
+    def name_class(self):
+        """Which class was drawn, as the end of a line; nothing when none was asked for."""
+        if self.args.label is None:
+            return ""
+        classes = self.model.meta["classes"]
+        return f", class {classes[find_class(self.args.label, classes)]}"
 
 
 def choose_seed(args):
@@ -726,7 +759,7 @@ def main(argv=None):
     if labels is None and classes:
         labels = torch.arange(args.n) % len(classes)                           # all classes in turn
     labels = resolve_labels(labels, args.n, classes)
-    check_guided_labels(args.cfg, labels, classes)
+    check_guided_labels(args.cfg, labels, model.meta)
     run = SamplingRun(args, model)
     run.report(args.n, write_samples(run, args.n, labels))
 
