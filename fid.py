@@ -11,8 +11,9 @@ TensorFlow's graph of 2015-12-05; plumbing/inception.py holds its layers. Other 
 another resize or another n give another number. Hence three rules:
 
     protocol   how a uint8 image becomes a 299 x 299 input. Two are in use, and on CIFAR
-               they differ by 7.5 grey levels. Saved statistics record protocol and weights;
-               sets that differ in either are never compared.
+               they differ by 7.5 grey levels. Size and shape are measured, too: --size
+               measures both sets as training sees them. Saved statistics record protocol,
+               weights and size; sets that differ in one are never compared.
     n          two samples of ONE distribution are at a distance of about constant / n, not
                0 (Chong & Forsyth 2020, arXiv 1911.07023). Numbers at different n cannot be
                compared, and n <= 2048 measures mostly this bias.
@@ -30,8 +31,8 @@ side in a proxy. Images are uint8 (n, C, H, W).
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,13 +42,16 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from plumbing.console import UserError, build_parser, describe_error, replacing, run_command
+from plumbing.arrays import count_free_memory, read_arrays
+from plumbing.console import (
+    UserError, build_parser, describe_error, parse_path, replacing, run_command)
 from plumbing.faces import draw_faces
 from plumbing.images import to_float
 from plumbing.inception import load_inception
 from plumbing.machine import pick_device
 from plumbing.pictures import crop_square, to_8_bit, turn_upright
 from plumbing.sources import Folder, Zip
+from plumbing.writer import refuse_overwriting
 
 # --- the protocol: uint8 (B, 3, H, W) -> float (B, 3, 299, 299) ---------------------------
 
@@ -151,6 +155,7 @@ class Statistics:
     n: int
     protocol: str               # a name in PROTOCOLS
     weights: str                # the first 8 hex digits of the weight file's SHA-256
+    size: int = 0               # of the centred squares that were measured; 0: images as they are
 
 
 def statistics(
@@ -177,18 +182,28 @@ def statistics(
 
 
 def refuse_mixing(a, b):
-    """UserError unless the pairs (protocol, weights) of two statistics are the same."""
+    """UserError unless the triples (protocol, weights, size) of two sets are the same."""
     if a != b:
-        raise UserError(f"not comparable: one side has protocol {a[0]} and weights {a[1]}, "
-                        f"the other {b[0]} and {b[1]}")
+        ways = [f"protocol {protocol}, weights {weights} and "
+                + (f"size {size}" if size else "images of their own size")
+                for protocol, weights, size in (a, b)]
+        raise UserError(f"not comparable: one side has {ways[0]}, the other {ways[1]}")
+
+
+def way_of(measured):
+    """How Statistics were measured: (protocol, weights, size)."""
+    return measured.protocol, measured.weights, measured.size
 
 
 def fid(a, b):
     """FID of two Statistics. -> float
 
-    UserError if protocol or weights differ; a warning where n makes it mostly bias."""
-    refuse_mixing((a.protocol, a.weights), (b.protocol, b.weights))
+    UserError if protocol, weights or size differ; a warning where n makes it mostly
+    bias."""
+    refuse_mixing(way_of(a), way_of(b))
     n, d = min(a.n, b.n), len(a.mu)
+    if d != len(b.mu):
+        raise UserError(f"not comparable: one side has {d} features, the other {len(b.mu)}")
     if n <= d:
         warnings.warn(f"n = {n} images for {d} features: mostly bias, "
                       "compare only with values at the same n")
@@ -207,8 +222,9 @@ def random_conv(images):
     images (n, C, H, W): uint8; gray counts as RGB.
     -> (n, 512)
     Random networks order generators much as trained ones (Lee et al. 2022, 2208.09218)."""
-    if len(images) > 256:                                               # bounds the memory
-        return torch.cat([random_conv(some) for some in images.split(256)])
+    most = max(1, 256 * 64 ** 2 // max(64 ** 2, images[0, 0].numel()))  # bounds the memory
+    if len(images) > most:
+        return torch.cat([random_conv(some) for some in images.split(most)])
     g = torch.Generator().manual_seed(0)
     x = to_float(images).expand(-1, 3, -1, -1)
     rows = []
@@ -333,8 +349,8 @@ def proxy_distances(a, b, seed=0):
 # --- what is measured ---------------------------------------------------------------------
 
 class MeasuredPictures:
-    """At most n images of a source, at their own size: picture(i) is a PIL picture, [i] a
-    tensor uint8 (3, H, W).
+    """At most n images of a source: picture(i) is a PIL picture, [i] a tensor uint8
+    (3, H, W).
 
     They are drawn at random, for the first n of a sorted folder would be its first
     class."""
@@ -349,12 +365,12 @@ class MeasuredPictures:
         # False: neither, as pytorch-fid reads it; but 16 bits become 8, there they become
         # white.
         flat=False,
+        side=0,                 # of the centred square that is measured; 0: images as they are
     ):
         g = torch.Generator().manual_seed(seed)
         keep = torch.randperm(len(names), generator=g)[:n].sort().values
         self.names = [names[i] for i in keep]
-        self.read = read
-        self.flat = flat
+        self.read, self.flat, self.side = read, flat, side
 
     def __len__(self):
         return len(self.names)
@@ -362,11 +378,25 @@ class MeasuredPictures:
     def picture(self, i):
         """Image i as a PIL picture in RGB. UserError if it is broken: training may skip a
         broken image, a measurement must not."""
+        with self.opening(i) as picture:
+            if self.side:
+                return Image.fromarray(crop_square(picture, self.side).transpose(1, 2, 0))
+            if self.flat or picture.mode[0] in "IF":
+                picture = to_8_bit(turn_upright(picture))
+            return picture.convert("RGB")
+
+    def shape(self):
+        """Width and height of the first image, before any square is cut."""
+        with self.opening(0) as picture:
+            return picture.size
+
+    @contextmanager
+    def opening(self, i):
+        """Image i as it is in its file; an error in the block is a UserError with its
+        name."""
         try:
             with self.read(self.names[i]) as picture:
-                if self.flat or picture.mode[0] in "IF":
-                    picture = to_8_bit(turn_upright(picture))
-                return picture.convert("RGB")
+                yield picture
         except Exception as error:
             raise UserError(f"{self.names[i]}: cannot be decoded ({describe_error(error)}); "
                             "fix or delete it") from error
@@ -380,12 +410,19 @@ def read_pixels(pixels, i):
     return Image.fromarray(pixels[i].repeat(3 // pixels.shape[3], axis=2))
 
 
-def open_measured(path, n=None, seed=0, size=32, flat=False):
+def open_measured(
+    path,           # what a user names, see below
+    n=None,         # at most so many images; None: all
+    seed=0,         # of their draw
+    size=32,        # of drawn faces
+    flat=False,     # as in MeasuredPictures
+    side=0,         # as in MeasuredPictures
+    proxy=False,    # whether a .npz of statistics and images is opened for its images
+):
     """Open what a user names on the command line.
 
     path: a folder, .zip or .npz of images, a .npz of saved statistics, or "faces": 2048
-    drawn ones of `size` pixels, which no training has seen. n, seed, flat: as in
-    MeasuredPictures.
+    drawn ones of `size` pixels, which no training has seen.
     -> MeasuredPictures, or Statistics. UserError for anything else."""
     if path == "faces":
         try:
@@ -399,62 +436,133 @@ def open_measured(path, n=None, seed=0, size=32, flat=False):
         source = Folder(path) if path.is_dir() else Zip(path)
         if not source.names:
             raise UserError(f"{path}: holds no images")
-        return MeasuredPictures(source.names, source.picture, n, seed, flat)
-    arrays = load_arrays(path)
-    if "mu" in arrays:
-        return parse_statistics(path, arrays)
-    pixels = arrays.get("images", arrays.get("arr_0", np.empty(0)))
+        names = leave_out_comparisons(path, source.names)
+        return MeasuredPictures(names, source.picture, n, seed, flat, side)
+    refuse_other_files(path)
+    arrays = read_arrays(path, ("images", "arr_0", *Statistics.__dataclass_fields__))
+    pixels = arrays.pop("images", arrays.pop("arr_0", None))
+    if "mu" in arrays and not (proxy and pixels is not None):
+        return parse_statistics(path, arrays, 0 if pixels is None else len(np.atleast_1d(pixels)))
+    pixels = np.empty(0) if pixels is None else pixels
     channels = {pixels.shape[1], pixels.shape[3]} & {1, 3} if pixels.ndim == 4 else set()
-    if pixels.dtype != np.uint8 or not len(pixels) or not channels:
+    if pixels.dtype != np.uint8 or not pixels.size or not channels:
         raise UserError(f"{path}: wants uint8 images (n, H, W, C) or (n, C, H, W), C 1 or 3, "
                         "under the key images or arr_0")
     pixels = pixels if pixels.shape[3] in (1, 3) else pixels.transpose(0, 2, 3, 1)
-    return MeasuredPictures(range(len(pixels)), partial(read_pixels, pixels), n, seed)
+    return MeasuredPictures(range(len(pixels)), partial(read_pixels, pixels), n, seed, flat, side)
 
 
-def load_arrays(path):
-    """All arrays of a .npz -> {key: array}. UserError for a file that is none."""
-    if path.suffix.lower() == ".npy":
+def leave_out_comparisons(path, names):
+    """Names of images without each NAME-compare.png that lies beside its NAME.png:
+    restore.py writes both, and only the result is to be measured."""
+    every, ending = set(names), "-compare.png"
+    kept = [name for name in names
+            if not (name.endswith(ending) and f"{name.removesuffix(ending)}.png" in every)]
+    if len(kept) < len(names):
+        warnings.warn(f"{path}: {len(names) - len(kept)} pictures NAME-compare.png are left out, "
+                      "for each has a NAME.png beside it")
+    return kept
+
+
+def refuse_other_files(path):
+    """UserError, with what to do, for a path that is no .npz."""
+    ending = path.suffix.lower()
+    if ending == ".npy":
         raise UserError(f"{path}: one bare array; give a .npz, "
                         "which np.savez('images.npz', images=array) writes")
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except Exception as error:          # zipfile, numpy and the system each have their own
-        raise UserError(f"{path}: is no folder, .zip or .npz that can be read "
-                        f"({describe_error(error)})") from error
+    if ending in (".gz", ".tgz", ".tar", ".7z", ".rar", ".xz", ".bz2"):
+        raise UserError(f"{path}: unpack it, and give the folder")
+    if path.is_file() and ending in Image.registered_extensions():
+        raise UserError(f"{path}: is one picture; give a folder of pictures, a .zip or a .npz")
 
 
-def parse_statistics(path, arrays):
+def parse_statistics(path, arrays, images=0):
     """The arrays of a saved .npz -> Statistics. UserError where they are not this
-    program's."""
-    remedy = f"make them with python fid.py IMAGES --save {path.name}"
-    try:
-        saved = Statistics(**{key: v if v.ndim else v.item() for key, v in arrays.items()})
-    except TypeError:
+    program's.
+
+    images: how many images lie beside them."""
+    remedy = f"make them with python fid.py IMAGES --save {path.stem}-measured.npz"
+    if images:
+        remedy = f"it holds {images} images, too: take them out, and {remedy}"
+    values = {key: v.item() if v.ndim == 0 else v for key, v in arrays.items()}
+    lacking = [name for name in ("mu", "sigma", "n", "protocol", "weights") if name not in values]
+    if lacking:
         raise UserError(f"{path}: statistics without a record of n, protocol and weights are "
-                        f"comparable with nothing; {remedy}") from None
-    mean, covariance = np.shape(saved.mu), np.shape(saved.sigma)
-    if saved.protocol not in PROTOCOLS or covariance != (len(saved.mu),) * 2:
-        raise UserError(f"{path}: protocol {saved.protocol}, mean of shape {mean}, covariance "
-                        f"{covariance} are no statistics of this program; {remedy}")
-    return saved
+                        f"comparable with nothing ({lacking[0]} is missing); {remedy}")
+    for name, is_right in STATISTICS.items():
+        if name in values and not is_right(values[name]):
+            raise UserError(f"{path}: {name} must be {is_right.__doc__}; {remedy}")
+    mu, sigma = (values[name].astype(np.float64) for name in ("mu", "sigma"))
+    if not is_covariance(sigma, len(mu)):
+        raise UserError(f"{path}: sigma must be the covariance of {len(mu)} features, symmetric "
+                        f"and without a negative variance; {remedy}")
+    return Statistics(**values | dict(mu=mu, sigma=sigma))
+
+
+def is_moments(value):
+    """an array of finite numbers"""
+    is_real = isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.size > 0
+    return is_real and bool(np.isfinite(value).all()) and float(np.abs(value).max()) < 1e30
+
+
+def is_mean(value):
+    """one row of finite numbers"""
+    return is_moments(value) and value.ndim == 1
+
+
+def is_covariance(sigma, features):
+    """Whether a matrix may be the covariance of so many features."""
+    if sigma.shape != (features, features):
+        return False
+    slack = 1e-3 * np.abs(sigma).max()                          # of half precision, at most
+    return bool(np.abs(sigma - sigma.T).max() <= slack and sigma.diagonal().min() >= -slack)
+
+
+def is_image_count(value):
+    """a whole number of at least 2"""
+    return type(value) is int and 2 <= value < 2**53
+
+
+def is_protocol(value):
+    """a protocol of this program"""
+    return isinstance(value, str) and value in PROTOCOLS
+
+
+def is_digest(value):
+    """the first digits of the weights' SHA-256"""
+    return isinstance(value, str) and len(value) <= 64 and value.isalnum()
+
+
+def is_square(value):
+    """the side of a square, or 0"""
+    return type(value) is int and 0 <= value < 2**16
+
+
+# What a saved .npz must hold; the first line of each docstring says it.
+STATISTICS = {"mu": is_mean, "sigma": is_moments, "n": is_image_count, "protocol": is_protocol,
+              "weights": is_digest, "size": is_square}
 
 
 # --- the command --------------------------------------------------------------------------
 
 def parser():
     p = build_parser("FID, or proxies for it, of images A to a reference B.")
-    p.add_argument("A", help="a folder, a .zip or a .npz of images, or a .npz of saved statistics")
-    p.add_argument("B", nargs="?", help="the reference, likewise, or faces for the built-in ones; "
-                                        "may be left out with --save")
-    p.add_argument("--inception", metavar="PATH",
+    p.add_argument("A", type=parse_path,
+                   help="a folder, a .zip or a .npz of images, or a .npz of saved statistics")
+    p.add_argument("B", nargs="?", type=parse_path,
+                   help="the reference, likewise, or faces for the built-in ones; may be left out "
+                        "with --save")
+    p.add_argument("--inception", metavar="PATH", type=parse_path,
                    help="weights; None: the working folder, torch.hub's cache, or a download")
     p.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",
                    help="how images become Inception's input")
     p.add_argument("--proxy", action="store_true",
                    help="three distances that need no weights, instead of FID")
-    p.add_argument("--save", metavar="PATH.npz", help="keep the statistics of A")
+    p.add_argument("--save", metavar="PATH.npz", type=parse_path,
+                   help="keep the statistics of A")
+    p.add_argument("--size", type=int,
+                   help="measure centred squares of so many pixels, as training sees them; None: "
+                        "images as they are, with --proxy squares of the smaller side of A and B")
     p.add_argument("--n", type=int,
                    help="at most so many images of each set, drawn at random; None: all")
     p.add_argument("--batch", type=int, default=50, help="images in one pass through Inception")
@@ -469,16 +577,31 @@ def print_proxy(o, a, b):
     """Every proxy of image sources a and b beside its floor, on standard output."""
     if isinstance(a, Statistics) or isinstance(b, Statistics):
         raise UserError("--proxy needs images on both sides: saved statistics have none")
-    size = min(a.picture(0).size)
+    sides = min(a.shape()), min(b.shape())
+    size = o.size or min(sides)
+    if sides[0] > 2 * sides[1]:
+        warnings.warn(f"A has much larger pictures ({sides[0]} pixels) than B ({sides[1]}): is the "
+                      "order samples, reference?")
+    require_memory(len(a) + len(b), size)
     a, b = (torch.stack([torch.tensor(crop_square(source.picture(i), size))
                          for i in range(len(source))]) for source in (a, b))
     for name, (value, floor) in proxy_distances(a, b, o.seed).items():
         ratio = value / floor if floor else float("nan")
         print(f"proxy/{name:12} {value:10.5f}   floor {floor:10.5f}   ratio {ratio:.2f}")
     print(f"  {o.A}: n {len(a)}\n  {o.B}: n {len(b)}")
+    what = "--size" if o.size else "the smaller side of A and B"
     print(f"  k {min(len(a), len(b) // 2)} images a side, all cut to their centred square "
-          f"and resized to A's {size} x {size}")
+          f"and resized to {size} x {size}, {what}")
     print("  This is not FID. Compare only at the same B, k and size.")
+
+
+def require_memory(count, size):
+    """UserError when the proxies of so many images in all would not fit into memory."""
+    needed = 30 * count * size ** 2                     # bytes; 3 for the images, 24 for the swd
+    free = count_free_memory()
+    if needed > free:
+        raise UserError(f"--proxy: {count} images of {size} x {size} pixels need about "
+                        f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; give --size 256 or --n")
 
 
 def check_measurement(o):
@@ -490,8 +613,11 @@ def check_measurement(o):
         if o.proxy or not o.save.endswith(".npz") or not here:
             raise UserError(f"--save {o.save}: wants a name that ends with .npz in a folder that "
                             "exists, and no --proxy")
+    refuse_overwriting({"--save": o.save}, {"A": o.A, "B": o.B, "--inception": o.inception})
     if o.batch < 1 or (o.n is not None and o.n < 2):
         raise UserError("--batch must be at least 1, and --n at least 2")
+    if o.size is not None and not 8 <= o.size <= 4096:
+        raise UserError(f"--size {o.size}: must be 8 to 4096 pixels")
 
 
 def measure_statistics(o, sets, device):
@@ -503,21 +629,42 @@ def measure_statistics(o, sets, device):
     net, weights = load_inception(o.inception)
     for saved in sets.values():
         if isinstance(saved, Statistics):       # before the long computation, not after it
-            refuse_mixing((saved.protocol, saved.weights), (o.protocol, weights))
-    measured = {path: statistics(some, net, weights, o.protocol, device, o.batch)
-                for path, some in images.items()}
+            refuse_mixing(way_of(saved), (o.protocol, weights, o.size or 0))
+    measured = {}
+    for path, some in images.items():
+        result = statistics(some, net, weights, o.protocol, device, o.batch)
+        measured[path] = replace(result, size=o.size or 0)
     return sets | measured
+
+
+def warn_of_sizes(o, sets):
+    """A warning where A and B have images of another size or shape: FID measures both."""
+    shapes = [s.shape() for s in sets.values() if isinstance(s, MeasuredPictures)]
+    if o.size or o.proxy or len(set(shapes)) < 2:
+        return
+    texts = [f"{width} x {height}" for width, height in shapes]
+    warnings.warn(f"A has {texts[0]} pixels, B {texts[1]}: size and shape are measured, too; "
+                  f"--size {max(8, min(shapes[0]))} measures both as training sees them, as "
+                  "centred squares")
+
+
+def open_sets(o):
+    """A and B of the command line. -> {path: MeasuredPictures or Statistics}"""
+    how = dict(flat=o.proxy or bool(o.size), side=o.size or 0, proxy=o.proxy)
+    sets = {o.A: open_measured(o.A, o.n, o.seed, o.size or 32, **how)}
+    if o.B:
+        is_images = isinstance(sets[o.A], MeasuredPictures)
+        size = o.size or (min(sets[o.A].shape()) if is_images else 32)
+        sets[o.B] = open_measured(o.B, o.n, o.seed, size, **how)
+    warn_of_sizes(o, sets)
+    return sets
 
 
 def run_measurement(o):
     """The command's work, from parsed arguments."""
     check_measurement(o)
     device = pick_device(o.device)
-    sets = {o.A: open_measured(o.A, o.n, o.seed, flat=o.proxy)}
-    if o.B:
-        is_images = isinstance(sets[o.A], MeasuredPictures)
-        size = min(sets[o.A].picture(0).size) if is_images else 32
-        sets[o.B] = open_measured(o.B, o.n, o.seed, size, o.proxy)
+    sets = open_sets(o)
     if o.proxy:
         return print_proxy(o, sets[o.A], sets[o.B])
 
@@ -528,7 +675,7 @@ def run_measurement(o):
     if o.B:
         print(f"FID {fid(sets[o.A], sets[o.B]):.4f}")
     for path, s in sets.items():
-        how = PROTOCOLS[s.protocol].__doc__
+        how = f"{PROTOCOLS[s.protocol].__doc__}{f' of squares of {s.size} pixels' * bool(s.size)}"
         print(f"  {path}: n {s.n}, protocol {s.protocol} ({how}), weights {s.weights}")
 
 

@@ -229,8 +229,9 @@ def read_inception(file):
     try:
         content = file.read_bytes()
         weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if not all(torch.is_tensor(tensor) for tensor in weights.values()):
-            raise TypeError("it holds other things than tensors")
+        if not all(isinstance(name, str) and torch.is_tensor(tensor) and not tensor.is_sparse
+                   for name, tensor in weights.items()):
+            raise TypeError("it holds other things than tensors and their names")
     except Exception as error:          # the system, torch, zipfile and pickle have their own
         raise UserError(f"{file}: cannot be read as a file of weights "
                         f"({type(error).__name__})") from error
@@ -264,5 +265,9 @@ def load_inception(path=None):
     if wrong:
         raise UserError(f"{file}: not FID's Inception; {len(wrong)} tensors are missing, "
                         f"superfluous or misshapen: {wrong[0]} ...")
+    broken = [name for name, tensor in weights.items()
+              if tensor.dtype.is_complex or not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{file}: not FID's Inception; {broken[0]} is not of finite numbers")
     net.to_empty(device="cpu").load_state_dict(weights, strict=False)
     return net.eval().requires_grad_(False), sha

@@ -1,6 +1,7 @@
 """fid.py: the distance against closed forms and scipy, the network against its published layout, the command against bad input."""
 import subprocess
 import sys
+import warnings
 import zipfile
 from functools import partial
 
@@ -435,7 +436,7 @@ def test_the_proxy_command_prints_three_ratios_and_never_a_line_that_begins_with
     assert [line.split()[0] for line in lines[:3]] == ["proxy/random-conv", "proxy/pixel", "proxy/swd"]
     assert all("floor" in line and "ratio" in line for line in lines[:3])
     assert not any(line.strip().startswith("FID") for line in lines)
-    assert "A's 16 x 16" in "\n".join(lines) and "k 6 images" in "\n".join(lines)
+    assert "resized to 16 x 16, the smaller side" in "\n".join(lines) and "k 6 images" in "\n".join(lines)
 
 
 @pytest.mark.parametrize("argv", [
@@ -482,3 +483,138 @@ def test_every_option_is_in_the_help_with_its_default():
         if action.option_strings and action.dest != "help":
             assert action.option_strings[0] in text
     assert text.count("default:") == len(fid.parser()._actions) - 2     # all but --help and the required A
+
+
+# --- sizes, orders and what lies beside ---------------------------------------------------
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """photos/ of 48 x 27 pixels, small/ the same as training sees them, squares of 16."""
+    monkeypatch.chdir(tmp_path)
+    for k, pixels in enumerate(pictures(6, 3, size=48).permute(0, 2, 3, 1).numpy()):
+        for folder in ("photos", "small"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        photo = Image.fromarray(pixels[:27])
+        photo.save(f"photos/{k}.png")
+        square = fid.crop_square(photo, 16).transpose(1, 2, 0)
+        Image.fromarray(square).save(f"small/{k}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def few_features(monkeypatch):
+    """A network of a few features in place of Inception."""
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    monkeypatch.setattr(fid, "load_inception", lambda path: (net, "6726825d"))
+
+
+def read_fid(capsys):
+    out, err = capsys.readouterr()
+    return float(out.splitlines()[0].removeprefix("FID ")), err
+
+
+def test_samples_of_one_size_against_photographs_are_warned_about_and_can_be_measured(
+        photographs, few_features, capsys):
+    common = ["--device", "cpu"]
+    assert status(fid, ["small", "photos", *common]) == 0
+    apart, err = read_fid(capsys)
+    assert apart > 1e-3
+    assert "A has 16 x 16 pixels, B 48 x 27" in err and "--size 16 measures both" in err
+    assert status(fid, ["small", "photos", "--size", "16", *common]) == 0
+    same, err = read_fid(capsys)
+    assert same < 1e-9 and "A has" not in err
+    assert status(fid, ["small", "small", *common]) == 0
+    assert "A has" not in capsys.readouterr().err
+
+
+def test_statistics_of_squares_are_never_compared_with_others(photographs, few_features, capsys):
+    assert status(fid, ["photos", "--size", "16", "--save", "ref.npz"]) == 0
+    assert status(fid, ["small", "ref.npz", "--size", "16"]) == 0
+    capsys.readouterr()
+    for argv in (["small", "ref.npz"], ["small", "ref.npz", "--size", "24"]):
+        assert status(fid, argv) == 2
+        assert "size 16" in capsys.readouterr().err
+    old = {key: value for key, value in np.load("ref.npz").items() if key != "size"}
+    np.savez("old.npz", **old)                              # a file from before there was a choice
+    assert fid.open_measured("old.npz").size == 0 and fid.open_measured("ref.npz").size == 16
+    for size in ("7", "100000", "0"):
+        assert status(fid, ["small", "photos", "--size", size]) == 2
+
+
+def test_a_proxy_takes_the_smaller_side_of_both_and_asks_about_the_order(photographs, capsys,
+                                                                         few_patches):
+    assert status(fid, ["small", "photos", "--proxy"]) == 0
+    assert capsys.readouterr().err == ""
+    Image.new("RGB", (300, 200)).save("photos/0.png")
+    assert status(fid, ["photos", "small", "--proxy"]) == 0
+    out, err = capsys.readouterr()
+    assert "resized to 16 x 16, the smaller side" in out and "is the order samples, ref" in err
+    assert status(fid, ["photos", "small", "--proxy", "--size", "8"]) == 0
+    assert "resized to 8 x 8, --size" in capsys.readouterr().out
+
+
+def test_little_memory_is_one_line(photographs, capsys, monkeypatch):
+    monkeypatch.setattr(fid, "count_free_memory", lambda: 1000)
+    assert status(fid, ["small", "photos", "--proxy"]) == 2
+    assert "need about 0.0 GB, 0.0 are free; give --size" in capsys.readouterr().err
+
+
+def test_comparisons_beside_results_are_left_out_and_others_are_not(photographs, capsys,
+                                                                    few_patches):
+    for k in range(3):
+        Image.new("RGB", (48, 16)).save(f"small/{k}-compare.png")
+    Image.new("RGB", (16, 16)).save("small/z-compare.png")
+    assert len(fid.open_measured("photos").names) == 6
+    with pytest.warns(UserWarning, match="small: 3 pictures NAME-compare.png are left out"):
+        names = fid.open_measured("small").names
+    assert len(names) == 7 and "z-compare.png" in names and "0-compare.png" not in names
+
+
+@pytest.mark.parametrize("argv", [
+    ["a.npz", "b.npz", "--save", "b.npz"], ["a.npz", "b.npz", "--save", "a.npz"],
+    ["a.npz", "b.npz", "--save", "link.npz"], ["link.npz", "b.npz", "--save", "a.npz"],
+    ["small", "--inception", "a.npz", "--save", "./small/../a.npz"]])
+def test_saved_statistics_never_replace_an_input(photographs, capsys, argv):
+    for k, name in enumerate("ab"):
+        np.savez(f"{name}.npz", **vars(stats(seed=k)))
+    (photographs / "link.npz").symlink_to("a.npz")
+    before = [(photographs / f"{name}.npz").read_bytes() for name in "ab"]
+    assert status(fid, argv) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "--save" in err and "would overwrite" in err
+    assert before == [(photographs / f"{name}.npz").read_bytes() for name in "ab"]
+
+
+def test_a_reference_with_moments_and_images_is_used_for_its_images(photographs, capsys,
+                                                                    few_patches):
+    images = pictures(8, 3).permute(0, 2, 3, 1).numpy()
+    np.savez("adm.npz", mu=np.zeros(4), sigma=np.eye(4), mu_s=np.zeros(4), arr_0=images)
+    assert status(fid, ["adm.npz", "adm.npz", "--proxy"]) == 0
+    assert "n 8" in capsys.readouterr().out
+    assert status(fid, ["adm.npz", "small"]) == 2
+    err = capsys.readouterr().err
+    assert "without a record" in err and "it holds 8 images, too: take them out" in err
+    assert "adm-measured.npz" in err and "--save adm.npz" not in err
+
+
+@pytest.mark.parametrize("name, advice", [
+    ("photos/0.png", "is one picture; give a folder"), ("photos.tar.gz", "unpack it"),
+    ("photos.7z", "unpack it")])
+def test_the_advice_is_right(photographs, capsys, name, advice):
+    if not (photographs / name).exists():
+        (photographs / name).write_bytes(b"archive")
+    assert status(fid, [name, "small", "--proxy"]) == 2
+    assert advice in capsys.readouterr().err
+
+
+def test_weights_of_a_stranger_are_one_line(net, tmp_path):
+    good = dict(net.state_dict())
+    name = "Conv2d_1a_3x3.conv.weight"
+    for bad in (good | {3: torch.zeros(1)}, [1], good | {name: good[name] * torch.nan},
+                good | {name: good[name].to(torch.complex64)},
+                good | {name: good[name].to_sparse()}):
+        torch.save(bad, tmp_path / "bad.pth")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                 # not the published weights
+            with pytest.raises(UserError, match="bad.pth: .*(cannot be read|not FID's Inception)"):
+                plumbing.inception.load_inception(tmp_path / "bad.pth")
