@@ -45,6 +45,8 @@ pixels along a place of z, p places along a token; x (n, C, H, W) in [-1, 1]; ho
 (n, 1, H, W) bool.
 """
 import math
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -132,13 +134,72 @@ def restore_pictures(model, cond, **how):
     UserError as `sample`."""
     H, W = cond.shape[2:]
     f, side = model.space.factor, model.meta["size"]
-    bottom, right = (max(side, -(-length // f) * f) - length for length in (H, W))
-    whole = F.pad(cond, (0, right, 0, bottom), mode="replicate")           # a small picture goes on
+    height, width = padded_size(model, H, W)
+    # A small picture goes on.
+    whole = F.pad(cond, (0, width - W, 0, height - H), mode="replicate")
     task = TASKS[model.meta["task"]]
     if max(whole.shape[2:]) > side:
         model = replace(model, net=Tiled(model.net, side // f, how.get("batch", 64)))
     made = sample(model, len(cond), cond=fold_condition(whole, f), **how)
     return task.finish(made[:, :, :H, :W], cond)
+
+
+def padded_size(model, height, width):
+    """The size at which the network works on a picture: at least that of the training's
+    images, and whole places of z."""
+    f, side = model.space.factor, model.meta["size"]
+    return tuple(max(side, -(-length // f) * f) for length in (height, width))
+
+
+def count_tiles(model, height, width):
+    """How many tiles, and so passes, a network call takes for a result of this size."""
+    f, side = model.space.factor, model.meta["size"]
+    tiled = Tiled(model.net, side // f)
+    return math.prod(len(tiled.starts(length // f)) for length in padded_size(model, height, width))
+
+
+class PassBar:
+    """A bar over the passes of the network. Work on tiles says how much it is before it
+    begins, and after the first passes how long it will take.
+
+    total: of all passes, at most. title: of the bar. pictures: how many. tiles: of the
+    largest one."""
+
+    def __init__(self, total, title, pictures, tiles):
+        self.total, self.tells, self.begun = total, tiles > 1, time.monotonic()
+        self.bar = tqdm(total=total, desc=title, unit="pass",
+                        disable=pictures == tiles == 1 or None)
+        if self.tells:
+            count = f"{pictures} picture{'s' * (pictures > 1)}"
+            self.say(f"{count}, {total} passes of the network, for the largest {tiles} tiles a call")
+
+    def say(self, text):
+        """A line that does not disturb the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def __call__(self, module, given, out):
+        """A hook of the network: its passes are counted."""
+        self.bar.update(len(out))
+        if self.tells:
+            seconds = (time.monotonic() - self.begun) * self.total / len(out)
+            self.say(f"as long as the first took, about {describe_duration(seconds)} for all "
+                     "of them")
+            self.tells = False
+
+
+def describe_duration(seconds):
+    """A time in the unit that a person would use."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def make_pass_bar(run, task, sizes):
+    """The PassBar of pictures of some sizes (H, W)."""
+    tiles = [count_tiles(run.model, task.zoom * H, task.zoom * W) for H, W in sizes]
+    each = run.args.steps * (1 if run.args.cfg in (0, 1) else 2)
+    return PassBar(sum(tiles) * each, run.model.meta["task"], len(sizes), max(tiles))
 
 
 # --- reconstruction: masks ----------------------------------------------------------------
@@ -539,9 +600,10 @@ def restore_to_file(run):
     inputs = open_pictures(args, meta, run.seed, needs_hole=meta["task"] == "inpaint",
                            zoom=task.zoom)
     labels = resolve_labels(args.label, 1, meta["classes"])
-    bar = tqdm(inputs, desc=meta["task"], unit="picture", disable=len(inputs) == 1 or None)
-    with ImageWriter(args.out) as writer:
-        for i, one in enumerate(bar):
+    bar = make_pass_bar(run, task, inputs.sizes)
+    run.model.net.register_forward_hook(bar)
+    with bar.bar, ImageWriter(args.out) as writer:
+        for i, one in enumerate(inputs):
             cond = task.ask(one.x, one.hole)
             result = restore_pictures(run.model, cond, first=i, labels=labels, watch=run.trace,
                                       **run.how)

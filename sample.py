@@ -667,7 +667,8 @@ def check_arguments(args, inputs=()):
         raise UserError(f"--threads {args.threads}: must be 0 (torch's own choice) to 1024")
     if args.trace and not args.trace.lower().endswith(".png"):
         raise UserError(f"--trace {args.trace}: give a name that ends with .png")
-    read = {f"--{name}": getattr(args, name) for name in ("vae", *inputs)}
+    read = {f"--{name}": getattr(args, name) for name in ("vae", *inputs)
+            if getattr(args, name) != "random"}                                # of --holes
     read["--ckpt"] = args.ckpt and find_checkpoint(args.ckpt)
     refuse_overwriting({"--out": args.out, "--trace": args.trace}, read)
 

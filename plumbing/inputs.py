@@ -4,10 +4,12 @@ The idea. A long computation must not fail at its end, so every file is opened o
 beginning. A picture that cannot be read is named and skipped. A hole or a target that is
 missing or of another size stops the program with one line. Pictures keep their own size.
 
-    --input photos/                    every picture below it
+    --input photos/                    every picture below it; or a single picture
     --holes random | masks/ | nothing  for inpainting: drawn; or white in a mask of the same
                                        file stem; or the transparent part of the picture
     --targets truth/                   what should come out, of the same file stem
+
+A single picture takes a single mask and target, whatever their names.
 
 Shapes: x (1, C, H, W) in [-1, 1]; hole (1, 1, H, W) bool, True where to paint; truth like
 the result.
@@ -21,8 +23,9 @@ import torch
 from PIL import Image
 
 from plumbing.console import UserError, describe_error
-from plumbing.images import seeded, to_float
-from plumbing.pictures import crop_square, to_8_bit, turn_upright
+from plumbing.images import seeded, to_float, to_uint8
+from plumbing.names import normal_name
+from plumbing.pictures import crop_square, open_picture, to_8_bit, turn_upright
 from plumbing.sources import Paired, open_images
 
 
@@ -88,21 +91,22 @@ class UserPictures:
         self.source = open_flag("--input", path)
         self.holes = self.targets = None
         if holes and not self.random:
-            self.holes = Paired(self.source, open_flag("--holes", holes), "mask", "--holes")
+            self.holes = Partners(self.source, open_flag("--holes", holes), "mask", "--holes")
         if targets:
-            self.targets = Paired(self.source, open_flag("--targets", targets), "target",
-                                  "--targets")
+            self.targets = Partners(self.source, open_flag("--targets", targets), "target",
+                                    "--targets")
         names = self.list_names()
         if not names:
             raise UserError(f"--input {path}: holds no images")
-        self.names, skipped = [], []                                # (number, name); why it is none
+        self.names, self.sizes, skipped = [], [], []        # (number, name); (H, W); why it is none
         for i, name in enumerate(names[:n]):
             trouble = self.find_trouble(name)
             if trouble:
                 skipped.append(f"{name} ({trouble})")
                 continue
-            self.read(name, i)                                     # a UserError now, not in an hour
+            x, _, _ = self.read(name, i)                           # a UserError now, not in an hour
             self.names.append((i, name))
+            self.sizes.append(tuple(x.shape[2:]))
         if skipped:
             print(f"skipped {len(skipped)} of {len(skipped) + len(self.names)} pictures that could "
                   f"not be read: {', '.join(skipped[:5])}", file=sys.stderr)
@@ -164,7 +168,11 @@ class UserPictures:
             return self.draw_holes(1, *size, seeded(self.seed, i, 1))
         if self.holes:
             mask = self.read_partner(self.holes, name, size, "L", self.side, flatten_over_black)
-            hole, nowhere, everywhere = mask > 0, "its mask is nowhere white", "its mask is white"
+            hole, everywhere = mask > 0, "its mask is white"
+            nowhere, largest = "its mask is nowhere white", int(to_uint8(mask).max())
+            if largest:
+                nowhere += (f", the largest value is {largest}; are they 0/1, or numbers of "
+                            "classes? Spread them to 0..255")
         else:
             hole = picture_to_tensor(read_transparency(picture), "L", self.side) < 0
             nowhere = ("make a part of it transparent, or give --holes FOLDER (white where to "
@@ -180,7 +188,9 @@ class UserPictures:
 def name_outputs(names):
     """The pictures' names -> names of the results: file stems, paths where stems repeat.
 
-    NAME-compare is written beside NAME, and may be another picture's name."""
+    NAME-compare is written beside NAME, and may be another picture's name. An accent is
+    written in one way (NFC): some disks take both ways for one name."""
+    names = [normal_name(name) for name in names]
     stems = [Path(name).stem for name in names]
     wanted = []
     for stem, name in zip(stems, names):
@@ -195,8 +205,37 @@ def name_outputs(names):
     return outs
 
 
+class SinglePicture:
+    """A picture as a source of one."""
+
+    def __init__(self, path):
+        self.path, self.names, self.notes = Path(path), [Path(path).name], []
+
+    def picture(self, name):
+        return open_picture(self.path)
+
+
+class Partners(Paired):
+    """Masks or targets of pictures. Where both sides are a single file, they belong
+    together."""
+
+    def __init__(self, source, maps, what, flag):
+        super().__init__(source, maps, what, flag)
+        if isinstance(maps, SinglePicture):                     # it may lie among the pictures
+            top = Path(source.path) / getattr(source, "top", "")
+            self.names = [name for name in self.names
+                          if (top / name).resolve() != maps.path.resolve()]
+
+    def map(self, name):
+        if isinstance(self.maps, SinglePicture) and len(self.names) == 1:
+            return self.maps.picture(name)
+        return super().map(name)
+
+
 def open_flag(flag, path):
     """A source of pictures, or a UserError that names the flag."""
+    if Path(path).is_file() and Path(path).suffix.lower() in Image.registered_extensions():
+        return SinglePicture(path)
     try:
         return open_images(path)
     except UserError as error:

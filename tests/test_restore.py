@@ -1,9 +1,15 @@
 """Laws of reconstruction: visible tokens stay, the ceiling is the autoencoder's, a hole's content cannot be seen in what fills it."""
+import unicodedata
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
+import restore
+import train
 
 from plumbing.console import UserError
 from data import Images
@@ -16,6 +22,7 @@ from tasks import psnr_per_image
 from vae import AutoencoderKL, LatentSpace
 from vit import ViT
 from plumbing.images import to_float
+from plumbing.inputs import UserPictures, name_outputs
 import spaces
 
 N = 5
@@ -252,3 +259,89 @@ def test_one_is_the_cost_of_an_all_zero_guess_and_not_of_the_mean_image():
     zero = reconstruction_errors(model, data, ratios=(0.5,))[0.5]
     assert zero == pytest.approx(1, abs=1e-3)
     assert mean_image_error(model, data, data) < 0.5
+
+
+# --- inputs -------------------------------------------------------------------------------
+
+def paint(path, size=(8, 6), box=None, value=255, colour=None):
+    picture = Image.new("L", size, 0) if colour is None else Image.new("RGB", size, colour)
+    if box:
+        picture.paste(value, box)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return str(path)
+
+
+def test_a_single_picture_is_taken_with_a_single_mask_and_target(tmp_path):
+    photo = paint(tmp_path / "photo.png", colour="red")
+    mask = paint(tmp_path / "mask.png", box=(0, 0, 3, 3))
+    truth = paint(tmp_path / "truth.png", colour="blue")
+    pictures = UserPictures(photo, holes=mask, targets=truth, needs_hole=True)
+    one, = list(pictures)
+    assert one.name == "photo" and one.hole.sum() == 9
+    assert one.truth[0, :, 0, 0].tolist() == [-1, -1, 1]
+    folder = paint(tmp_path / "masks" / "photo.png", box=(0, 0, 2, 2))
+    one, = list(UserPictures(photo, holes=str(tmp_path / "masks"), needs_hole=True))
+    assert folder and one.hole.sum() == 4
+    paint(tmp_path / "many" / "photo.png", colour="red")
+    one, = list(UserPictures(str(tmp_path / "many"), holes=mask, needs_hole=True))
+    assert one.hole.sum() == 9                              # of a folder that holds one picture
+    paint(tmp_path / "many" / "other.png", colour="red")
+    with pytest.raises(UserError, match="no mask (photo|other)"):
+        UserPictures(str(tmp_path / "many"), holes=mask, needs_hole=True)
+    with pytest.raises(UserError, match="is the place of the pictures themselves"):
+        UserPictures(photo, holes=photo, needs_hole=True)
+
+
+@pytest.mark.parametrize("value", [1, 2, 127])
+def test_a_mask_of_small_numbers_is_refused_with_its_largest(tmp_path, value):
+    photo = paint(tmp_path / "a.png", colour="red")
+    mask = paint(tmp_path / "m.png", box=(0, 0, 3, 3), value=value)
+    with pytest.raises(UserError, match=f"nowhere white.* largest value is {value}.*0/1") as error:
+        UserPictures(photo, holes=mask, needs_hole=True)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_names_with_accents_pair_and_results_have_names_of_one_form(tmp_path):
+    one, two = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    paint(tmp_path / "p" / f"{two}.png", colour="red")
+    paint(tmp_path / "m" / f"{one}.png", box=(0, 0, 3, 3))
+    pictures = UserPictures(str(tmp_path / "p"), holes=str(tmp_path / "m"), needs_hole=True)
+    assert [p.name for p in pictures] == [one]
+    assert len(set(name_outputs([f"{one}.png", f"{two}.png", f"deep/{one}.png"]))) == 3
+    forms = {unicodedata.normalize("NFC", n) for n in name_outputs([f"{one}.png", f"{two}.png"])}
+    assert len(forms) == 2
+
+
+# --- long work says so first --------------------------------------------------------------
+
+def test_passes_are_counted_before_the_work(monkeypatch):
+    """By a network that counts, over pictures of any size, guided and not."""
+    model = build("pixel", objective="denoise")
+    model.meta.update(task="superres", size=16, classes=[])
+    for height, width in ((16, 16), (5, 40), (33, 16), (64, 50)):
+        seen = []
+        net = lambda zt, t, y, m, cond: seen.append(len(zt)) or zt
+        tiled = restore.Tiled(net, 16)
+        H, W = restore.padded_size(model, height, width)
+        tiled(torch.zeros(1, 3, H, W), torch.zeros(1))
+        assert restore.count_tiles(model, height, width) == sum(seen)
+
+
+def test_a_large_picture_tells_how_many_passes_and_how_long(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--size", "16", "--steps", "1", "--batch", "2", "--threads", "1", "--device", "cpu",
+                "--amp", "off", "--sample-every", "1000", "--task", "superres", "--out", "sr",
+                "--model", "tiny"])
+    paint(tmp_path / "big.png", size=(14, 10), colour="red")
+    paint(tmp_path / "small.png", size=(4, 4), colour="red")
+    capsys.readouterr()
+    common = ["--ckpt", "sr", "--device", "cpu", "--amp", "off", "--steps", "2", "--batch", "4"]
+    restore.main([*common, "--input", "big.png", "--out", "big"])
+    out, err = capsys.readouterr()
+    tiles = restore.count_tiles(SimpleNamespace(space=spaces.PixelSpace(3), net=None,
+                                                meta=dict(size=16)), 40, 56)
+    assert tiles > 12 and f"1 picture, {2 * tiles} passes of the network" in err
+    assert "for all of them" in err and f"{2 * tiles} passes (" in out
+    restore.main([*common, "--input", "small.png", "--out", "small"])
+    assert "passes of the network" not in capsys.readouterr().err
