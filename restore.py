@@ -171,7 +171,7 @@ class PassBar:
                         disable=pictures == tiles == 1 or None)
         if self.tells:
             count = f"{pictures} picture{'s' * (pictures > 1)}"
-            self.say(f"{count}, {total} passes of the network, for the largest {tiles} tiles a call")
+            self.say(f"{count}, {total} passes of the network; the largest is {tiles} tiles a call")
 
     def say(self, text):
         """A line that does not disturb the bar."""
