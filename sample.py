@@ -39,6 +39,7 @@ from tqdm import tqdm
 from plumbing.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, build_parser, describe_error, parse_path, run_command
 from plumbing.images import seeded, to_uint8
+from plumbing.layout import is_share
 from plumbing.machine import amp_type, pick_device
 from plumbing.names import normal_name
 from plumbing.trace import Trace
@@ -584,8 +585,9 @@ def load(path=None, weights="ema", device="auto", vae=None):
     net, schedule, space = build_model(meta | (dict(vae=vae) if vae else {}), ckpt[weights])
     load_weights(net, ckpt[weights])
     device = pick_device(device)
+    dropout = ckpt.get("config", {}).get("label_dropout")
     known = dict(step=ckpt["step"], version=ckpt["version"],
-                 label_dropout=ckpt.get("config", {}).get("label_dropout"))
+                 label_dropout=dropout if is_share(dropout) else None)
     meta = dict(task="generate", objective="denoise") | meta | known
     return DiffusionModel(net.to(device).eval(), schedule, space, meta["predict"], meta, device)
 
