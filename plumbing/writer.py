@@ -50,7 +50,7 @@ def is_part(out, path):
         return False
     links = (os.path.realpath(Path(at, name)) for at, folders, files in os.walk(source)
              for name in (*folders, *files) if os.path.islink(Path(at, name)))
-    return any(place.is_relative_to(inside) for inside in (source, *links))
+    return place.is_relative_to(source) or any(place.is_relative_to(inside) for inside in links)
 
 
 # --- samples ------------------------------------------------------------------------------

@@ -134,3 +134,17 @@ def test_the_help_names_every_claim_by_its_first_docstring_line():
     text = " ".join(reproduce.parser().format_help().split())
     for name, run in reproduce.CLAIMS.items():
         assert f"{name}: {run.__doc__.splitlines()[0]}" in text
+
+
+def test_a_claims_folder_is_not_its_data(tmp_path):
+    (tmp_path / "ddm").mkdir()
+    with pytest.raises(UserError, match="--out .*ddm would overwrite --data"):
+        run_claim("ddm", "--data", str(tmp_path / "ddm"), "--out", str(tmp_path))
+    assert not list((tmp_path / "ddm").iterdir())
+
+
+def test_the_table_of_reconstruction_says_what_one_is(finished):
+    table = (finished("lmd") / "table.md").read_text()
+    assert "1: an all-zero guess" in table and "the mean of the training images" in table
+    mean = json.loads((finished("lmd") / "cells.json").read_text())["the mean image"]
+    assert 0 < mean < 2
