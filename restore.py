@@ -214,7 +214,14 @@ def token_pixels(model):
     return model.space.factor * model.net.p
 
 
-def draw_masks(model, n, ratio, seed=0, policy="patch", block=4):
+def draw_masks(
+    model,              # its token grid counts
+    n,                  # how many images
+    ratio,              # share of the tokens to hide, in (0, 1)
+    seed=0,             # of the draw
+    policy="patch",     # a name in POLICIES: which tokens
+    block=4,            # side of the squares of the policy "block", in tokens
+):
     """A Mask for n images, a function of the arguments alone.
 
     UserError when the ratio hides nothing."""

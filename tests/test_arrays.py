@@ -1,5 +1,5 @@
-"""Laws of .npz files of strangers: whatever one holds, fid.py measures it or says one line; never
-a traceback, a hang, a crash or a memory that fills."""
+"""Laws of .npz files of strangers: whatever one holds, fid.py measures it or says one line;
+never a traceback, a hang, a crash or a memory that fills."""
 import io
 import random
 import resource
@@ -63,11 +63,11 @@ def test_a_bomb_is_not_unpacked_and_what_nobody_wants_is_not_read(tmp_path, monk
 BAD = [("mu", [np.full(4, np.nan), np.full(4, np.inf), np.float64(1), np.zeros((4, 1)), np.zeros(0),
                np.zeros(3), np.zeros(4, complex), np.array(["a"] * 4), np.full(4, 1e200),
                np.zeros(4, bool), np.zeros(4, "M8[s]")]),
-       ("sigma", [np.full((4, 4), np.nan), np.full((4, 4), np.inf), np.float64(1), np.eye(3), -np.eye(4),
-                  np.triu(np.ones((4, 4))), np.zeros((0, 0)), np.array("text"), np.eye(4) + 0j,
+       ("sigma", [np.full((4, 4), np.nan), np.full((4, 4), np.inf), np.float64(1), np.eye(3),
+                  -np.eye(4), np.triu(np.ones((4, 4))), np.zeros((0, 0)), np.array("text"), np.eye(4) + 0j,
                   np.eye(4) * 1e300]),
-       ("n", [np.array(0), np.array(1), np.array(-5), np.array(2.5), np.array("9"), np.array([9, 9]),
-              np.array(np.nan), np.array(True), np.zeros(0, int)]),
+       ("n", [np.array(0), np.array(1), np.array(-5), np.array(2.5), np.array("9"),
+              np.array([9, 9]), np.array(np.nan), np.array(True), np.zeros(0, int)]),
        ("protocol", [np.array("xx"), np.array(3), np.array(["tf1"]), np.array(""), np.array(np.nan),
                      np.array(b"tf1")]),
        ("weights", [np.array(3), np.array("\x1b[31m"), np.array("x" * 5000), np.array(["a", "b"])]),
@@ -95,8 +95,8 @@ def test_big_endian_and_half_precision_moments_are_read(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("pixels", [
-    np.zeros((0, 8, 8, 3), np.uint8), np.zeros((4, 0, 0, 3), np.uint8), np.zeros((4, 8, 8), np.uint8),
-    np.zeros((4, 8, 8, 2), np.uint8), np.zeros((4, 8, 8, 3)), np.array("text"), np.uint8(3)])
+    np.zeros((0, 8, 8, 3), np.uint8), np.zeros((4, 0, 0, 3), np.uint8),
+    np.zeros((4, 8, 8), np.uint8), np.zeros((4, 8, 8, 2), np.uint8), np.zeros((4, 8, 8, 3)), np.array("text"), np.uint8(3)])
 def test_images_that_are_none_are_one_line(tmp_path, monkeypatch, capsys, pixels):
     monkeypatch.chdir(tmp_path)
     np.savez("bad.npz", arr_0=pixels)
@@ -144,7 +144,8 @@ def spoil(rng, path):
 
 
 def attack(count, seed, folder):
-    """Run in a process of its own, for it may crash: prints one line for each bad outcome."""
+    """Run in a process of its own, for it may crash: prints one line for each bad
+    outcome."""
     import contextlib
     import traceback
     from pathlib import Path
@@ -163,7 +164,8 @@ def attack(count, seed, folder):
                            [bad, "--save", str(folder / "new.npz")]])
         print(f"TRY {k} {argv}", flush=True)
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                 fid.main(argv)
         except UserError as error:
             if len(str(error).splitlines()) != 1 or len(str(error)) > 600:

@@ -1,4 +1,5 @@
-"""fid.py: the distance against closed forms and scipy, the network against its published layout, the command against bad input."""
+"""fid.py: the distance against closed forms and scipy, the network against its published
+layout, the command against bad input."""
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,8 @@ import plumbing.inception
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """On a shared machine two threads wait for each other: Inception measured 4.7 s with two and 0.34 s with one."""
+    """On a shared machine two threads wait for each other: Inception measured 4.7 s with
+    two and 0.34 s with one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -112,7 +114,8 @@ def test_a_covariance_of_one_image_or_of_nan_is_refused():
 
 @pytest.fixture(scope="module")
 def net():
-    """Random weights that keep the scale: with torch's own, which shrink it, features are 1e-7 and any test of them passes."""
+    """Random weights that keep the scale: with torch's own, which shrink it, features are
+    1e-7 and any test of them passes."""
     torch.manual_seed(0)
     net = plumbing.inception.Inception().eval()
     for module in net.modules():
@@ -257,7 +260,8 @@ def test_small_n_is_warned_about(recwarn):
 # --- proxies ---------------------------------------------------------------------------------------------------------------------
 
 def pictures(n, seed, c=3, size=16):
-    """Smooth random images with a little structure: a disc of random place and colour on a gradient."""
+    """Smooth random images with a little structure: a disc of random place and colour on a
+    gradient."""
     g, t = rng(seed), torch.linspace(-1, 1, size)
     at, colour, slope = torch.rand(n, 2, generator=g) - 0.5, torch.rand(n, c, generator=g), torch.rand(n, generator=g)
     d = ((t - at[:, :1])[:, :, None].square() + (t - at[:, 1:])[:, None, :].square()).sqrt()
@@ -388,7 +392,8 @@ def test_sixteen_bits_are_scaled_and_a_proxy_sees_what_training_sees(tmp_path):
 
 
 def test_end_to_end_with_random_weights(folder, weights, capsys, monkeypatch):
-    # Two eigenproblems of size 2048 take 10 s and are tested above at small size; here the moments that reach them are looked at.
+    # Two eigenproblems of size 2048 take 10 s and are tested above at small size; here the
+    # moments that reach them are looked at.
     monkeypatch.setattr(fid, "frechet", lambda m1, S1, m2, S2: np.abs(m1 - m2).max() + np.abs(S1 - S2).max())
     common = ["--inception", str(weights), "--device", "cpu", "--batch", "2"]
     assert status(fid, [str(folder / "images"), str(folder / "nhwc.npz"), *common, "--n", "2"]) == 0

@@ -1,5 +1,5 @@
-"""Laws of labels on the command line: a name is a name however it is written, a number that is
-a name is one, and what was drawn is said."""
+"""Laws of labels on the command line: a name is a name however it is written, a number that
+is a name is one, and what was drawn is said."""
 import unicodedata
 
 import numpy as np
@@ -38,7 +38,8 @@ def test_a_number_is_a_name_where_names_are_numbers(label, classes, number):
     ("0", NUMBERS), ("3", NUMBERS), ("1", ["01", "001"]), ("3", WORDS), ("-1", WORDS),
     ("0", ["a", "b", "2"]), ("\u0661", NUMBERS), ("1", [])])
 def test_a_number_that_is_no_name_is_refused_and_the_classes_are_named(label, classes):
-    with pytest.raises(UserError, match=f"--label {label}: .*{classes[0] if classes else 'without'}"):
+    known = classes[0] if classes else "without"
+    with pytest.raises(UserError, match=f"--label {label}: .*{known}"):
         find_class(label, classes)
 
 

@@ -1,4 +1,5 @@
-"""Laws of the linear probe: it is linear, deterministic and at its optimum, and it finds what is there."""
+"""Laws of the linear probe: it is linear, deterministic and at its optimum, and it finds
+what is there."""
 import shutil
 from pathlib import Path
 
@@ -143,7 +144,8 @@ def test_what_a_probe_does_not_read_is_no_flag_of_it(flags, capsys):
 
 
 def test_held_out_images_belong_to_their_data():
-    """With other data, --val is the default and not the run's; what is given wins, and an older run has the defaults."""
+    """With other data, --val is the default and not the run's; what is given wins, and an
+    older run has the defaults."""
     config = dict(data="a", val="0.25", size=16)
     o = probe.inherit_probe_options({}, config)
     assert (o.data, o.val, o.size, o.seed, o.weights) == ("a", "0.25", 16, Options.seed, "model")

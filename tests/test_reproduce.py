@@ -46,7 +46,8 @@ def difference_of_means(a, b):
 
 @pytest.fixture(scope="module")
 def tiny_world(tmp_path_factory):
-    """Forty faces, networks of two narrow blocks, trained for four steps. -> the claims' folder"""
+    """Forty faces, networks of two narrow blocks, trained for four steps. -> the claims'
+    folder"""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         for module in (running.setup, claims.bench, vae):

@@ -1,4 +1,5 @@
-"""Laws of reconstruction: visible tokens stay, the ceiling is the autoencoder's, a hole's content cannot be seen in what fills it."""
+"""Laws of reconstruction: visible tokens stay, the ceiling is the autoencoder's, a hole's
+content cannot be seen in what fills it."""
 import unicodedata
 from dataclasses import replace
 from types import SimpleNamespace
@@ -29,7 +30,8 @@ N = 5
 
 
 def build(kind, recon_target="clean", objective="reconstruct", decoder=2):
-    """A network of random weights, gates and head too, in the space `kind`: 16 places along a side of z or x, tokens of 2."""
+    """A network of random weights, gates and head too, in the space `kind`: 16 places along
+    a side of z or x, tokens of 2."""
     torch.manual_seed(0)
     space = spaces.PixelSpace(3) if kind == "pixel" else LatentSpace(AutoencoderKL((8, 8), layers=1, groups=4, latent=4, channels=3), std=torch.ones(4) * 0.2)
     schedule = replace(SCHEDULES["ddm"], data_std=0.5)
@@ -112,7 +114,8 @@ def test_a_reconstruction_does_not_depend_on_the_batch_and_is_reproducible():
 @both_spaces
 @pytest.mark.parametrize("shape", ["square", "rim", "scattered"])
 def test_images_that_differ_only_inside_the_hole_give_the_same_result_bit_for_bit(kind, shape):
-    """Also beside the hole, also where the autoencoder's norms and attention look everywhere."""
+    """Also beside the hole, also where the autoencoder's norms and attention look
+    everywhere."""
     model = build(kind)
     x, side = images(model), model.meta["size"]
     holes = torch.zeros(N, 1, side, side, dtype=torch.bool)

@@ -1,5 +1,5 @@
-"""Laws of tasks: a condition says nothing about what it hides, known pixels survive, measures
-equal brute force, tiles make one picture."""
+"""Laws of tasks: a condition says nothing about what it hides, known pixels survive,
+measures equal brute force, tiles make one picture."""
 import math
 
 import numpy as np
@@ -207,7 +207,8 @@ def brute_force_f(guess, truth, beta2):
 
 
 def brute_force_edge_f(guess, truth, tolerance):
-    """Every threshold, every pixel, every neighbour; a pixel may be matched once at most."""
+    """Every threshold, every pixel, every neighbour; a pixel may be matched once at
+    most."""
     level, true = to_uint8(guess)[:, 0].numpy(), (truth[:, 0] > 0).numpy()
 
     def near(mask, b, i, j):
@@ -227,7 +228,8 @@ def brute_force_edge_f(guess, truth, tolerance):
 
 
 def random_maps(seed, images=3):
-    """Maps and guesses of them, of images of which each has its own share of true pixels."""
+    """Maps and guesses of them, of images of which each has its own share of true
+    pixels."""
     g = torch.Generator().manual_seed(seed)
     share = torch.tensor([0.05, 0.25, 0.6])[:images, None, None, None]
     truth = torch.where(torch.rand(images, 1, 7, 9, generator=g) < share, 1.0, -1.0)
@@ -290,7 +292,8 @@ def small(task="superres", channels=1, predict="unit", classes=0, awake=True):
 
 
 def test_a_new_condition_leaves_the_network_as_it_was():
-    """The embedding of the condition starts at zero: fine-tuning to a task starts from exactly the unconditional model."""
+    """The embedding of the condition starts at zero: fine-tuning to a task starts from
+    exactly the unconditional model."""
     with_cond, without = small("superres"), small("generate")
     first = {k: v for k, v in without.net.state_dict().items()}
     net = small("superres", awake=False).net
@@ -388,7 +391,8 @@ def test_tasks_that_cannot_be_trained_are_refused(flags, why):
 
 
 def test_flips_and_cuts_reach_picture_and_map_alike(tmp_path):
-    """Maps of --targets stay aligned with their pictures, cached or streamed, in whatever folder they lie."""
+    """Maps of --targets stay aligned with their pictures, cached or streamed, in whatever
+    folder they lie."""
     faces = draw_faces(6, 16, 2)
     for i in range(6):
         folder = tmp_path / "images" / ("train" if i < 3 else "test")
@@ -477,7 +481,8 @@ def test_a_strip_lays_condition_result_and_truth_side_by_side():
 
 @pytest.fixture
 def own(tmp_path, monkeypatch, few_faces):
-    """A folder to work in with three pictures in mine/ (20 x 14 pixels), and models of superres and inpaint in sr/ and ip/."""
+    """A folder to work in with three pictures in mine/ (20 x 14 pixels), and models of
+    superres and inpaint in sr/ and ip/."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     for i, face in enumerate(draw_faces(3, 20, 1).pixels):

@@ -1,4 +1,5 @@
-"""Laws of what is written: never over an input, never through a link, whole or not at all."""
+"""Laws of what is written: never over an input, never through a link, whole or not at
+all."""
 import os
 import signal
 import subprocess
