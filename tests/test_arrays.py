@@ -64,7 +64,8 @@ BAD = [("mu", [np.full(4, np.nan), np.full(4, np.inf), np.float64(1), np.zeros((
                np.zeros(3), np.zeros(4, complex), np.array(["a"] * 4), np.full(4, 1e200),
                np.zeros(4, bool), np.zeros(4, "M8[s]")]),
        ("sigma", [np.full((4, 4), np.nan), np.full((4, 4), np.inf), np.float64(1), np.eye(3),
-                  -np.eye(4), np.triu(np.ones((4, 4))), np.zeros((0, 0)), np.array("text"), np.eye(4) + 0j,
+                  -np.eye(4), np.triu(np.ones((4, 4))), np.zeros((0, 0)), np.array("text"),
+                  np.eye(4) + 0j,
                   np.eye(4) * 1e300]),
        ("n", [np.array(0), np.array(1), np.array(-5), np.array(2.5), np.array("9"),
               np.array([9, 9]), np.array(np.nan), np.array(True), np.zeros(0, int)]),
@@ -96,7 +97,8 @@ def test_big_endian_and_half_precision_moments_are_read(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("pixels", [
     np.zeros((0, 8, 8, 3), np.uint8), np.zeros((4, 0, 0, 3), np.uint8),
-    np.zeros((4, 8, 8), np.uint8), np.zeros((4, 8, 8, 2), np.uint8), np.zeros((4, 8, 8, 3)), np.array("text"), np.uint8(3)])
+    np.zeros((4, 8, 8), np.uint8), np.zeros((4, 8, 8, 2), np.uint8), np.zeros((4, 8, 8, 3)),
+    np.array("text"), np.uint8(3)])
 def test_images_that_are_none_are_one_line(tmp_path, monkeypatch, capsys, pixels):
     monkeypatch.chdir(tmp_path)
     np.savez("bad.npz", arr_0=pixels)
