@@ -211,6 +211,10 @@ class SinglePicture:
     def __init__(self, path):
         self.path, self.names, self.notes = Path(path), [Path(path).name], []
 
+    def file_of(self, name):
+        """The path of the file that holds a picture: its own."""
+        return self.path
+
     def picture(self, name):
         return open_picture(self.path)
 
