@@ -416,7 +416,7 @@ def test_a_picture_without_a_map_is_named(tmp_path, capsys):
     for i in range(30):
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"f{i:02d}.png")
         if i != 7:
-            Image.new("L", (8, 8)).save(tmp_path / "maps" / f"f{i:02d}.png")
+            Image.new("L", (8, 8), 255).save(tmp_path / "maps" / f"f{i:02d}.png")
     assert len(load_images(tmp_path / "images", 8, targets=tmp_path / "maps")) == 29
     assert "f07.png (no target f07.* in" in capsys.readouterr().err
     (tmp_path / "maps" / "again").mkdir()
@@ -603,8 +603,9 @@ def test_maps_belong_to_their_pictures(tmp_path):
     for i in range(3):
         for folder, size in (("data", (8, 8)), ("data/masks", (8, 8)), ("long", (16, 8))):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", size).save(tmp_path / folder / f"f{i}.png")
-    assert len(load_images(tmp_path / "data", 8, targets=tmp_path / "data" / "masks")) == 3          # maps below the data are no pictures
+            Image.new("RGB", size, "white").save(tmp_path / folder / f"f{i}.png")
+    # Maps below the data are no pictures.
+    assert len(load_images(tmp_path / "data", 8, targets=tmp_path / "data" / "masks")) == 3
     with pytest.raises(UserError, match="place of the pictures"):
         load_images(tmp_path / "data", 8, targets=tmp_path / "data")
     with pytest.raises(UserError, match="8 x 8 pixels, but its target 16 x 8"):
@@ -617,7 +618,7 @@ def test_maps_belong_to_their_pictures(tmp_path):
 def test_stage_two_keeps_the_maps_of_its_task_and_data(tmp_path, monkeypatch, few_faces):
     monkeypatch.chdir(tmp_path)
     for i, face in enumerate(draw_faces(8, 8, 1).pixels):
-        for folder, picture in (("data", Image.fromarray(face.permute(1, 2, 0).numpy())), ("maps", Image.new("L", (8, 8), 40 * (i % 3)))):
+        for folder, picture in (("data", Image.fromarray(face.permute(1, 2, 0).numpy())), ("maps", Image.new("L", (8, 8), 100 * (i % 3)))):
             (tmp_path / folder).mkdir(exist_ok=True)
             picture.save(tmp_path / folder / f"f{i}.png")
     import finetune
