@@ -69,7 +69,7 @@ from sample import (
 )
 from tasks import TASKS, draw_holes, fold_condition, place_side_by_side, psnr_per_image
 
-RATIOS = (0.15, 0.40, 0.55, 0.75)               # [LMD] where ramps start, rest, are on average, end
+FIXED_RATIOS = (0.15, 0.40, 0.55, 0.75)         # [LMD] where ramps start, rest, are on average, end
 GREY = 0.0                                          # what a hidden square looks like in a picture
 
 
@@ -387,12 +387,12 @@ def inpaint_hole(
 
 @torch.no_grad()
 def reconstruction_errors(
-    model,              # of --objective reconstruct
-    images,             # data.Images, or spaces.Latents with their space
-    ratios=RATIOS,      # shares of hidden tokens
-    n=256,              # images at most, drawn at random
-    seed=1,             # of the masks
-    batch=64,           # images at once
+    model,                  # of --objective reconstruct
+    images,                 # data.Images, or spaces.Latents with their space
+    ratios=FIXED_RATIOS,    # shares of hidden tokens
+    n=256,                  # images at most, drawn at random
+    seed=1,                 # of the masks
+    batch=64,               # images at once
 ):
     """Held-out error of reconstruction at fixed ratios.
 

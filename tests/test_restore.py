@@ -15,8 +15,10 @@ import train
 from plumbing.console import UserError
 from data import Images
 from mask import patchify
-from restore import (RATIOS, describe_reconstruction, draw_masks, draw_reconstruction, fill_hidden,
-                     hole_mask, inpaint_hole, mean_image_error, reconstruct, reconstruction_errors)
+from restore import (
+    FIXED_RATIOS, describe_reconstruction, draw_masks, draw_reconstruction, fill_hidden, hole_mask,
+    inpaint_hole, mean_image_error, reconstruct, reconstruction_errors,
+)
 from sample import DiffusionModel
 from schedules import SCHEDULES
 from tasks import psnr_per_image
@@ -190,7 +192,7 @@ def test_held_out_errors_are_the_masked_mse_at_fixed_ratios_and_masks(kind, targ
     pixels = (images(model) * 127.5 + 127.5).round().byte()
     data = Images(model.meta["size"], 3, torch.zeros(N, dtype=torch.int64), pixels=pixels)
     errors = reconstruction_errors(model, data, batch=2)
-    assert tuple(errors) == RATIOS == (0.15, 0.4, 0.55, 0.75)
+    assert tuple(errors) == FIXED_RATIOS == (0.15, 0.4, 0.55, 0.75)
     z = model.space.encode(to_float(pixels))
     for ratio, error in errors.items():
         m = draw_masks(model, N, ratio, 1)
