@@ -331,8 +331,8 @@ def load_images(
 ):
     """Load a source of pictures at one size -> Images.
 
-    UserError when the source is missing, of another kind or empty, and when more than 1 %
-    and more than 10 files are broken."""
+    UserError when the source is missing, of another kind or empty, when more than 1 % and
+    more than 10 files are broken, and when no map is brighter than middle grey."""
     if size < 1:
         raise UserError(f"--size {size}: an image has at least one pixel")
     if str(source) == "faces":
@@ -345,8 +345,6 @@ def load_images(
     if not names:
         raise UserError(f"{path}: holds no images; is it the right place? "
                         f"{'; '.join(source.notes)}".strip())
-    if maps:
-        source.require_light()
     y, classes = number_classes(source, labels)
     channels = 1 if gray else 3
     shape = (len(names), channels + maps, size, size)
@@ -356,6 +354,8 @@ def load_images(
     images.rows = torch.tensor([i for i, why in enumerate(faults) if why is None])
     images.skipped = [name for name, why in zip(names, faults) if why is not None]
     report_skipped(path, names, faults)
+    if maps:
+        source.require_light()
     if progress:
         for note in source.notes:
             print(f"note: {path}: {note}", file=sys.stderr)

@@ -316,6 +316,12 @@ def test_maps_that_all_look_black_are_refused_by_their_largest_value(tmp_path, k
             load_images(*args, **options)
 
 
+def test_what_is_wrong_with_single_maps_is_said_before_what_is_wrong_with_all(tmp_path):
+    save(tmp_path / "pictures" / "a.png"), save(tmp_path / "masks" / "b.png")
+    with pytest.raises(UserError, match="no target a"):
+        load_images(tmp_path / "pictures", 8, targets=tmp_path / "masks")
+
+
 # --- classes ------------------------------------------------------------------------------
 
 def test_classes_that_are_numbers_are_ordered_as_numbers(tmp_path):
