@@ -73,6 +73,7 @@ class Setup:
         require_output_outside(o)
         self.images, self.held_out = load_run_images(o, self.machine)
         self.data = describe_data(self.images, self.held_out)
+        self.described = self.images.describe_classes()     # "18 images of 3 classes (...)"
         if ckpt:
             require_same_data(ckpt["meta"], self.data, o.out)
         self.space = open_space(o, self.images.channels, ckpt, first)

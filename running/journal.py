@@ -177,9 +177,10 @@ class Journal:
         counts = ", ".join(map(str, token_counts(o, self.tokens)))
         dtype = str(setup.dtype or torch.float32).removeprefix("torch.")
         continued = f", continued at step {self.plan.step}" if setup.ckpt else ""
+        of = "from" if setup.classes else "of"
         lines = [
-            f"{len(setup.images)} images of {o.data} at {o.size} px ({len(setup.held_out)} held "
-            f"out); {o.model} model, {parameters:.1f} M parameters",
+            f"{setup.described} {of} {o.data} at {o.size} px ({len(setup.held_out)} held out); "
+            f"{o.model} model, {parameters:.1f} M parameters",
             f"{self.tokens} tokens, visible: {counts}; batch {o.batch} = {world} process(es) x "
             f"{setup.shards} x {setup.micro}; {self.machine.device.type}, {dtype}, "
             f"{torch.get_num_threads()} threads",

@@ -19,6 +19,7 @@ from data import holdout, load_images
 from mask import ratio_at, visible_count
 from plumbing.console import UserError
 from plumbing.images import choose_subset, seeded, to_float
+from plumbing.names import normal_name
 from sample import build_model
 from schedules import SCHEDULES
 from spaces import SPACES
@@ -137,8 +138,9 @@ def describe_data(images, held_out):
     """What identifies the data of a run. -> dict: of both parts the number of images, the
     class names and a digest of the names of all files, read or not; the faces have none."""
     def describe(part):
-        names = part.source.names if part.source is not None else []
-        digest = hashlib.sha256("\n".join(sorted(names)).encode(errors="surrogateescape"))
+        names = map(normal_name, part.source.names) if part.source is not None else []
+        names = sorted(names)
+        digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
         count = len(names) or len(part.labels)
         return dict(count=count, classes=list(part.classes), names=digest.hexdigest()[:16])
 
@@ -156,7 +158,7 @@ def require_same_data(meta, data, out):
     for part, flag in (("images", "--data"), ("held_out", "--val")):
         was, now = began[part], data[part]
         where = f"the run in {out} began with"
-        if was["classes"] != now["classes"]:
+        if list(map(normal_name, was["classes"])) != list(map(normal_name, now["classes"])):
             raise UserError(f"{flag}: {where} the classes {', '.join(was['classes'])}, now there "
                             f"are {', '.join(now['classes'])}; start another run")
         if was["count"] != now["count"]:
@@ -253,9 +255,10 @@ def load_first_stage(net, weights, classes_there, classes_here):
         del weights[cond]                       # of another task
     if "embed_class.weight" in weights:
         rows = mine["embed_class.weight"].clone()
-        for i, name in enumerate(classes_here):
-            if name in classes_there:
-                rows[i] = weights["embed_class.weight"][classes_there.index(name)]
+        there = [normal_name(name) for name in classes_there]
+        for i, name in enumerate(map(normal_name, classes_here)):
+            if name in there:
+                rows[i] = weights["embed_class.weight"][there.index(name)]
         weights["embed_class.weight"] = rows
     require_same_shapes(weights, mine, may_differ)
     net.load_state_dict(mine | weights)

@@ -21,6 +21,7 @@ from plumbing.checkpoint import save_atomic
 from plumbing.console import UserError
 from plumbing.images import choose_subset
 from running.evaluate import validate
+import sample as S
 from sample import load
 from test_train import (TINY, equal, go, in_a_folder_of_its_own, photos, read, rows, start,
                         wait_for_step,
@@ -282,3 +283,19 @@ def test_resume_with_nothing_to_start_from_and_no_run_is_one_line():
     with pytest.raises(UserError, match="there is no run in runs/tpyo; the runs here are none"):
         train.main(["--resume", "--out", "runs/tpyo"])
     assert not Path("runs").exists()
+
+
+def test_the_first_line_names_the_classes_and_an_accent_is_one_letter(capsys):
+    """macOS writes an accent as a letter of its own: the same folder, the same class."""
+    for name in ("ant", "caf\u00e9"):
+        for i in range(4):
+            paint(Path("things") / name / f"{i}.png", 40 * i)
+    train.main(["--data", "things", *TINY, "--labels", "--steps", "2", "--out", "runs/a"])
+    assert "images of 2 classes (ant" in capsys.readouterr().out
+    Path("things/caf\u00e9").rename("things/cafe\u0301")
+    train.main(["--out", "runs/a", "--resume", "--steps", "3"])
+    assert read("runs/a/last.pt")["step"] == 3
+    weights = read("runs/a/last.pt")["model"]
+    net = S.build_model(read("runs/a/last.pt")["meta"])[0]
+    running.setup.load_first_stage(net, weights, ["ant", "cafe\u0301"], ["ant", "caf\u00e9"])
+    assert torch.equal(net.state_dict()["embed_class.weight"], weights["embed_class.weight"])
