@@ -219,7 +219,14 @@ def describe_deaths(batches):
 
 # --- loading ------------------------------------------------------------------------------
 
-def load_faces(size, gray, labels, seed, count, targets):
+def load_faces(
+    size,           # pixels along a side
+    gray,           # one channel instead of three
+    labels,         # whether the classes are their expressions
+    seed,           # other seeds, other faces
+    count,          # how many, None for all
+    targets,        # a name in EXACT, or None
+):
     """The built-in faces as Images; arguments as in `load_images`.
 
     UserError for a number or size that cannot be drawn, and for maps that faces lack."""

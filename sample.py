@@ -88,7 +88,14 @@ def split_grid(schedule, start, steps):
     return torch.cat([grid[:-1], cut, grid[-1:]])
 
 
-def edm_grid(schedule, start, steps, low=0.002, high=80.0, rho=7):
+def edm_grid(
+    schedule,
+    start,          # the latest time
+    steps,          # how many steps
+    low=0.002,      # the lowest noise level b / a before 0, if training went so low
+    high=80.0,      # the highest
+    rho=7,          # of equal steps in its rho-th root
+):
     """[EDM] b / a from 80 to .002, equally spaced in its seventh root, then 0."""
     first, last = noise_level(schedule, start), noise_level(schedule, T_MIN)
     roots = torch.linspace(min(high, first) ** (1 / rho), max(low, last) ** (1 / rho), steps,

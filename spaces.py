@@ -203,7 +203,14 @@ def start_or_continue(file, shape):
     return done
 
 
-def append_latents(file, images, done, encode, workers, progress):
+def append_latents(
+    file,           # open for appending
+    images,         # data.Images
+    done,           # how many of them are in the file
+    encode,         # x (B, C, H, W) -> latents
+    workers,        # processes that decode images
+    progress,       # whether a bar is shown
+):
     """Encode the images from number `done` on, chunk by chunk, each forced to disk.
 
     encode: x uint8 (B, C, H, W) -> an array (B, L, h, 2w or w).  progress: show a bar."""

@@ -47,20 +47,22 @@ def close(a, b, tolerance):
     return abs(a - b) <= tolerance
 
 
-# --- Fréchet distance ----------------------------------------------------------------------------------------------------------
+# --- Fréchet distance ---------------------------------------------------------------------
+
 
 @given(st.integers(1, 12), st.integers(0, 99))
 def test_the_distance_of_diagonal_gaussians_is_the_closed_form(d, seed):
     m1, m2, a, b = (randn(d, seed=seed + i) for i in range(4))
     a, b = a.square(), b.square()
-    a[0] = 0                                                            # a direction without variance is no exception
+    a[0] = 0  # a direction without variance is no exception
     expected = (m1 - m2).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
     assert close(fid.frechet(m1, a.diag(), m2, b.diag()), expected.item(), 1e-6)
 
 
 @given(st.integers(1, 12), st.integers(0, 99))
 def test_the_distance_is_symmetric_zero_on_itself_and_blind_to_rotations(d, seed):
-    m1, m2, S1, S2 = randn(d, seed=seed), randn(d, seed=seed + 1), spd(d, seed + 2), spd(d, seed + 3)
+    m1, m2, S1, S2 = randn(d, seed=seed), randn(d, seed=seed + 1), spd(d,
+                                                                       seed + 2), spd(d, seed + 3)
     there = fid.frechet(m1, S1, m2, S2)
     Q = torch.linalg.qr(randn(d, d, seed=seed + 4)).Q
     assert close(there, fid.frechet(m2, S2, m1, S1), 1e-9)
@@ -70,7 +72,7 @@ def test_the_distance_is_symmetric_zero_on_itself_and_blind_to_rotations(d, seed
 
 @given(st.integers(1, 10), st.integers(0, 99))
 def test_the_distance_of_singular_covariances_is_real_and_right(d, seed):
-    S = spd(d, seed, rank=1)                                            # S and 4 S commute: sqrt(4 S S) = 2 S, left is tr S
+    S = spd(d, seed, rank=1)  # S and 4 S commute: sqrt(4 S S) = 2 S, left is tr S
     zero = torch.zeros(d)
     assert close(fid.frechet(zero, S, zero, 4 * S), S.trace().item(), 1e-6 * S.trace().item())
     assert close(fid.frechet(zero, S, zero, 0 * S), S.trace().item(), 1e-6 * S.trace().item())
@@ -80,7 +82,9 @@ def test_the_distance_of_singular_covariances_is_real_and_right(d, seed):
 def test_both_paths_agree_with_the_form_by_sqrtm_at_any_n_and_d(n1, n2, d, seed):
     X1, X2 = randn(n1, d, seed=seed), 2 * randn(n2, d, seed=seed + 1) + 1
     (m1, S1), (m2, S2) = ((X.mean(0), torch.cov(X.T).reshape(d, d)) for X in (X1, X2))
-    root = np.linalg.eigvals((S1 @ S2).numpy()).astype(complex) ** 0.5  # scipy's sqrtm fails on singular products: use it below
+    root = np.linalg.eigvals(
+        (S1 @ S2
+         ).numpy()).astype(complex)**0.5  # scipy's sqrtm fails on singular products: use it below
     trace = root.real.sum()
     if min(n1, n2) > d + 1:
         trace = scipy.linalg.sqrtm((S1 @ S2).numpy()).trace().real
@@ -103,14 +107,16 @@ def test_streamed_moments_are_numpys_for_any_split_and_a_large_mean(sizes, seed)
 
 
 def test_a_covariance_of_one_image_or_of_nan_is_refused():
-    for x, word in ((torch.zeros(1, 3), "at least 2"), (torch.full((4, 3), torch.nan), "not finite")):
+    for x, word in ((torch.zeros(1, 3), "at least 2"), (torch.full((4, 3),
+                                                                   torch.nan), "not finite")):
         moments = fid.Moments()
         moments.add(x)
         with pytest.raises(UserError, match=word):
             moments.finish()
 
 
-# --- the network -----------------------------------------------------------------------------------------------------------------
+# --- the network --------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def net():
@@ -141,15 +147,25 @@ def test_the_network_has_the_published_layout(net):
     assert len(state) == 566 and sum("num_batches_tracked" not in name for name in state) == 472
     assert sum(isinstance(m, plumbing.inception.BasicConv2d) for m in net.modules()) == 94
     assert sum(p.numel() for p in net.parameters()) == 23_850_960
-    assert sum(p.numel() for name, p in net.named_parameters() if not name.startswith("fc.")) == 21_785_568
-    golden = {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Conv2d_4a_3x3.bn.running_var": (192,),
-              "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5), "Mixed_5b.branch_pool.conv.weight": (32, 192, 1, 1),
-              "Mixed_5d.branch3x3dbl_3.conv.weight": (96, 96, 3, 3), "Mixed_6a.branch3x3.conv.weight": (384, 288, 3, 3),
-              "Mixed_6b.branch7x7_2.conv.weight": (128, 128, 1, 7), "Mixed_6b.branch7x7_3.conv.weight": (192, 128, 7, 1),
-              "Mixed_6d.branch7x7dbl_2.conv.weight": (160, 160, 7, 1), "Mixed_6e.branch7x7dbl_5.conv.weight": (192, 192, 1, 7),
-              "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3), "Mixed_7b.branch3x3_2a.conv.weight": (384, 384, 1, 3),
-              "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1), "Mixed_7c.branch1x1.bn.bias": (320,),
-              "fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    assert sum(p.numel() for name, p in net.named_parameters()
+               if not name.startswith("fc.")) == 21_785_568
+    golden = {
+        "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Conv2d_4a_3x3.bn.running_var": (192, ),
+        "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5),
+        "Mixed_5b.branch_pool.conv.weight": (32, 192, 1, 1),
+        "Mixed_5d.branch3x3dbl_3.conv.weight": (96, 96, 3, 3),
+        "Mixed_6a.branch3x3.conv.weight": (384, 288, 3,
+                                           3), "Mixed_6b.branch7x7_2.conv.weight": (128, 128, 1, 7),
+        "Mixed_6b.branch7x7_3.conv.weight": (192, 128, 7, 1),
+        "Mixed_6d.branch7x7dbl_2.conv.weight": (160, 160, 7, 1),
+        "Mixed_6e.branch7x7dbl_5.conv.weight": (192, 192, 1,
+                                                7), "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192,
+                                                                                           3, 3),
+        "Mixed_7b.branch3x3_2a.conv.weight": (384, 384, 1,
+                                              3), "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384,
+                                                                                           3, 1),
+        "Mixed_7c.branch1x1.bn.bias": (320, ), "fc.weight": (1008, 2048), "fc.bias": (1008, )
+    }
     assert {name: tuple(state[name].shape) for name in golden} == golden
     assert all(m.eps == 1e-3 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
     assert all(m.bias is None for m in net.modules() if isinstance(m, torch.nn.Conv2d))
@@ -158,36 +174,54 @@ def test_the_network_has_the_published_layout(net):
 def average_of_real_pixels(x):
     """The mean over the part of each 3 x 3 window that lies in the image, by a loop."""
     h, w = x.shape[2:]
-    return torch.stack([torch.stack([x[:, :, max(i - 1, 0):i + 2, max(j - 1, 0):j + 2].mean((2, 3)) for j in range(w)], -1)
-                        for i in range(h)], -2)
+    return torch.stack([
+        torch.stack(
+            [x[:, :, max(i - 1, 0):i + 2, max(j - 1, 0):j + 2].mean((2, 3)) for j in range(w)], -1)
+        for i in range(h)
+    ], -2)
 
 
 def maximum(x):
     h, w = x.shape[2:]
-    return torch.stack([torch.stack([x[:, :, max(i - 1, 0):i + 2, max(j - 1, 0):j + 2].amax((2, 3)) for j in range(w)], -1)
-                        for i in range(h)], -2)
+    return torch.stack([
+        torch.stack(
+            [x[:, :, max(i - 1, 0):i + 2, max(j - 1, 0):j + 2].amax((2, 3)) for j in range(w)], -1)
+        for i in range(h)
+    ], -2)
 
 
-@pytest.mark.parametrize("name, pool", [("Mixed_5b", average_of_real_pixels), ("Mixed_5d", average_of_real_pixels),
-                                        ("Mixed_6b", average_of_real_pixels), ("Mixed_6e", average_of_real_pixels),
-                                        ("Mixed_7b", average_of_real_pixels), ("Mixed_7c", maximum)])
+@pytest.mark.parametrize("name, pool", [("Mixed_5b", average_of_real_pixels),
+                                        ("Mixed_5d", average_of_real_pixels),
+                                        ("Mixed_6b", average_of_real_pixels),
+                                        ("Mixed_6e", average_of_real_pixels),
+                                        ("Mixed_7b", average_of_real_pixels),
+                                        ("Mixed_7c", maximum)])
 @torch.no_grad()
 def test_the_pool_branch_of_each_block_is_the_2015_graphs(net, name, pool):
     block = net.get_submodule(name)
-    x = 1 + torch.rand(2, block.branch1x1.conv.in_channels, 5, 4, generator=rng(0))    # positive: a zero border would show
+    x = 1 + torch.rand(2, block.branch1x1.conv.in_channels, 5, 4,
+                       generator=rng(0))  # positive: a zero border would show
     conv, bn = block.branch_pool.conv, block.branch_pool.bn
     expected = F.conv2d(pool(x), conv.weight)
     scale, shift = bn.weight / (bn.running_var + 1e-3).sqrt(), bn.bias
-    expected = ((expected - bn.running_mean[:, None, None]) * scale[:, None, None] + shift[:, None, None]).relu()
-    assert expected.max() > 0.5 and torch.allclose(block(x)[:, -conv.out_channels:], expected, atol=1e-4)
+    expected = ((expected - bn.running_mean[:, None, None]) * scale[:, None, None] +
+                shift[:, None, None]).relu()
+    assert expected.max() > 0.5 and torch.allclose(
+        block(x)[:, -conv.out_channels:], expected, atol=1e-4)
 
 
 @torch.no_grad()
 def test_the_branches_of_the_last_block_stand_in_the_published_order(net):
     block, x = net.Mixed_7c, torch.randn(1, 2048, 3, 3, generator=rng(0))
     h, g = block.branch3x3_1(x), block.branch3x3dbl_2(block.branch3x3dbl_1(x))
-    expected = [block.branch1x1(x), block.branch3x3_2a(h), block.branch3x3_2b(h), block.branch3x3dbl_3a(g), block.branch3x3dbl_3b(g),
-                block.branch_pool(maximum(x))]
+    expected = [
+        block.branch1x1(x),
+        block.branch3x3_2a(h),
+        block.branch3x3_2b(h),
+        block.branch3x3dbl_3a(g),
+        block.branch3x3dbl_3b(g),
+        block.branch_pool(maximum(x))
+    ]
     assert torch.allclose(block(x), torch.cat(expected, 1), atol=1e-4)
 
 
@@ -201,14 +235,16 @@ def test_the_tf1_resize_is_a_brute_force_loop(size):
         i1, j1 = min(i0 + 1, size[0] - 1), min(j0 + 1, size[1] - 1)
         top = v[:, i0, j0] * (1 - z + j0) + v[:, i0, j1] * (z - j0)
         low = v[:, i1, j0] * (1 - z + j0) + v[:, i1, j1] * (z - j0)
-        assert np.allclose(got[:, i, j], (top * (1 - y + i0) + low * (y - i0) - 128) / 128, atol=1e-4)
+        assert np.allclose(got[:, i, j], (top * (1 - y + i0) + low * (y - i0) - 128) / 128,
+                           atol=1e-4)
 
 
 def test_the_two_protocols_scale_as_published():
     white = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     assert fid.resize_pytorch_fid(white).shape == (1, 3, 299, 299)
     for protocol, top in ((fid.resize_pytorch_fid, 1.0), (fid.resize_tf1, 127 / 128)):
-        assert torch.allclose(protocol(white), torch.tensor(top)) and torch.allclose(protocol(0 * white), torch.tensor(-1.0))
+        assert torch.allclose(protocol(white), torch.tensor(top)) and torch.allclose(
+            protocol(0 * white), torch.tensor(-1.0))
 
 
 def test_weights_load_with_a_hash_a_warning_and_no_touch_of_the_global_generator(net, weights):
@@ -217,27 +253,34 @@ def test_weights_load_with_a_hash_a_warning_and_no_touch_of_the_global_generator
         loaded, sha = plumbing.inception.load_inception(weights)
     assert torch.equal(before, torch.get_rng_state())
     assert len(sha) == 8 and not loaded.training
-    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in net.state_dict().items() if "num_batches" not in k)
+    assert all(
+        torch.equal(v,
+                    loaded.state_dict()[k]) for k, v in net.state_dict().items()
+        if "num_batches" not in k)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_weights_are_refused(net, tmp_path, monkeypatch):
     state, path = dict(net.state_dict()), tmp_path / "wrong.pth"
-    for broken in ({k: v for k, v in state.items() if k != "fc.bias"}, state | {"AuxLogits.fc.weight": torch.zeros(1)},
+    for broken in ({k: v
+                    for k, v in state.items()
+                    if k != "fc.bias"}, state | {"AuxLogits.fc.weight": torch.zeros(1)},
                    state | {"fc.weight": torch.zeros(1000, 2048)}):
-        torch.save({k: torch.zeros(()).expand(v.shape) for k, v in broken.items()}, path)    # right shapes in a small file
+        torch.save({k: torch.zeros(()).expand(v.shape)
+                    for k, v in broken.items()}, path)  # right shapes in a small file
         with pytest.raises(UserError, match="not FID's Inception; 1 tensors"):
             plumbing.inception.load_inception(path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="cannot be read"):
         plumbing.inception.load_inception(path)
-    monkeypatch.chdir(tmp_path)                                         # a wrong file under the published name is no published file
+    monkeypatch.chdir(tmp_path)  # a wrong file under the published name is no published file
     torch.save({}, tmp_path / plumbing.inception.NAME)
     with pytest.raises(UserError, match="not the published"):
         plumbing.inception.load_inception()
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------------------
+# --- statistics ---------------------------------------------------------------------------
+
 
 def stats(n=5000, protocol="tf1", weights="6726825d", d=4, seed=0):
     return fid.Statistics(randn(d, seed=seed).numpy(), spd(d, seed).numpy(), n, protocol, weights)
@@ -257,16 +300,19 @@ def test_small_n_is_warned_about(recwarn):
         fid.fid(stats(n=4), stats())
 
 
-# --- proxies ---------------------------------------------------------------------------------------------------------------------
+# --- proxies ------------------------------------------------------------------------------
+
 
 def pictures(n, seed, c=3, size=16):
     """Smooth random images with a little structure: a disc of random place and colour on a
     gradient."""
     g, t = rng(seed), torch.linspace(-1, 1, size)
-    at, colour, slope = torch.rand(n, 2, generator=g) - 0.5, torch.rand(n, c, generator=g), torch.rand(n, generator=g)
+    at, colour, slope = torch.rand(n, 2, generator=g) - 0.5, torch.rand(
+        n, c, generator=g), torch.rand(n, generator=g)
     d = ((t - at[:, :1])[:, :, None].square() + (t - at[:, 1:])[:, None, :].square()).sqrt()
     disc = torch.sigmoid(20 * (0.4 - d))[:, None]
-    return (255 * (disc * colour[:, :, None, None] + (1 - disc) * 0.5 * (1 + slope[:, None, None, None] * t))).byte()
+    return (255 * (disc * colour[:, :, None, None] + (1 - disc) * 0.5 *
+                   (1 + slope[:, None, None, None] * t))).byte()
 
 
 def ratios(a, b):
@@ -300,9 +346,11 @@ def blurred(x, times):
     return y.byte()
 
 
-def test_proxies_are_at_their_floor_for_the_same_distribution_and_below_it_for_copies(reference, few_patches):
-    copies, others, noise = (ratios(a, reference[:80]) for a in (reference[:40], pictures(40, 1),
-                             torch.randint(0, 256, (40, 3, 16, 16), generator=rng(2), dtype=torch.uint8)))
+def test_proxies_are_at_their_floor_for_the_same_distribution_and_below_it_for_copies(
+        reference, few_patches):
+    copies, others, noise = (ratios(a, reference[:80]) for a in (
+        reference[:40], pictures(40, 1),
+        torch.randint(0, 256, (40, 3, 16, 16), generator=rng(2), dtype=torch.uint8)))
     assert set(copies) == {"random-conv", "pixel", "swd"}
     assert all(copies[name] < 0.9 for name in ("random-conv", "pixel"))
     assert all(0.5 < others[name] < 1.6 for name in others)
@@ -311,7 +359,8 @@ def test_proxies_are_at_their_floor_for_the_same_distribution_and_below_it_for_c
 
 def test_proxies_grow_with_noise_and_with_blur(reference):
     others = pictures(80, 1)
-    for steps in ([others] + [noisy(others, s) for s in (20, 60)], [others] + [blurred(others, t) for t in (2, 6)]):
+    for steps in ([others] + [noisy(others, s)
+                              for s in (20, 60)], [others] + [blurred(others, t) for t in (2, 6)]):
         clean, some, much = (distances(a, reference[:80]) for a in steps)
         assert all(clean[name] < some[name] < much[name] for name in ("random-conv", "swd"))
         assert clean["pixel"] < much["pixel"]
@@ -319,7 +368,8 @@ def test_proxies_grow_with_noise_and_with_blur(reference):
 
 def test_patches_see_a_texture_that_lives_in_the_finest_band_alone():
     x, y = pictures(40, 1, size=32), pictures(40, 0, size=32)
-    checks = 6 * (-1) ** (torch.arange(32)[:, None] + torch.arange(32))                     # every 2 x 2 average of it is 0
+    # Every 2 x 2 average of it is 0.
+    checks = 6 * (-1)**(torch.arange(32)[:, None] + torch.arange(32))
     texture = (x.int() + checks).clamp(0, 255).byte()
     assert distances(texture, y)["swd"] > 3 * distances(x, y)["swd"]
 
@@ -330,12 +380,14 @@ def test_shuffled_tiles_are_seen_by_the_pixel_distance(reference):
     assert distances(flipped, reference[:80])["pixel"] > 1.5 * distances(x, reference[:80])["pixel"]
 
 
-def test_a_gray_image_and_its_rgb_copy_have_the_same_random_features_and_one_channel_works(few_patches):
+def test_a_gray_image_and_its_rgb_copy_have_the_same_random_features_and_one_channel_works(
+        few_patches):
     a, b = pictures(12, 0, c=1), pictures(30, 1, c=1)
     assert torch.allclose(fid.random_conv(a), fid.random_conv(a.expand(-1, 3, -1, -1)), atol=1e-6)
     result = fid.proxy_distances(a, b)
     assert all(value > 0 and floor > 0 for value, floor in result.values())
-    assert result == fid.proxy_distances(a, b, seed=0) and result != fid.proxy_distances(a, b, seed=1)
+    assert result == fid.proxy_distances(a, b, seed=0) and result != fid.proxy_distances(
+        a, b, seed=1)
 
 
 def test_each_distance_of_a_set_to_itself_is_zero():
@@ -345,13 +397,14 @@ def test_each_distance_of_a_set_to_itself_is_zero():
 
 def test_proxy_refuses_what_it_cannot_compare():
     x = pictures(8, 0)
-    for a, b in ((x, pictures(8, 0, size=32)), (x, pictures(8, 0, c=1)), (x.float(), x), (x, x[:3]), (x[:1], x),
-                 (x[..., :7], x[..., :7])):
+    for a, b in ((x, pictures(8, 0, size=32)), (x, pictures(8, 0, c=1)), (x.float(), x), (x, x[:3]),
+                 (x[:1], x), (x[..., :7], x[..., :7])):
         with pytest.raises(UserError, match="proxy"):
             fid.proxy_distances(a, b)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -368,11 +421,17 @@ def folder(tmp_path):
 
 
 def test_folder_zip_and_both_npz_layouts_are_the_same_images(folder):
-    sources = [fid.open_measured(folder / name) for name in ("images", "images.zip", "nhwc.npz", "nchw.npz")]
+    sources = [
+        fid.open_measured(folder / name)
+        for name in ("images", "images.zip", "nhwc.npz", "nchw.npz")
+    ]
     for source in sources:
-        assert len(source) == 8 and source[0].shape == (3, 16, 16) and source[0].dtype == torch.uint8
+        assert len(source) == 8 and source[0].shape == (3, 16,
+                                                        16) and source[0].dtype == torch.uint8
         assert all(torch.equal(source[i], sources[0][i]) for i in range(8))
-    assert fid.open_measured(folder / "images", 3, seed=1).names == fid.open_measured(folder / "images.zip", 3, seed=1).names
+    assert fid.open_measured(folder / "images", 3,
+                             seed=1).names == fid.open_measured(folder / "images.zip", 3,
+                                                                seed=1).names
     gray = np.zeros((2, 1, 8, 8), np.uint8)
     np.savez(folder / "gray.npz", images=gray)
     assert fid.open_measured(folder / "gray.npz")[0].shape == (3, 8, 8)
@@ -394,18 +453,22 @@ def test_sixteen_bits_are_scaled_and_a_proxy_sees_what_training_sees(tmp_path):
 def test_end_to_end_with_random_weights(folder, weights, capsys, monkeypatch):
     # Two eigenproblems of size 2048 take 10 s and are tested above at small size; here the
     # moments that reach them are looked at.
-    monkeypatch.setattr(fid, "frechet", lambda m1, S1, m2, S2: np.abs(m1 - m2).max() + np.abs(S1 - S2).max())
+    monkeypatch.setattr(fid, "frechet",
+                        lambda m1, S1, m2, S2: np.abs(m1 - m2).max() + np.abs(S1 - S2).max())
     common = ["--inception", str(weights), "--device", "cpu", "--batch", "2"]
     assert status(fid, [str(folder / "images"), str(folder / "nhwc.npz"), *common, "--n", "2"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert abs(float(lines[0].removeprefix("FID "))) < 1e-3 and "n 2, protocol pytorch-fid (half-pixel" in lines[1]
-    assert "2 images for 2048 features" in err and "not the published" in err and "Traceback" not in err
+    assert abs(float(lines[0].removeprefix(
+        "FID "))) < 1e-3 and "n 2, protocol pytorch-fid (half-pixel" in lines[1]
+    assert "2 images for 2048 features" in err and "not the published" in err
+    assert "Traceback" not in err
 
     saved = str(folder / "stats.npz")
     assert status(fid, [str(folder / "images"), "--save", saved, *common, "--n", "3"]) == 0
     kept = fid.open_measured(saved)
-    assert kept.n == 3 and kept.protocol == "pytorch-fid" and kept.mu.shape == (2048,) and kept.sigma.dtype == np.float64
+    assert kept.n == 3 and kept.protocol == "pytorch-fid" and kept.mu.shape == (
+        2048, ) and kept.sigma.dtype == np.float64
     assert np.allclose(kept.sigma, kept.sigma.T) and np.linalg.norm(kept.sigma) > 0
     capsys.readouterr()
     assert status(fid, [str(folder / "images"), saved, *common, "--protocol", "tf1"]) == 2
@@ -415,8 +478,9 @@ def test_end_to_end_with_random_weights(folder, weights, capsys, monkeypatch):
 @torch.no_grad()
 def test_statistics_of_a_tensor_are_numpys_of_all_features_at_once(net):
     x = pictures(3, 0, size=20)
-    got, features = fid.statistics(x, net, "none", batch=2), net(fid.resize_pytorch_fid(x)).double().numpy()
-    assert features.std(0).max() > 1e-2                                 # there is something to get wrong
+    got, features = fid.statistics(x, net, "none",
+                                   batch=2), net(fid.resize_pytorch_fid(x)).double().numpy()
+    assert features.std(0).max() > 1e-2  # there is something to get wrong
     assert np.allclose(got.mu, features.mean(0), atol=1e-5) and got.n == 3
     assert np.allclose(got.sigma, np.cov(features, rowvar=False), rtol=1e-3, atol=1e-5)
 
@@ -424,34 +488,43 @@ def test_statistics_of_a_tensor_are_numpys_of_all_features_at_once(net):
 def test_without_weights_and_network_two_lines_say_what_to_do(folder, capsys, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("Name or service not known")
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.chdir(folder)
     assert status(fid, ["images", "nhwc.npz"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) <= 2 and "Traceback" not in err
-    for needed in (plumbing.inception.NAME, plumbing.inception.URL, "Name or service not known", "--inception", "--proxy", str(folder / "hub")):
+    for needed in (plumbing.inception.NAME, plumbing.inception.URL, "Name or service not known",
+                   "--inception", "--proxy", str(folder / "hub")):
         assert needed in err
 
 
-def test_the_proxy_command_prints_three_ratios_and_never_a_line_that_begins_with_fid(folder, capsys, few_patches):
+def test_the_proxy_command_prints_three_ratios_and_never_a_line_that_begins_with_fid(
+        folder, capsys, few_patches):
     np.savez(folder / "large.npz", images=pictures(12, 5, size=24).permute(0, 2, 3, 1).numpy())
     assert status(fid, [str(folder / "images"), str(folder / "large.npz"), "--proxy"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:3]] == ["proxy/random-conv", "proxy/pixel", "proxy/swd"]
+    assert [line.split()[0]
+            for line in lines[:3]] == ["proxy/random-conv", "proxy/pixel", "proxy/swd"]
     assert all("floor" in line and "ratio" in line for line in lines[:3])
     assert not any(line.strip().startswith("FID") for line in lines)
-    assert "resized to 16 x 16, the smaller side" in "\n".join(lines) and "k 6 images" in "\n".join(lines)
+    assert "resized to 16 x 16, the smaller side" in "\n".join(lines) and "k 6 images" in "\n".join(
+        lines)
 
 
-@pytest.mark.parametrize("argv", [
-    ["images"], ["images", "nowhere"], ["images", "--proxy"], ["images", "empty"], ["images", "text.txt"], ["images", "broken.npz"],
-    ["images", "float.npz"], ["images", "foreign.npz", "--proxy"], ["images", "broken.zip"], ["bad", "images", "--proxy"],
-    ["images", "images", "--inception", "nowhere.pth"], ["images", "--save", "x.pt"], ["images", "--save", "no/x.npz"],
-    ["images", "images", "--proxy", "--save", "x.npz"], ["stats.npz", "--save", "folder.npz"], ["images", "one.npy"], ["small", "faces", "--proxy"],
-    ["stats.npz", "shape.npz"], ["stats.npz", "protocol.npz"],
-    ["images", "images", "--batch", "0"], ["images", "images", "--n", "1"], ["stats.npz", "images", "--proxy"],
-    ["stats.npz", "other.npz"], ["images", "images", "--n", "two"], ["images", "images", "--prox"], []])
+@pytest.mark.parametrize(
+    "argv",
+    [["images"], ["images", "nowhere"], ["images", "--proxy"], ["images", "empty"],
+     ["images", "text.txt"], ["images", "broken.npz"], ["images", "float.npz"],
+     ["images", "foreign.npz", "--proxy"], ["images", "broken.zip"], ["bad", "images", "--proxy"],
+     ["images", "images", "--inception", "nowhere.pth"], ["images", "--save", "x.pt"],
+     ["images", "--save", "no/x.npz"], ["images", "images", "--proxy", "--save", "x.npz"],
+     ["stats.npz", "--save", "folder.npz"], ["images", "one.npy"], ["small", "faces", "--proxy"],
+     ["stats.npz", "shape.npz"], ["stats.npz", "protocol.npz"],
+     ["images", "images", "--batch", "0"], ["images", "images", "--n", "1"],
+     ["stats.npz", "images", "--proxy"], ["stats.npz", "other.npz"],
+     ["images", "images", "--n", "two"], ["images", "images", "--prox"], []])
 def test_bad_input_is_one_line_and_status_2(folder, argv, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
@@ -483,14 +556,19 @@ def test_two_saved_statistics_need_no_weights(tmp_path, capsys, monkeypatch):
 
 
 def test_every_option_is_in_the_help_with_its_default():
-    text = subprocess.run([sys.executable, fid.__file__, "--help"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([sys.executable, fid.__file__, "--help"],
+                          capture_output=True,
+                          text=True,
+                          check=True).stdout
     for action in fid.parser()._actions:
         if action.option_strings and action.dest != "help":
             assert action.option_strings[0] in text
-    assert text.count("default:") == len(fid.parser()._actions) - 2     # all but --help and the required A
+    assert text.count("default:") == len(
+        fid.parser()._actions) - 2  # all but --help and the required A
 
 
 # --- sizes, orders and what lies beside ---------------------------------------------------
+
 
 @pytest.fixture
 def photographs(tmp_path, monkeypatch):
@@ -540,14 +618,14 @@ def test_statistics_of_squares_are_never_compared_with_others(photographs, few_f
         assert status(fid, argv) == 2
         assert "size 16" in capsys.readouterr().err
     old = {key: value for key, value in np.load("ref.npz").items() if key != "size"}
-    np.savez("old.npz", **old)                              # a file from before there was a choice
+    np.savez("old.npz", **old)  # a file from before there was a choice
     assert fid.open_measured("old.npz").size == 0 and fid.open_measured("ref.npz").size == 16
     for size in ("7", "100000", "0"):
         assert status(fid, ["small", "photos", "--size", size]) == 2
 
 
-def test_a_proxy_takes_the_smaller_side_of_both_and_asks_about_the_order(photographs, capsys,
-                                                                         few_patches):
+def test_a_proxy_takes_the_smaller_side_of_both_and_asks_about_the_order(
+        photographs, capsys, few_patches):
     assert status(fid, ["small", "photos", "--proxy"]) == 0
     assert capsys.readouterr().err == ""
     Image.new("RGB", (300, 200)).save("photos/0.png")
@@ -575,10 +653,10 @@ def test_comparisons_beside_results_are_left_out_and_others_are_not(photographs,
     assert len(names) == 7 and "z-compare.png" in names and "0-compare.png" not in names
 
 
-@pytest.mark.parametrize("argv", [
-    ["a.npz", "b.npz", "--save", "b.npz"], ["a.npz", "b.npz", "--save", "a.npz"],
-    ["a.npz", "b.npz", "--save", "link.npz"], ["link.npz", "b.npz", "--save", "a.npz"],
-    ["small", "--inception", "a.npz", "--save", "./small/../a.npz"]])
+@pytest.mark.parametrize(
+    "argv", [["a.npz", "b.npz", "--save", "b.npz"], ["a.npz", "b.npz", "--save", "a.npz"],
+             ["a.npz", "b.npz", "--save", "link.npz"], ["link.npz", "b.npz", "--save", "a.npz"],
+             ["small", "--inception", "a.npz", "--save", "./small/../a.npz"]])
 def test_saved_statistics_never_replace_an_input(photographs, capsys, argv):
     for k, name in enumerate("ab"):
         np.savez(f"{name}.npz", **vars(stats(seed=k)))
@@ -602,9 +680,9 @@ def test_a_reference_with_moments_and_images_is_used_for_its_images(photographs,
     assert "adm-measured.npz" in err and "--save adm.npz" not in err
 
 
-@pytest.mark.parametrize("name, advice", [
-    ("photos/0.png", "is one picture; give a folder"), ("photos.tar.gz", "unpack it"),
-    ("photos.7z", "unpack it")])
+@pytest.mark.parametrize("name, advice", [("photos/0.png", "is one picture; give a folder"),
+                                          ("photos.tar.gz", "unpack it"),
+                                          ("photos.7z", "unpack it")])
 def test_the_advice_is_right(photographs, capsys, name, advice):
     if not (photographs / name).exists():
         (photographs / name).write_bytes(b"archive")
@@ -620,6 +698,6 @@ def test_weights_of_a_stranger_are_one_line(net, tmp_path):
                 good | {name: good[name].to_sparse()}):
         torch.save(bad, tmp_path / "bad.pth")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # not the published weights
+            warnings.simplefilter("ignore")  # not the published weights
             with pytest.raises(UserError, match="bad.pth: .*(cannot be read|not FID's Inception)"):
                 plumbing.inception.load_inception(tmp_path / "bad.pth")

@@ -1,4 +1,5 @@
-"""Laws of sampling: order of convergence on a Gaussian with a perfect network, counted calls, noise per image, guidance, files."""
+"""Laws of sampling: order of convergence on a Gaussian with a perfect network, counted
+calls, noise per image, guidance, files."""
 import math
 import shlex
 import zipfile
@@ -32,15 +33,16 @@ def error_of(schedule, steps, grid, churn=0.0):
     zero-mean Gaussian data says 0 in the `unit` prediction, so every step is linear: follow
     one unit of x and one unit of each fresh noise."""
     ts = GRIDS[grid](schedule, schedule.start_time("unit"), steps)
-    t, s = ts[:-1], ts[1:]                                                      # all steps at once, as a batch
+    t, s = ts[:-1], ts[1:]  # all steps at once, as a batch
     one, zero = torch.ones(steps, 1, 1, 1, dtype=f64), torch.zeros(steps, 1, 1, 1, dtype=f64)
-    x0, n = schedule.split(torch.zeros(steps, schedule.head_count("unit"), 1, 1, dtype=f64), one, t, "unit")
+    x0, n = schedule.split(torch.zeros(steps, schedule.head_count("unit"), 1, 1, dtype=f64), one, t,
+                           "unit")
     slopes = n.split(1, 1)[1:]
     kept = schedule.step(one, x0, t, s, churn, zero, slopes).flatten()
     fresh = schedule.step(zero, zero, t, s, churn, one, slopes).flatten()
-    variance = float(schedule.b(ts[0])) ** 2
+    variance = float(schedule.b(ts[0]))**2
     for k, f in zip(kept.tolist(), fresh.tolist()):
-        variance = k ** 2 * variance + f ** 2
+        variance = k**2 * variance + f**2
     return abs(math.sqrt(variance) - best_deviation(schedule))
 
 
@@ -51,13 +53,16 @@ def test_on_gaussian_data_the_error_halves_when_the_steps_double(name, churn):
     schedule = replace(SCHEDULES[name], data_std=0.5)
     coarse, fine, finest = (error_of(schedule, n, "angle", churn) for n in (50, 100, 200))
     assert fine < coarse and finest < 0.02
-    assert coarse / fine == pytest.approx(2, abs=0.35) and fine / finest == pytest.approx(2, abs=0.2)
+    assert coarse / fine == pytest.approx(2, abs=0.35) and fine / finest == pytest.approx(2,
+                                                                                          abs=0.2)
 
 
 def test_the_deterministic_constant_is_a_quarter_turn_squared_over_two_n():
-    """In the angle every step multiplies by cos(step): the product is 1 - (pi/2)^2 / (2 n)."""
+    """In the angle every step multiplies by cos(step): the product is 1 - (pi/2)^2 / (2
+    n)."""
     schedule = replace(SCHEDULES["flow"], data_std=0.5)
-    assert error_of(schedule, 400, "angle") / schedule.data_std == pytest.approx((math.pi / 2) ** 2 / 800, rel=0.02)
+    assert error_of(schedule, 400, "angle") / schedule.data_std == pytest.approx(
+        (math.pi / 2)**2 / 800, rel=0.02)
 
 
 def test_for_ddm_a_quadratic_grid_beats_a_uniform_one():
@@ -69,10 +74,13 @@ def test_for_ddm_a_quadratic_grid_beats_a_uniform_one():
 
 
 def oracle(schedule):
-    """A network call that knows zero-mean Gaussian data: it says 0 in the `unit` prediction."""
+    """A network call that knows zero-mean Gaussian data: it says 0 in the `unit`
+    prediction."""
     def predict_x0(zt, t):
-        x0, n = schedule.split(torch.zeros(1, schedule.head_count("unit"), 1, 1, dtype=f64), zt, t, "unit")
+        x0, n = schedule.split(torch.zeros(1, schedule.head_count("unit"), 1, 1, dtype=f64), zt, t,
+                               "unit")
         return x0, n.split(1, 1)[1:]
+
     return predict_x0
 
 
@@ -93,8 +101,8 @@ def test_every_solver_converges_and_at_least_with_first_order(name, solver):
 @pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if solver.order > 1])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_solvers_of_a_higher_order_keep_it_when_the_calls_double(name, solver):
-    """On a grid that is smooth in ln sigma: a second-order solver quarters its error, or does
-    better (the midpoint rule has a ratio of 5.4 here).
+    """On a grid that is smooth in ln sigma: a second-order solver quarters its error, or
+    does better (the midpoint rule has a ratio of 5.4 here).
 
     Equal steps of angle cost a logarithm: the ratio there is 3.1."""
     schedule = replace(SCHEDULES[name], data_std=0.5)
@@ -102,11 +110,13 @@ def test_solvers_of_a_higher_order_keep_it_when_the_calls_double(name, solver):
     def error(grid, calls):
         first, _ = GRIDS[grid](schedule, 1.0, 1)
         ts = GRIDS[grid](schedule, 1.0, count_steps(solver, schedule, first, calls))
-        end = denoise(oracle(schedule), schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls)
+        end = denoise(oracle(schedule),
+                      schedule.b(ts[0]) * torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver,
+                      calls)
         return abs(end.item() - best_deviation(schedule))
 
     ratio = error("edm", 80) / error("edm", 160)
-    assert error("edm", 160) < 1e-6 or ratio > 0.96 * 2 ** SOLVERS[solver].order
+    assert error("edm", 160) < 1e-6 or ratio > 0.96 * 2**SOLVERS[solver].order
     assert error("angle", 320) < error_of(schedule, 320, "angle") / 10
 
 
@@ -117,7 +127,8 @@ def test_every_solver_makes_exactly_the_stated_number_of_calls(solver, name, cal
     schedule, made = replace(SCHEDULES[name], data_std=0.5), []
     ts = GRIDS["angle"](schedule, 1.0, count_steps(solver, schedule, 1.0, calls))
     predict_x0 = oracle(schedule)
-    denoise(lambda zt, t: (made.append(1), predict_x0(zt, t))[1], torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, calls)
+    denoise(lambda zt, t: (made.append(1), predict_x0(zt, t))[1], torch.ones(1, 1, 1, 1, dtype=f64),
+            ts, schedule, solver, calls)
     assert len(made) == calls
 
 
@@ -126,14 +137,15 @@ def test_edms_forty_points_are_seventy_nine_calls():
     assert count_steps("heun", schedule, 1.0, 79) == 40
     sigma = schedule.b(GRIDS["edm"](schedule, 1.0, 40))
     i = torch.arange(40, dtype=f64)
-    assert torch.allclose(sigma[:-1], (80 ** (1 / 7) + i / 39 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, rtol=1e-6) and sigma[-1] == 0
+    assert torch.allclose(sigma[:-1], (80**(1 / 7) + i / 39 * (0.002**(1 / 7) - 80**(1 / 7)))**7,
+                          rtol=1e-6) and sigma[-1] == 0
 
 
 @pytest.mark.parametrize("predict", ["x0"])
 def test_heun_on_the_edm_schedule_is_edms_algorithm(predict):
     """[EDM] Algorithm 2 with S_churn = 0, written out, on a curved denoiser."""
     schedule = replace(SCHEDULES["edm"], data_std=0.5)
-    D = lambda x, sigma: torch.tanh(x / (1 + sigma ** 2))
+    D = lambda x, sigma: torch.tanh(x / (1 + sigma**2))
     ts = GRIDS["edm"](schedule, 1.0, 6)
     x = torch.linspace(-80, 80, 5, dtype=f64).view(5, 1, 1, 1)
     ours = denoise(lambda zt, t: (D(zt, schedule.b(t)), ()), x, ts, schedule, "heun", 11)
@@ -201,10 +213,10 @@ def test_grids_that_stay_in_the_training_range_are_their_formulas():
         i = torch.arange(steps, -1, -1, dtype=f64)
         assert torch.allclose(GRIDS["uniform"](schedule, 1.0, steps), i / steps, atol=1e-15)
         quadratic = GRIDS["quadratic"](schedule, 1.0, steps)
-        assert torch.allclose(quadratic, (i / steps) ** 2, atol=1e-15)
+        assert torch.allclose(quadratic, (i / steps)**2, atol=1e-15)
     long = GRIDS["quadratic"](schedule, 1.0, 300)[:-1].sqrt()
     assert long[-1].item() == pytest.approx(0.01)
-    assert torch.allclose(long.diff(), torch.full((299,), -0.99 / 299, dtype=f64))
+    assert torch.allclose(long.diff(), torch.full((299, ), -0.99 / 299, dtype=f64))
     split = torch.tensor([*(i / 9 for i in range(9, 0, -1)), 1e-4, 0], dtype=f64)
     assert torch.allclose(GRIDS["split"](schedule, 1.0, 10), split)
 
@@ -224,15 +236,15 @@ def heun_by_hand(schedule, ts):
     return y
 
 
-@pytest.mark.parametrize("name, grid, order", [
-    ("ddm", "uniform", 1), ("ddm-cosine", "uniform", 1), ("ddm", "edm", 2),
-    ("flow", "uniform", 2), ("edm", "edm", 2)])
+@pytest.mark.parametrize("name, grid, order", [("ddm", "uniform", 1), ("ddm-cosine", "uniform", 1),
+                                               ("ddm", "edm", 2), ("flow", "uniform", 2),
+                                               ("edm", "edm", 2)])
 def test_heun_is_first_order_on_the_uniform_grid_of_b_equal_to_sqrt_t(name, grid, order):
     """There the last step is from sigma = 1 / sqrt n. Compared with a program of its own,
     in which every step but the ends is Heun's."""
     schedule = replace(SCHEDULES[name], data_std=0.5)
     first, _ = GRIDS[grid](schedule, 1.0, 1)
-    single = 1 + (schedule.a(first).item() == 0)         # at the end, and where sigma is infinite
+    single = 1 + (schedule.a(first).item() == 0)  # at the end, and where sigma is infinite
     errors = []
     for steps in (80, 160):
         calls = 2 * steps - single
@@ -268,12 +280,20 @@ def tiny(classes=0, predict="unit", schedule="ddm", channels=1):
     """A small random network, awake, ready to sample 8 x 8 images."""
     torch.manual_seed(0)
     schedule = replace(SCHEDULES[schedule], data_std=0.5)
-    net = ViT(schedule, channels=channels, heads_out=schedule.head_count(predict), patch=4, width=32, depth=1, heads=1, classes=classes)
+    net = ViT(schedule,
+              channels=channels,
+              heads_out=schedule.head_count(predict),
+              patch=4,
+              width=32,
+              depth=1,
+              heads=1,
+              classes=classes)
     with torch.no_grad():
         for q in net.parameters():
             q.add_(0.1 * torch.randn_like(q))
     meta = dict(size=8, classes=[f"class{i}" for i in range(classes)], step=7)
-    return DiffusionModel(net, schedule, spaces.PixelSpace(channels), predict, meta, torch.device("cpu"))
+    return DiffusionModel(net, schedule, spaces.PixelSpace(channels), predict, meta,
+                          torch.device("cpu"))
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
@@ -289,22 +309,29 @@ def test_an_image_depends_on_its_seed_and_number_not_on_its_batch(churn):
     model = tiny()
     together = S.sample(model, n=5, steps=4, seed=3, churn=churn)
     for batch in (1, 2):
-        assert torch.allclose(S.sample(model, n=5, steps=4, seed=3, churn=churn, batch=batch), together, atol=1e-5)
-    assert torch.allclose(S.sample(model, n=2, steps=4, seed=3, churn=churn, first=3), together[3:], atol=1e-5)
-    assert not torch.allclose(S.sample(model, n=5, steps=4, seed=4, churn=churn), together, atol=1e-2)
+        assert torch.allclose(S.sample(model, n=5, steps=4, seed=3, churn=churn, batch=batch),
+                              together,
+                              atol=1e-5)
+    assert torch.allclose(S.sample(model, n=2, steps=4, seed=3, churn=churn, first=3),
+                          together[3:],
+                          atol=1e-5)
+    assert not torch.allclose(
+        S.sample(model, n=5, steps=4, seed=4, churn=churn), together, atol=1e-2)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
 def test_churn_changes_the_path_and_its_absence_draws_no_noise():
     model = tiny()
-    assert not torch.allclose(S.sample(model, n=2, steps=4, churn=1.0), S.sample(model, n=2, steps=4), atol=1e-3)
+    assert not torch.allclose(
+        S.sample(model, n=2, steps=4, churn=1.0), S.sample(model, n=2, steps=4), atol=1e-3)
     assert torch.equal(S.sample(model, n=2, steps=4), S.sample(model, n=2, steps=4))
 
 
 def test_the_grid_and_the_solver_matter():
     model = tiny()
-    images = ([S.sample(model, n=2, steps=5, time_grid=g, solver="analytic") for g in GRIDS]
-              + [S.sample(model, n=2, steps=5, solver=s, time_grid="uniform") for s in ("heun", "dpm++")])
+    images = (
+        [S.sample(model, n=2, steps=5, time_grid=g, solver="analytic") for g in GRIDS] +
+        [S.sample(model, n=2, steps=5, solver=s, time_grid="uniform") for s in ("heun", "dpm++")])
     for a in range(len(images)):
         for b in range(a):
             assert not torch.allclose(images[a], images[b], atol=1e-4)
@@ -315,15 +342,21 @@ def test_sampling_starts_from_noise_of_the_schedules_own_size(name):
     model, seen = tiny(schedule=name), []
     model.net.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     S.sample(model, n=16, steps=1)
-    assert seen[0].std().item() == pytest.approx(model.schedule.b(torch.tensor(1.0, dtype=f64)).item(), rel=0.1)
+    assert seen[0].std().item() == pytest.approx(model.schedule.b(torch.tensor(1.0,
+                                                                               dtype=f64)).item(),
+                                                 rel=0.1)
 
 
 def test_auto_is_dpm_on_edms_grid_and_with_churn_the_analytic_step_on_a_uniform_one():
     model = tiny()
-    assert torch.equal(S.sample(model, 2, 5), S.sample(model, 2, 5, solver="dpm++", time_grid="edm"))
-    assert torch.equal(S.sample(model, 2, 4), S.sample(model, 2, 4, solver="dpm++", time_grid="uniform"))
-    assert torch.equal(S.sample(model, 2, 4, churn=0.5), S.sample(model, 2, 4, churn=0.5, solver="analytic", time_grid="uniform"))
-    assert S.resolve_auto("heun", "auto", 0.0, 10) == ("heun", "edm") and S.resolve_auto("auto", "split", 1.0, 10) == ("analytic", "split")
+    assert torch.equal(S.sample(model, 2, 5), S.sample(model, 2, 5, solver="dpm++",
+                                                       time_grid="edm"))
+    assert torch.equal(S.sample(model, 2, 4),
+                       S.sample(model, 2, 4, solver="dpm++", time_grid="uniform"))
+    assert torch.equal(S.sample(model, 2, 4, churn=0.5),
+                       S.sample(model, 2, 4, churn=0.5, solver="analytic", time_grid="uniform"))
+    assert S.resolve_auto("heun", "auto", 0.0, 10) == ("heun", "edm") and S.resolve_auto(
+        "auto", "split", 1.0, 10) == ("analytic", "split")
 
 
 def test_neighbouring_seeds_are_unrelated():
@@ -340,7 +373,7 @@ def test_guidance_1_is_conditional_and_0_unconditional_bit_for_bit_each_in_one_p
     conditional = S.sample(model, 3, 4, labels=labels, cfg=1.0)
     unconditional = S.sample(model, 3, 4, labels=labels, cfg=0.0)
     assert set(sizes) == {3}
-    assert torch.equal(unconditional, S.sample(model, 3, 4, labels=torch.full((3,), -1)))
+    assert torch.equal(unconditional, S.sample(model, 3, 4, labels=torch.full((3, ), -1)))
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
     S.sample(model, 3, 4, labels=labels, cfg=2.0)
     assert sizes[-1] == 6
@@ -350,7 +383,8 @@ def test_guidance_extrapolates_from_the_unconditional_guess():
     model = tiny(classes=2)
     labels = torch.tensor([0, 1])
     ends = [S.sample(model, 2, 1, labels=labels, cfg=cfg) for cfg in (0.0, 1.0, 0.5)]
-    inside = (ends[0].abs() < 1) & (ends[1].abs() < 1) & (ends[2].abs() < 1)          # one step is linear in the guess where nothing clips
+    inside = (ends[0].abs() < 1) & (ends[1].abs() < 1) & (
+        ends[2].abs() < 1)  # one step is linear in the guess where nothing clips
     assert inside.float().mean() > 0.3
     assert torch.allclose(ends[2][inside], (ends[0] + ends[1])[inside] / 2, atol=1e-4)
 
@@ -358,13 +392,25 @@ def test_guidance_extrapolates_from_the_unconditional_guess():
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", ["ddm", "edm"])
 def test_outside_of_the_interval_a_guided_call_is_one_conditional_pass(name, solver):
-    """Twice the batch where low < b / a <= high and once elsewhere, in whatever order a solver calls."""
+    """Twice the batch where low < b / a <= high and once elsewhere, in whatever order a
+    solver calls."""
     model, calls = tiny(classes=2, schedule=name), []
-    model.net.register_forward_pre_hook(lambda module, args: calls.append((float(model.schedule.b(args[1][0]) / model.schedule.a(args[1][0])), len(args[0]))))
+    model.net.register_forward_pre_hook(lambda module, args: calls.append(
+        (float(model.schedule.b(args[1][0]) / model.schedule.a(args[1][0])), len(args[0]))))
     labels = torch.tensor([0, 1])
-    S.sample(model, 2, 9, labels=labels, cfg=2.0, solver=solver, time_grid="angle", cfg_interval=(0.3, 3.0))
-    assert all(size == (4 if 0.3 < level <= 3 else 2) for level, size in calls) and {size for _, size in calls} == {2, 4} and len(calls) == 9
-    everywhere, nowhere = (S.sample(model, 2, 9, labels=labels, cfg=2.0, cfg_interval=i) for i in ((0.0, math.inf), (1e8, 1e9)))
+    S.sample(model,
+             2,
+             9,
+             labels=labels,
+             cfg=2.0,
+             solver=solver,
+             time_grid="angle",
+             cfg_interval=(0.3, 3.0))
+    assert all(size == (4 if 0.3 < level <= 3 else 2)
+               for level, size in calls) and {size
+                                              for _, size in calls} == {2, 4} and len(calls) == 9
+    everywhere, nowhere = (S.sample(model, 2, 9, labels=labels, cfg=2.0, cfg_interval=i)
+                           for i in ((0.0, math.inf), (1e8, 1e9)))
     assert torch.equal(everywhere, S.sample(model, 2, 9, labels=labels, cfg=2.0))
     assert torch.equal(nowhere, S.sample(model, 2, 9, labels=labels))
 
@@ -376,7 +422,8 @@ def test_every_schedule_and_prediction_samples_finite_images(name, predict):
     assert images.shape == (2, 1, 8, 8) and torch.isfinite(images).all() and images.abs().max() <= 1
 
 
-# --- checkpoints and files -----------------------------------------------------------------------------------------------------------
+# --- checkpoints and files ----------------------------------------------------------------
+
 
 def test_the_written_formats_hold_the_same_pixels(tmp_path):
     images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
@@ -410,28 +457,38 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(UserError, match="cut short"):
         load(tmp_path / "cut.pt")
-    torch.save({"version": 1, "model": test_bad_checkpoints_are_refused_in_one_line}, tmp_path / "code.pt")
+    torch.save({"version": 1, "model": test_bad_checkpoints_are_refused_in_one_line},
+               tmp_path / "code.pt")
     with pytest.raises(UserError, match="not a readable checkpoint"):
         load(tmp_path / "code.pt")
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_solver_is_handed_the_last_guesses_from_old_to_new(solver, monkeypatch):
-    """The times in the history are those of the path, the last one is now, and each x0 is the network's own."""
+    """The times in the history are those of the path, the last one is now, and each x0 is
+    the network's own."""
     schedule, seen = replace(SCHEDULES["ddm"], data_std=0.5), []
     refine = SOLVERS[solver].refine
-    monkeypatch.setitem(SOLVERS, solver, replace(SOLVERS[solver], calls=1, refine=lambda *args: (seen.append((args[2], args[-1])), refine(*args))[1]))
+    monkeypatch.setitem(
+        SOLVERS, solver,
+        replace(SOLVERS[solver],
+                calls=1,
+                refine=lambda *args: (seen.append((args[2], args[-1])), refine(*args))[1]))
     ts = GRIDS["angle"](schedule, 1.0, 8)
     denoise(oracle(schedule), torch.ones(1, 1, 1, 1, dtype=f64), ts, schedule, solver, 8)
-    assert len(seen) == 6                                                       # not where a = 0, not to 0
+    assert len(seen) == 6  # not where a = 0, not to 0
     for k, (zt, history) in enumerate(seen):
         times = [t for t, _ in history]
-        assert times == list(ts[:k + 2][-S.HISTORY:]) and torch.equal(history[-1][1], oracle(schedule)(zt, times[-1])[0])
+        assert times == list(ts[:k + 2][-S.HISTORY:]) and torch.equal(
+            history[-1][1],
+            oracle(schedule)(zt, times[-1])[0])
 
 
 def test_labels_are_given_by_name_or_number():
     assert S.find_class("cat", ["dog", "cat"]) == 1 and S.find_class("0", ["dog", "cat"]) == 0
-    for name, classes in (("cow", ["dog", "cat"]), ("2", ["dog", "cat"]), ("²", ["dog", "cat"]), ("dog", [])):
+    for name, classes in (("cow", ["dog", "cat"]), ("2", ["dog",
+                                                          "cat"]), ("²", ["dog",
+                                                                          "cat"]), ("dog", [])):
         with pytest.raises(UserError, match="--label"):
             S.find_class(name, classes)
 
@@ -439,19 +496,30 @@ def test_labels_are_given_by_name_or_number():
 def test_the_function_takes_names_and_one_label_for_all():
     model = tiny(classes=3)
     numbers = S.sample(model, 3, 2, labels=torch.tensor([0, 2, -1]))
-    for labels in (["class0", "class2", -1], ["0", 2, -1], (0, "class2", -1), torch.tensor([0, 2, -1]).numpy()):
+    for labels in (["class0", "class2",
+                    -1], ["0", 2, -1], (0, "class2", -1), torch.tensor([0, 2, -1]).numpy()):
         assert torch.equal(S.sample(model, 3, 2, labels=labels), numbers)
     for label in ("class1", "1", 1, torch.tensor(1)):
-        assert torch.equal(S.sample(model, 3, 2, labels=label), S.sample(model, 3, 2, labels=[1, 1, 1]))
+        assert torch.equal(S.sample(model, 3, 2, labels=label),
+                           S.sample(model, 3, 2, labels=[1, 1, 1]))
 
 
-@pytest.mark.parametrize("how, why", [
-    (dict(n=0), "--n 0"), (dict(steps=0), "--steps 0"), (dict(steps=-1), "--steps -1"), (dict(batch=0), "--batch 0"), (dict(solver="euler"), "--solver euler"),
-    (dict(time_grid="log"), "--time-grid log"), (dict(churn=1.5), "--churn 1.5"), (dict(churn=0.5, solver="heun"), "--solver heun"), (dict(cfg=2.0), "--label"),
-    (dict(cfg=math.nan, labels=0), "--cfg nan"), (dict(cfg_interval=(0.3, 3)), "--cfg-interval"), (dict(cfg=2.0, labels=0, cfg_interval=(3, 0.3)), "--cfg-interval 3 0.3"),
-    (dict(labels=[0]), "1 labels for 2 images"), (dict(labels=torch.zeros(3, dtype=torch.int64)), "3 labels for 2 images"), (dict(labels=[0, 3]), "--label 3"),
-    (dict(labels=-2), "--label -2"), (dict(labels=["class0", "cow"]), "--label cow"), (dict(labels=[0, 0.5]), "--label 0.5"),
-    (dict(cond=torch.zeros(2, 1, 8, 8)), "trained to generate")])
+@pytest.mark.parametrize("how, why",
+                         [(dict(n=0), "--n 0"), (dict(steps=0), "--steps 0"),
+                          (dict(steps=-1), "--steps -1"), (dict(batch=0), "--batch 0"),
+                          (dict(solver="euler"), "--solver euler"),
+                          (dict(time_grid="log"), "--time-grid log"),
+                          (dict(churn=1.5), "--churn 1.5"),
+                          (dict(churn=0.5, solver="heun"), "--solver heun"),
+                          (dict(cfg=2.0), "--label"), (dict(cfg=math.nan, labels=0), "--cfg nan"),
+                          (dict(cfg_interval=(0.3, 3)), "--cfg-interval"),
+                          (dict(cfg=2.0, labels=0, cfg_interval=(3, 0.3)), "--cfg-interval 3 0.3"),
+                          (dict(labels=[0]), "1 labels for 2 images"),
+                          (dict(labels=torch.zeros(3, dtype=torch.int64)), "3 labels for 2 images"),
+                          (dict(labels=[0, 3]), "--label 3"), (dict(labels=-2), "--label -2"),
+                          (dict(labels=["class0", "cow"]), "--label cow"),
+                          (dict(labels=[0, 0.5]), "--label 0.5"),
+                          (dict(cond=torch.zeros(2, 1, 8, 8)), "trained to generate")])
 def test_what_the_command_refuses_the_function_refuses(how, why):
     """In one line, before the first call of the network."""
     model = tiny(classes=3)
@@ -461,9 +529,12 @@ def test_what_the_command_refuses_the_function_refuses(how, why):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("meta, how, why", [
-    (dict(task="superres"), {}, "trained for superres"), (dict(task="superres"), dict(cond=torch.zeros(3, 1, 8, 8)), "3 conditions for 2"),
-    (dict(objective="reconstruct"), {}, "reconstruct hidden patches"), ({}, dict(cfg=2.0), "without labels"), ({}, dict(labels=0), "without labels")])
+@pytest.mark.parametrize(
+    "meta, how, why",
+    [(dict(task="superres"), {}, "trained for superres"),
+     (dict(task="superres"), dict(cond=torch.zeros(3, 1, 8, 8)), "3 conditions for 2"),
+     (dict(objective="reconstruct"), {}, "reconstruct hidden patches"),
+     ({}, dict(cfg=2.0), "without labels"), ({}, dict(labels=0), "without labels")])
 def test_models_of_another_kind_are_refused_by_the_function(meta, how, why):
     model = tiny()
     model.meta |= meta
@@ -472,15 +543,22 @@ def test_models_of_another_kind_are_refused_by_the_function(meta, how, why):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags", [["--task", "inpaint"], ["--input", "photos"], ["--holes=random"], ["--targets", "x"], ["--ratio", "0.5"], ["--steps", "3", "--input", "my photos"]])
+@pytest.mark.parametrize(
+    "flags", [["--task", "inpaint"], ["--input", "photos"], ["--holes=random"], ["--targets", "x"],
+              ["--ratio", "0.5"], ["--steps", "3", "--input", "my photos"]])
 def test_pictures_of_ones_own_are_another_command_which_is_named(flags, capsys):
     assert status(S, flags) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "python restore.py " + shlex.join(flags) in said
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--threads", "-1"], ["--n", "0"], ["--churn", "1.5"], ["--churn", "0.5", "--solver", "heun"], ["--ckpt", "nowhere"], ["--device", "cuda:77"], ["--device", "foo"], ["--cfg", "nan"], ["--cfg", "2", "--cfg-interval", "3", "0.3"], ["--cfg", "2", "--cfg-interval", "nan", "1"], ["--cfg-interval", "0.3", "3"],
-                                       ["--out", "x.jpg"], ["--no-such-flag"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--steps", "0"], ["--threads", "-1"], ["--n", "0"], ["--churn", "1.5"],
+     ["--churn", "0.5", "--solver", "heun"], ["--ckpt", "nowhere"], ["--device", "cuda:77"],
+     ["--device", "foo"], ["--cfg", "nan"], ["--cfg", "2", "--cfg-interval", "3", "0.3"],
+     ["--cfg", "2", "--cfg-interval", "nan", "1"], ["--cfg-interval", "0.3", "3"],
+     ["--out", "x.jpg"], ["--no-such-flag"]])
 def test_bad_arguments_are_one_line_and_exit_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert status(S, arguments) == 2

@@ -44,6 +44,7 @@ def png(seed=0):
 
 # --- names --------------------------------------------------------------------------------
 
+
 def test_names_are_the_same_however_their_accents_are_written(tmp_path):
     from plumbing.names import normal_name, same_name
     assert NFC != NFD and same_name(NFC, NFD) and normal_name(NFD) == NFC
@@ -63,8 +64,9 @@ def test_a_map_is_found_whose_accent_is_written_in_another_way(tmp_path):
 
 @pytest.mark.parametrize("change", [
     lambda name: f"./{name}", lambda name: name.replace("/", "\\"), lambda name: f"/home/me/{name}",
-    lambda name: f"../{name}", lambda name: f"a/b/{name}", lambda name: f"C:\\me\\{name}"],
-    ids=["dot", "backslash", "absolute", "up", "wrapped twice", "drive"])
+    lambda name: f"../{name}", lambda name: f"a/b/{name}", lambda name: f"C:\\me\\{name}"
+],
+                         ids=["dot", "backslash", "absolute", "up", "wrapped twice", "drive"])
 def test_a_zip_has_the_same_classes_however_its_names_are_written(tmp_path, change):
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
         for k, name in enumerate(("ant/0.png", "bee/0.png", "cow/0.png")):
@@ -82,7 +84,7 @@ def test_folders_that_wrap_all_others_are_seen_through_as_in_a_zip(tmp_path):
         save(tmp_path / "data" / "photos" / "photos" / name / "0.png")
     images = load_images(tmp_path / "data", 8, labels=True, cache_gb=0)
     assert images.classes == ["ant", "bee"] and images.take([1])[0].shape == (1, 3, 8, 8)
-    save(tmp_path / "one" / "ant" / "0.png")                      # a class is no wrapping
+    save(tmp_path / "one" / "ant" / "0.png")  # a class is no wrapping
     assert load_images(tmp_path / "one", 8, labels=True).classes == ["ant"]
 
 
@@ -101,7 +103,7 @@ def test_names_that_are_no_unicode_are_read_counted_and_kept(tmp_path, capsys):
     for name in (b"/b\xfce/\xe9.png", b"/ant/0.png", b"/b\xfce/broken\xe9.png"):
         with open(folder + name, "wb") as file:
             file.write(png() if b"broken" not in name else b"")
-    with safe_screens():                                          # as every command has them
+    with safe_screens():  # as every command has them
         images = load_images(os.fsdecode(folder), 8, labels=True, cache_gb=0)
     assert "broken\\udce9.png" in capsys.readouterr().err
     assert images.n == 2 and images.classes == ["ant", "b\udcfce"]
@@ -129,9 +131,12 @@ def test_a_folder_that_cannot_be_written_is_read(tmp_path):
 
 # --- endings and formats ------------------------------------------------------------------
 
+
 def test_every_ending_that_pillow_opens_is_a_picture_and_the_others_are_counted(tmp_path, capsys):
-    used = {".jfif": "JPEG", ".jpe": "JPEG", ".pgm": "PPM", ".ppm": "PPM", ".tga": "TGA",
-            ".JP2": "JPEG2000", ".avif": "AVIF"}
+    used = {
+        ".jfif": "JPEG", ".jpe": "JPEG", ".pgm": "PPM", ".ppm": "PPM", ".tga": "TGA",
+        ".JP2": "JPEG2000", ".avif": "AVIF"
+    }
     Image.init()
     used = {ending: kind for ending, kind in used.items() if kind in Image.SAVE}
     for ending, kind in used.items():
@@ -141,7 +146,8 @@ def test_every_ending_that_pillow_opens_is_a_picture_and_the_others_are_counted(
     save(tmp_path / "@eaDir" / "thumb.jpg")
     assert load_images(tmp_path, 8).n == len(used) >= 5
     assert capsys.readouterr().err.splitlines() == [
-        f"note: {tmp_path}: 3 files with another ending are not used (.heic 2, .cr2 1)"]
+        f"note: {tmp_path}: 3 files with another ending are not used (.heic 2, .cr2 1)"
+    ]
 
 
 def test_no_images_among_other_files_says_what_there_is(tmp_path):
@@ -159,8 +165,8 @@ newpath 0 0 8 8 rectfill
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
-def test_no_other_program_is_started_for_an_eps_that_is_named_as_a_picture(tmp_path, monkeypatch,
-                                                                           name):
+def test_no_other_program_is_started_for_an_eps_that_is_named_as_a_picture(
+        tmp_path, monkeypatch, name):
     """A `gs` on the path would leave a file behind."""
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "gs"
@@ -182,8 +188,11 @@ def test_pictures_are_opened_in_one_place_only():
 
 # --- damage beside the pixels -------------------------------------------------------------
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0garbage of some length", b"Exif\0\0MM\0*\0\0\0\x08\0\xff",
-                                  b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x05\0\xff\xff\xff\x7f"])
+
+@pytest.mark.parametrize("exif", [
+    b"Exif\0\0garbage of some length", b"Exif\0\0MM\0*\0\0\0\x08\0\xff",
+    b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x05\0\xff\xff\xff\x7f"
+])
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
 def test_a_picture_whose_exif_cannot_be_read_is_used_as_it_lies(tmp_path, exif, ending):
     plain = np.asarray(Image.open(save(tmp_path / "plain" / f"a{ending}")))
@@ -204,7 +213,7 @@ def test_each_way_to_lie_is_turned_as_pillow_does(tmp_path, turn):
         assert upright_size(lying) == upright.size
         turned = turn_upright(lying)
     assert (np.asarray(turned) == np.asarray(upright)).all()
-    assert (np.asarray(turn_upright(turned)) == np.asarray(upright)).all()       # once is enough
+    assert (np.asarray(turn_upright(turned)) == np.asarray(upright)).all()  # once is enough
     assert (crop_square(turned, 5) == crop_square(upright, 5)).all()
 
 
@@ -226,6 +235,7 @@ def test_a_users_picture_with_damage_beside_its_pixels_is_read(tmp_path, kind):
 
 
 # --- values of any range ------------------------------------------------------------------
+
 
 def as_8_bit(values):
     from plumbing.pictures import to_8_bit
@@ -269,8 +279,8 @@ def test_a_large_photograph_is_decoded_smaller_and_looks_the_same(tmp_path, monk
     smooth = picture(1, 6).resize((768, 512), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "a.jpg", quality=95)
     sizes, load = [], Image.Image.crop
-    monkeypatch.setattr(Image.Image, "crop", lambda self, box: sizes.append(self.size) or
-                        load(self, box))
+    monkeypatch.setattr(Image.Image, "crop",
+                        lambda self, box: sizes.append(self.size) or load(self, box))
     with Image.open(tmp_path / "a.jpg") as whole:
         exact = pictures.crop_square(whole, 16)
     monkeypatch.setattr(pictures, "LARGE", 10_000)
@@ -291,6 +301,7 @@ def test_little_memory_is_one_line_and_no_broken_picture(tmp_path, monkeypatch, 
 
 # --- maps ---------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("cache_gb", [1, 0])
 @pytest.mark.parametrize("largest", [0, 1, 21, 128])
 @pytest.mark.parametrize("kind", ["L", "P", "I;16"])
@@ -300,7 +311,7 @@ def test_maps_that_all_look_black_are_refused_by_their_largest_value(tmp_path, k
         save(tmp_path / "pictures" / f"{k}.png", k)
         values = np.zeros((8, 8), np.uint16 if kind == "I;16" else np.uint8)
         values[2:4] = largest * (257 if kind == "I;16" and largest == 128 else 1)
-        values *= k == 1                                        # the others are black, and may be
+        values *= k == 1  # the others are black, and may be
         mask = Image.fromarray(values)
         if kind == "P":
             mask = Image.fromarray(values, "L").convert("P")
@@ -323,6 +334,7 @@ def test_what_is_wrong_with_single_maps_is_said_before_what_is_wrong_with_all(tm
 
 
 # --- classes ------------------------------------------------------------------------------
+
 
 def test_classes_that_are_numbers_are_ordered_as_numbers(tmp_path):
     for name in ("10", "9", "007"):
@@ -357,11 +369,12 @@ def test_each_class_keeps_an_image_to_train_on(seed, capsys):
     rest, held = holdout(images, 0.5, seed)
     assert min(rest.count_classes()) == 1 and held.n == 17
     assert sorted([*rest.rows.tolist(), *held.rows.tolist()]) == list(range(34))
-    rest, held = holdout(labelled([1, 1, 1]), 0.3, seed)             # it cannot: it says so
+    rest, held = holdout(labelled([1, 1, 1]), 0.3, seed)  # it cannot: it says so
     assert held.n == 1 and "1 of 3 classes have no image" in capsys.readouterr().err
 
 
 # --- processes that decode ----------------------------------------------------------------
+
 
 def test_too_little_shared_memory_is_told_before_the_workers_start(tmp_path, monkeypatch):
     save(tmp_path / "a.png")
@@ -399,8 +412,12 @@ run_command(main)
 @pytest.mark.parametrize("when", ["busy", "waiting"])
 def test_a_killed_worker_is_one_line(tmp_path, when):
     save(tmp_path / "a.png")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), when], timeout=60,
-                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), when],
+        timeout=60,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "fewer --workers" in done.stderr
 
@@ -422,11 +439,16 @@ def test_workers_leave_all_signals_to_the_parent(monkeypatch):
 
 # --- vae.py -------------------------------------------------------------------------------
 
+
 def train_command(tmp_path, *more):
     for k in range(6):
         save(tmp_path / "data" / f"{k}.png", k, 16)
-    return ["--data", str(tmp_path / "data"), "--size", "16", "--batch", "4", "--device", "cpu",
-            "--threads", "1", "--out", str(tmp_path / "v.pt"), *more]
+    return [
+        "--data",
+        str(tmp_path / "data"), "--size", "16", "--batch", "4", "--device", "cpu", "--threads", "1",
+        "--out",
+        str(tmp_path / "v.pt"), *more
+    ]
 
 
 NOTED = """
@@ -445,10 +467,13 @@ run_command(lambda: vae.main(sys.argv[2:]))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_writes_and_measures_the_autoencoder_as_it_is(tmp_path, number):
     command = [str(tmp_path), *train_command(tmp_path, "--minutes", "5")]
-    run = subprocess.Popen([sys.executable, "-c", NOTED, *command], stdout=subprocess.PIPE,
-                           stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
-                           preexec_fn=lambda: signal.signal(signal.SIGINT,
-                                                            signal.default_int_handler))
+    run = subprocess.Popen(
+        [sys.executable, "-c", NOTED, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     until = time.monotonic() + 100
     while not (tmp_path / "begun").exists() and time.monotonic() < until:
         time.sleep(0.1)
@@ -493,10 +518,10 @@ def test_the_autoencoder_never_writes_over_what_it_reads(tmp_path, capsys):
 
 def test_the_latents_are_measured_on_a_random_part_of_a_sorted_set(monkeypatch):
     seen = []
-    images = Images(4, 3, torch.arange(9000),
-                    pixels=torch.zeros(9000, 3, 4, 4, dtype=torch.uint8))
-    monkeypatch.setattr(Images, "take", lambda self, i: seen.append(torch.as_tensor(i)) or
-                        (self.pixels[self.rows[torch.as_tensor(i)]], None))
+    images = Images(4, 3, torch.arange(9000), pixels=torch.zeros(9000, 3, 4, 4, dtype=torch.uint8))
+    monkeypatch.setattr(
+        Images, "take", lambda self, i: seen.append(torch.as_tensor(i)) or
+        (self.pixels[self.rows[torch.as_tensor(i)]], None))
     monkeypatch.setattr(vae, "latent_statistics", lambda model, batches: list(batches) and (0, 1))
     vae.measure_latents(None, images, "cpu")
     rows = torch.cat(seen)

@@ -15,9 +15,9 @@ from data import load_images
 from plumbing.faces import draw_faces
 from sample import DiffusionModel, sample
 from schedules import SCHEDULES
-from tasks import (TASKS, back_project, cut_hole, draw_holes, enlarge, fill_with_mean,
-                   edge_f, fold_condition, mae, make_condition, max_f, paste_known,
-                   place_side_by_side, psnr, read_hole, recover_small, shrink, sobel_edges)
+from tasks import (TASKS, back_project, cut_hole, draw_holes, enlarge, fill_with_mean, edge_f,
+                   fold_condition, mae, make_condition, max_f, paste_known, place_side_by_side,
+                   psnr, read_hole, recover_small, shrink, sobel_edges)
 from vit import ViT
 from plumbing.images import seeded, to_float, to_uint8
 from plumbing.writer import ImageWriter
@@ -32,7 +32,8 @@ def pictures(n=3, side=16, channels=3, maps=0, seed=0):
                       generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-# --- conditions ---
+# --- conditions ---------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("channels", [1, 3])
@@ -46,8 +47,8 @@ def test_every_task_makes_a_target_like_the_picture_and_the_condition_it_declare
     else:
         assert cond.shape == (3, TASKS[name].channels(channels), 16, 16) and cond.abs().max() <= 1
         assert TASKS[name].scores
-        assert all(math.isfinite(score(target, target, cond))
-                   for score in TASKS[name].scores.values())
+        assert all(
+            math.isfinite(score(target, target, cond)) for score in TASKS[name].scores.values())
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -141,7 +142,7 @@ def test_the_mean_fill_is_the_mean_of_what_is_known():
 def test_the_gradient_of_a_flat_picture_is_nothing_and_of_a_step_an_edge():
     x = torch.full((1, 3, 8, 8), 0.3)
     assert (sobel_edges(x) == -1).all()
-    x[..., 4:] = -0.6                                    # a step of .45 of the range, above a third
+    x[..., 4:] = -0.6  # a step of .45 of the range, above a third
     assert (sobel_edges(x)[0, 0, :, 3:5] == 1).all() and (sobel_edges(x)[0, 0, :, :2] == -1).all()
     assert torch.equal(sobel_edges(x.transpose(2, 3)), sobel_edges(x).transpose(2, 3))
 
@@ -150,7 +151,7 @@ def test_the_gradient_of_a_flat_picture_is_nothing_and_of_a_step_an_edge():
 def test_folding_a_condition_loses_nothing_and_keeps_places(factor):
     cond = pictures(channels=4)
     folded = fold_condition(cond, factor)
-    assert folded.shape == (3, 4 * factor ** 2, 16 // factor, 16 // factor)
+    assert folded.shape == (3, 4 * factor**2, 16 // factor, 16 // factor)
     assert torch.equal(torch.pixel_shuffle(folded, factor), cond)
     touched = cond.clone()
     touched[:, :, 0, 0] += 1
@@ -159,12 +160,16 @@ def test_folding_a_condition_loses_nothing_and_keeps_places(factor):
     assert fold_condition(None, factor) is None
 
 
-# --- measures ---
+# --- measures -----------------------------------------------------------------------------
+
 
 def test_psnr_is_its_definition_in_eight_bits():
     a, b = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
-    byhand = np.mean([10 * np.log10(255 ** 2 / np.mean((p.astype(float) - q) ** 2))
-                      for p, q in zip(a.numpy(), b.numpy().astype(float))])
+    byhand = np.mean([
+        10 * np.log10(255**2 / np.mean((p.astype(float) - q)**2))
+        for p, q in zip(a.numpy(),
+                        b.numpy().astype(float))
+    ])
     assert psnr(to_float(a), to_float(b)) == pytest.approx(byhand, rel=1e-6)
 
 
@@ -212,7 +217,8 @@ def brute_force_edge_f(guess, truth, tolerance):
     level, true = to_uint8(guess)[:, 0].numpy(), (truth[:, 0] > 0).numpy()
 
     def near(mask, b, i, j):
-        return mask[b, max(0, i - tolerance):i + tolerance + 1,
+        return mask[b,
+                    max(0, i - tolerance):i + tolerance + 1,
                     max(0, j - tolerance):j + tolerance + 1].any()
 
     counts = []
@@ -257,7 +263,7 @@ def test_an_edge_may_lie_a_pixel_off_but_not_be_three_pixels_thick():
     assert edge_f(truth, truth) == pytest.approx(1)
     assert edge_f(truth.roll(1, 3), truth) == pytest.approx(1)
     assert edge_f(truth.roll(2, 3), truth) == 0
-    assert edge_f(thick, truth) == pytest.approx(0.5)                   # precision 1 / 3, recall 1
+    assert edge_f(thick, truth) == pytest.approx(0.5)  # precision 1 / 3, recall 1
 
 
 def test_the_edge_score_is_never_below_that_of_a_true_one_to_one_matching():
@@ -277,18 +283,32 @@ def test_the_edge_score_is_never_below_that_of_a_true_one_to_one_matching():
     assert strict <= edge_f(guess, truth) + 1e-9 and edge_f(guess, truth) < strict + 0.05
 
 
-# --- training ----------------------------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------
+
 
 def small(task="superres", channels=1, predict="unit", classes=0, awake=True):
     torch.manual_seed(0)
     schedule = SCHEDULES["ddm"]
-    net = ViT(schedule, channels=channels, heads_out=schedule.head_count(predict), patch=4, width=32, depth=1, heads=1, classes=classes,
+    net = ViT(schedule,
+              channels=channels,
+              heads_out=schedule.head_count(predict),
+              patch=4,
+              width=32,
+              depth=1,
+              heads=1,
+              classes=classes,
               cond_channels=TASKS[task].channels(channels))
     if awake:
         with torch.no_grad():
             for q in net.parameters():
                 q.add_(0.1 * torch.randn_like(q))
-    return DiffusionModel(net, schedule, spaces.PixelSpace(channels), predict, dict(size=8, task=task, classes=[f"class{i}" for i in range(classes)], channels=channels, step=0), torch.device("cpu"))
+    return DiffusionModel(
+        net, schedule, spaces.PixelSpace(channels), predict,
+        dict(size=8,
+             task=task,
+             classes=[f"class{i}" for i in range(classes)],
+             channels=channels,
+             step=0), torch.device("cpu"))
 
 
 def test_a_new_condition_leaves_the_network_as_it_was():
@@ -300,49 +320,67 @@ def test_a_new_condition_leaves_the_network_as_it_was():
     train.load_first_stage(net, first, [], [])
     x, t = pictures(2, 8, 1), torch.tensor([0.3, 0.9])
     assert torch.equal(net(x, t, cond=pictures(2, 8, 1, seed=1)), without.net(x, t))
-    assert not torch.equal(with_cond.net(x, t, cond=pictures(2, 8, 1, seed=1)), with_cond.net(x, t, cond=pictures(2, 8, 1, seed=2)))
+    assert not torch.equal(with_cond.net(x, t, cond=pictures(2, 8, 1, seed=1)),
+                           with_cond.net(x, t, cond=pictures(2, 8, 1, seed=2)))
 
 
 def test_a_condition_of_another_task_starts_afresh():
     first, net = small("superres").net.state_dict(), small("inpaint", awake=False).net
     train.load_first_stage(net, first, [], [])
-    assert (net.embed_cond.weight == 0).all() and torch.equal(net.embed.weight, first["embed.weight"])
+    assert (net.embed_cond.weight == 0).all() and torch.equal(net.embed.weight,
+                                                              first["embed.weight"])
 
 
-FLAGS = ["--data", "faces", "--model", "tiny", "--size", "8", "--steps", "2", "--batch", "2", "--sample-every", "2", "--patch", "4"]
+FLAGS = [
+    "--data", "faces", "--model", "tiny", "--size", "8", "--steps", "2", "--batch", "2",
+    "--sample-every", "2", "--patch", "4"
+]
 
 
 @pytest.fixture
 def few_faces(monkeypatch):
     """The built-in faces, but 40 of them."""
     from data import load_images
-    monkeypatch.setattr(running.setup, "load_images", lambda source, *args, **how: load_images(source, *args, **how | (dict(count=40) if source == "faces" else {})))
+    monkeypatch.setattr(
+        running.setup, "load_images", lambda source, *args, **how: load_images(
+            source, *args, **how | (dict(count=40) if source == "faces" else {})))
 
 
 @pytest.mark.parametrize("task", CONDITIONED)
-def test_a_task_trains_and_restores_pictures_of_other_sizes_from_the_command_line(task, few_faces, tmp_path, monkeypatch, capsys):
+def test_a_task_trains_and_restores_pictures_of_other_sizes_from_the_command_line(
+        task, few_faces, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main([*FLAGS, "--task", task, "--mask", "0.5", "--out", "run"])
     faces = draw_faces(2, 24, 1)
     for folder in ("in", "truth"):
         (tmp_path / folder).mkdir()
-    for i, size in enumerate([(13, 24), (24, 5)]):                              # larger than the training's 8 in one way, smaller in another
+    for i, size in enumerate([(13, 24), (24, 5)
+                              ]):  # larger than the training's 8 in one way, smaller in another
         face = Image.fromarray(faces.pixels[i].permute(1, 2, 0).numpy()).resize(size)
         face.save(tmp_path / "in" / f"face{i}.png")
-        face.resize((4 * size[0], 4 * size[1]) if task == "superres" else size).convert("L" if TASKS[task].exact else "RGB").save(tmp_path / "truth" / f"face{i}.png")
+        face.resize((4 * size[0], 4 * size[1]) if task == "superres" else size).convert(
+            "L" if TASKS[task].exact else "RGB").save(tmp_path / "truth" / f"face{i}.png")
     more = ["--holes", "random"] if task == "inpaint" else []
-    restore.main(["--task", task, "--input", "in", "--targets", "truth", "--out", "out", "--steps", "2", "--trace", "way.png", *more])
+    restore.main([
+        "--task", task, "--input", "in", "--targets", "truth", "--out", "out", "--steps", "2",
+        "--trace", "way.png", *more
+    ])
     said = capsys.readouterr().out
     assert "2 network calls each" in said and all(name in said for name in TASKS[task].scores)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["face0-compare.png", "face0.png", "face1-compare.png", "face1.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "face0-compare.png", "face0.png", "face1-compare.png", "face1.png"
+    ]
     for i in range(2):
-        result, truth = (Image.open(tmp_path / folder / f"face{i}.png") for folder in ("out", "truth"))
+        result, truth = (Image.open(tmp_path / folder / f"face{i}.png")
+                         for folder in ("out", "truth"))
         assert result.size == truth.size and result.mode == truth.mode
-        assert Image.open(tmp_path / "out" / f"face{i}-compare.png").size == (3 * truth.size[0], truth.size[1])
+        assert Image.open(tmp_path / "out" / f"face{i}-compare.png").size == (3 * truth.size[0],
+                                                                              truth.size[1])
     assert Image.open(tmp_path / "way.png").size[0] > 100
 
 
-def test_your_own_hole_is_a_transparent_part_or_a_mask_and_the_rest_survives(few_faces, tmp_path, monkeypatch):
+def test_your_own_hole_is_a_transparent_part_or_a_mask_and_the_rest_survives(
+        few_faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main([*FLAGS, "--task", "inpaint", "--out", "run"])
     face = draw_faces(1, 24, 1).pixels[0].permute(1, 2, 0).numpy()
@@ -356,7 +394,9 @@ def test_your_own_hole_is_a_transparent_part_or_a_mask_and_the_rest_survives(few
     restore.main(["--input", "alpha", "--out", "one", "--steps", "2"])
     restore.main(["--input", "plain", "--holes", "holes", "--out", "two", "--steps", "2"])
     one, two = (np.array(Image.open(f"{folder}/a.png")) for folder in ("one", "two"))
-    assert (one[~hole] == face[~hole]).all() and (two[~hole] == face[~hole]).all() and (one[hole] != face[hole]).any()
+    assert (one[~hole] == face[~hole]).all() and (two[~hole]
+                                                  == face[~hole]).all() and (one[hole]
+                                                                             != face[hole]).any()
     with pytest.raises(UserError, match="has no hole"):
         restore.main(["--input", "plain", "--out", "three"])
     (tmp_path / "holes" / "a.png").unlink()
@@ -365,11 +405,17 @@ def test_your_own_hole_is_a_transparent_part_or_a_mask_and_the_rest_survives(few
         restore.main(["--input", "plain", "--holes", "holes", "--out", "four"])
 
 
-@pytest.mark.parametrize("arguments, why", [
-    (["--task", "edges", "--input", "x"], "was trained for"), ([], "give the pictures"), (["--input", "nowhere"], "no such file"),
-    (["--holes", "random"], "goes with --input"), (["--input", "x", "--out", "a.npz"], "npz"), (["--input", "empty"], "holds no images"),
-    (["--trace", "way.jpg", "--input", "x"], "png"), (["--input", "x", "--holes", "x"], "not to inpaint"), (["--input", "x", "--targets", "empty"], "no target")])
-def test_what_cannot_be_restored_is_refused_in_one_line(arguments, why, few_faces, tmp_path, monkeypatch):
+@pytest.mark.parametrize("arguments, why",
+                         [(["--task", "edges", "--input", "x"], "was trained for"),
+                          ([], "give the pictures"), (["--input", "nowhere"], "no such file"),
+                          (["--holes", "random"], "goes with --input"),
+                          (["--input", "x", "--out", "a.npz"], "npz"),
+                          (["--input", "empty"], "holds no images"),
+                          (["--trace", "way.jpg", "--input", "x"], "png"),
+                          (["--input", "x", "--holes", "x"], "not to inpaint"),
+                          (["--input", "x", "--targets", "empty"], "no target")])
+def test_what_cannot_be_restored_is_refused_in_one_line(arguments, why, few_faces, tmp_path,
+                                                        monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "x").mkdir()
@@ -380,10 +426,13 @@ def test_what_cannot_be_restored_is_refused_in_one_line(arguments, why, few_face
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags, why", [
-    (["--task", "saliency", "--data", "photos"], "needs --targets"), (["--targets", "x"], "maps to predict"),
-    (["--task", "edges", "--targets", "x"], "of their own"), (["--task", "superres", "--size", "18", "--patch", "3"], "multiple of 4"),
-    (["--latents", "x"], "--space latent"), (["--no-cache-latents"], "--space latent")])
+@pytest.mark.parametrize("flags, why",
+                         [(["--task", "saliency", "--data", "photos"], "needs --targets"),
+                          (["--targets", "x"], "maps to predict"),
+                          (["--task", "edges", "--targets", "x"], "of their own"),
+                          (["--task", "superres", "--size", "18", "--patch", "3"], "multiple of 4"),
+                          (["--latents", "x"], "--space latent"),
+                          (["--no-cache-latents"], "--space latent")])
 def test_tasks_that_cannot_be_trained_are_refused(flags, why):
     o = train.Options(**vars(train.options_parser(train.Options, "").parse_args(flags)))
     with pytest.raises(UserError, match=why):
@@ -404,8 +453,9 @@ def test_flips_and_cuts_reach_picture_and_map_alike(tmp_path):
         images = load_images(tmp_path / "images", 16, targets=tmp_path / "maps", cache_gb=cache)
         x, _ = images.take(range(6))
         assert images.maps == 1 and images.channels == 3 and x.shape == (6, 4, 16, 16)
-        order = [3, 4, 5, 0, 1, 2]                                              # test before train
-        assert torch.equal(x[:, :3], faces.pixels[order]) and torch.equal(x[:, 3:], faces.saliency[order])
+        order = [3, 4, 5, 0, 1, 2]  # test before train
+        assert torch.equal(x[:, :3], faces.pixels[order]) and torch.equal(
+            x[:, 3:], faces.saliency[order])
     exact = load_images("faces", 16, count=6, seed=2, targets="saliency").take(range(6))[0]
     assert torch.equal(exact, torch.cat([faces.pixels, faces.saliency], 1))
 
@@ -421,44 +471,54 @@ def test_a_picture_without_a_map_is_named(tmp_path, capsys):
     assert "f07.png (no target f07.* in" in capsys.readouterr().err
     (tmp_path / "maps" / "again").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "maps" / "again" / "f07.png")
-    Image.new("L", (8, 8)).save(tmp_path / "maps" / "f07.gif")                  # the path decides before the stem
+    Image.new("L", (8, 8)).save(tmp_path / "maps" / "f07.gif")  # the path decides before the stem
     assert len(load_images(tmp_path / "images", 8, targets=tmp_path / "maps")) == 30
     with pytest.raises(UserError, match="of their own"):
         load_images("faces", 8, count=3, targets="maps")
 
 
-# --- any size ----------------------------------------------------------------------------------------------------------------------------
+# --- any size -----------------------------------------------------------------------------
+
 
 @given(st.integers(8, 60))
 def test_tiles_cover_every_place_and_overlap_by_half(length):
     starts = restore.Tiled(None, 8).starts(length)
-    assert starts[0] == 0 and starts[-1] == length - 8 and all(0 <= b - a <= 4 for a, b in zip(starts, starts[1:]))
+    assert starts[0] == 0 and starts[-1] == length - 8 and all(0 <= b - a <= 4
+                                                               for a, b in zip(starts, starts[1:]))
 
 
 def test_tiles_of_a_pointwise_network_are_the_network():
     """Where a network looks at each place alone, tiling changes nothing."""
-    net = lambda zt, t, y, m, cond: torch.cat([zt * t[:, None, None, None] + cond, zt ** 2], 1)
+    net = lambda zt, t, y, m, cond: torch.cat([zt * t[:, None, None, None] + cond, zt**2], 1)
     zt, cond, t = pictures(2, 21, 2), pictures(2, 21, 2, seed=1), torch.tensor([0.2, 0.7])
     for batch in (1, 3, 64):
-        assert torch.allclose(restore.Tiled(net, 8, batch)(zt, t, cond=cond), net(zt, t, None, None, cond), atol=1e-5)
+        assert torch.allclose(restore.Tiled(net, 8, batch)(zt, t, cond=cond),
+                              net(zt, t, None, None, cond),
+                              atol=1e-5)
 
 
 def test_a_picture_of_the_training_size_is_not_tiled():
     model, cond = small("edges"), pictures(2, 8, 1)
-    assert torch.equal(restore.restore_pictures(model, cond, steps=3), sample(model, 2, 3, cond=cond))
+    assert torch.equal(restore.restore_pictures(model, cond, steps=3), sample(model,
+                                                                              2,
+                                                                              3,
+                                                                              cond=cond))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 8), (3, 3), (20, 9), (8, 31)])
 def test_any_size_is_restored_and_a_part_far_away_does_not_matter(size):
     model = small("inpaint")
-    cond = cut_hole(pictures(1, 40, 1)[:, :, :size[0], :size[1]], draw_holes(1, 40, 40, seeded(1))[:, :, :size[0], :size[1]])
+    cond = cut_hole(
+        pictures(1, 40, 1)[:, :, :size[0], :size[1]],
+        draw_holes(1, 40, 40, seeded(1))[:, :, :size[0], :size[1]])
     out = restore.restore_pictures(model, cond, steps=2)
     assert out.shape == (1, 1, *size) and torch.isfinite(out).all()
     if size == (8, 31):
         touched = cond.clone()
         touched[..., :4] = 0.9
         again = restore.restore_pictures(model, touched, steps=1)
-        assert torch.equal(again[..., 20:], restore.restore_pictures(model, cond, steps=1)[..., 20:])
+        assert torch.equal(again[..., 20:],
+                           restore.restore_pictures(model, cond, steps=1)[..., 20:])
 
 
 def test_the_condition_is_shown_at_every_call_and_doubled_for_guidance():
@@ -474,10 +534,13 @@ def test_the_condition_is_shown_at_every_call_and_doubled_for_guidance():
 def test_a_strip_lays_condition_result_and_truth_side_by_side():
     a, b = pictures(2, 4, 4), pictures(2, 4, 1, seed=1)
     rows = place_side_by_side(a, b)
-    assert rows.shape == (4, 3, 4, 4) and torch.equal(rows[0], to_uint8(a[0, :3])) and torch.equal(rows[3], to_uint8(b[1]).expand(3, -1, -1))
+    assert rows.shape == (4, 3, 4, 4) and torch.equal(rows[0], to_uint8(a[0, :3])) and torch.equal(
+        rows[3],
+        to_uint8(b[1]).expand(3, -1, -1))
 
 
-# --- your own pictures -------------------------------------------------------------------------------------------------------------------
+# --- your own pictures --------------------------------------------------------------------
+
 
 @pytest.fixture
 def own(tmp_path, monkeypatch, few_faces):
@@ -501,7 +564,9 @@ def mask(path, size=(20, 14), box=(3, 3, 9, 8), mode="L", paint=255):
 
 
 def test_the_users_own_files_are_never_overwritten_and_an_older_result_survives_a_failure(own):
-    for flags in (["--input", "mine", "--out", "mine"], ["--input", "in.zip", "--out", "in.zip"], ["--input", "mine", "--out", "a.png", "--trace", "a.png"]):
+    for flags in (["--input", "mine", "--out",
+                   "mine"], ["--input", "in.zip", "--out",
+                             "in.zip"], ["--input", "mine", "--out", "a.png", "--trace", "a.png"]):
         with pytest.raises(UserError, match="would overwrite"):
             restore.main(["--ckpt", "sr", *flags])
     restore.main(["--ckpt", "sr", "--input", "mine", "--out", "good.zip", "--steps", "1"])
@@ -519,26 +584,32 @@ def test_a_broken_picture_is_named_and_skipped_and_names_never_collide(own, caps
     Image.open("mine/f1.png").save("mine/deep/f1.png")
     restore.main(["--ckpt", "sr", "--input", "mine", "--out", "out", "--steps", "1"])
     said = capsys.readouterr()
-    assert "skipped 1 of 6 pictures that could not be read: broken.png" in said.err and "wrote 5 images" in said.out
+    assert "skipped 1 of 6 pictures that could not be read: broken.png" in said.err
+    assert "wrote 5 images" in said.out
     assert len(list((own / "out").iterdir())) == 10
-    Image.open("mine/f0.png").save("mine/f2-compare.png")                       # what stands beside f2 has this name
+    Image.open("mine/f0.png").save("mine/f2-compare.png")  # what stands beside f2 has this name
     restore.main(["--ckpt", "sr", "--input", "mine", "--out", "again", "--steps", "1"])
-    assert "wrote 6 images" in capsys.readouterr().out and len(list((own / "again").iterdir())) == 12
+    assert "wrote 6 images" in capsys.readouterr().out and len(list(
+        (own / "again").iterdir())) == 12
 
 
 def test_masks_that_lie_below_the_pictures_are_no_pictures(own, capsys):
     (own / "mine" / "masks").mkdir()
     for i in range(3):
         mask(own / "mine" / "masks" / f"f{i}.png")
-    restore.main(["--ckpt", "ip", "--input", "mine", "--holes", "mine/masks", "--out", "out", "--steps", "1"])
+    restore.main([
+        "--ckpt", "ip", "--input", "mine", "--holes", "mine/masks", "--out", "out", "--steps", "1"
+    ])
     assert "wrote 3 images" in capsys.readouterr().out
 
 
 def test_holes_and_targets_are_checked_before_anything_is_computed(own, monkeypatch):
-    monkeypatch.setattr(restore, "restore_pictures", None)                                     # a network call would fail
+    monkeypatch.setattr(restore, "restore_pictures", None)  # a network call would fail
     for i in range(2):
         mask(own / "holes" / f"f{i}.png")
-    for why, flags in (("no mask f2", ["--holes", "holes"]), ("--holes nowhere: there is no such", ["--holes", "nowhere"]), ("no target f0", ["--holes", "random", "--targets", "empty"])):
+    for why, flags in (("no mask f2", ["--holes", "holes"]), ("--holes nowhere: there is no such",
+                                                              ["--holes", "nowhere"]),
+                       ("no target f0", ["--holes", "random", "--targets", "empty"])):
         (own / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=why):
             restore.main(["--ckpt", "ip", "--input", "mine", "--out", "out", *flags])
@@ -552,8 +623,10 @@ def test_holes_and_targets_are_checked_before_anything_is_computed(own, monkeypa
 def test_a_mask_painted_white_on_nothing_is_what_is_white(own):
     for i in range(3):
         mask(own / "holes" / f"f{i}.png", mode="RGBA", paint=(255, 255, 255, 255))
-    restore.main(["--ckpt", "ip", "--input", "mine", "--holes", "holes", "--out", "out", "--steps", "1"])
-    before, after = (np.array(Image.open(own / folder / "f0.png")).astype(int) for folder in ("mine", "out"))
+    restore.main(
+        ["--ckpt", "ip", "--input", "mine", "--holes", "holes", "--out", "out", "--steps", "1"])
+    before, after = (np.array(Image.open(own / folder / "f0.png")).astype(int)
+                     for folder in ("mine", "out"))
     same = (before == after).all(2)
     same[3:8, 3:9] = True
     assert same.all() and (before != after).any()
@@ -566,10 +639,14 @@ def test_a_picture_of_any_shape_gets_a_hole(size):
 
 
 def test_a_trace_and_a_sheet_of_small_and_long_pictures_fit(own):
-    Image.new("RGB", (4, 3), "red").save("mine/a.png")                          # smaller than a tile, and the first
+    Image.new("RGB", (4, 3), "red").save("mine/a.png")  # smaller than a tile, and the first
     Image.new("RGB", (60, 3), "blue").save("mine/z.png")
-    restore.main(["--ckpt", "sr", "--input", "mine", "--out", "new/sheet.png", "--trace", "new/way.png", "--steps", "2"])
-    assert Image.open("new/sheet.png").size[0] >= 2 * 240 and Image.open("new/way.png").size[0] > 100
+    restore.main([
+        "--ckpt", "sr", "--input", "mine", "--out", "new/sheet.png", "--trace", "new/way.png",
+        "--steps", "2"
+    ])
+    assert Image.open("new/sheet.png").size[0] >= 2 * 240 and Image.open(
+        "new/way.png").size[0] > 100
 
 
 def test_guidance_of_a_task_needs_a_class(own):
@@ -578,23 +655,37 @@ def test_guidance_of_a_task_needs_a_class(own):
         restore.main(["--ckpt", "lab", "--input", "mine", "--cfg", "3", "--out", "a.png"])
     images = []
     for cfg in ("1", "3"):
-        restore.main(["--ckpt", "lab", "--input", "mine", "--cfg", cfg, "--label", "happy", "--out", f"cfg{cfg}", "--steps", "1"])
+        restore.main([
+            "--ckpt", "lab", "--input", "mine", "--cfg", cfg, "--label", "happy", "--out",
+            f"cfg{cfg}", "--steps", "1"
+        ])
         images.append(np.array(Image.open(f"cfg{cfg}/f0.png")))
     assert images[0].shape == images[1].shape
 
 
-def test_a_model_of_reconstruction_takes_holes_by_name_and_refuses_what_it_does_not_read(own, capsys):
-    train.main([*FLAGS, "--objective", "reconstruct", "--decoder", "1", "--mask", "0.5", "--out", "rec"])
+def test_a_model_of_reconstruction_takes_holes_by_name_and_refuses_what_it_does_not_read(
+        own, capsys):
+    train.main(
+        [*FLAGS, "--objective", "reconstruct", "--decoder", "1", "--mask", "0.5", "--out", "rec"])
     for i, box in enumerate(((0, 0, 10, 14), (10, 0, 20, 14), (0, 0, 20, 6))):
         mask(own / "holes" / f"f{i}.png", box=box)
     restore.main(["--task", "inpaint", "--input", "mine", "--holes", "holes", "--out", "a.png"])
     sheet = np.array(Image.open("a.png")).astype(int)
-    restore.main(["--task", "inpaint", "--input", "mine", "--holes", "holes", "--n", "1", "--out", "b.png"])
+    restore.main(
+        ["--task", "inpaint", "--input", "mine", "--holes", "holes", "--n", "1", "--out", "b.png"])
     assert sheet.shape[2] == 3 and Image.open("b.png").size[0] > 100
-    restore.main(["--task", "reconstruct", "--input", "mine", "--ratio", "0.5", "--out", "c.png", "--seed", "-1"])
+    restore.main([
+        "--task", "reconstruct", "--input", "mine", "--ratio", "0.5", "--out", "c.png", "--seed",
+        "-1"
+    ])
     assert "PSNR" in capsys.readouterr().out
-    for flags, why in ((["--solver", "heun"], "--solver: a reconstruction is one pass"), (["--steps", "3"], "--steps"), (["--cfg", "2"], "--cfg"), (["--out", "x.zip"], "one sheet"),
-                       (["--task", "reconstruct", "--holes", "holes"], "--task inpaint"), (["--task", "inpaint"], "has no hole"), (["--task", "edges"], "was trained to reconstruct")):
+    for flags, why in ((["--solver", "heun"], "--solver: a reconstruction is one pass"),
+                       (["--steps", "3"], "--steps"), (["--cfg",
+                                                        "2"], "--cfg"), (["--out",
+                                                                          "x.zip"], "one sheet"),
+                       (["--task", "reconstruct", "--holes",
+                         "holes"], "--task inpaint"), (["--task", "inpaint"], "has no hole"),
+                       (["--task", "edges"], "was trained to reconstruct")):
         with pytest.raises(UserError, match=why):
             restore.main(["--ckpt", "rec", "--input", "mine", *flags])
 
@@ -618,12 +709,16 @@ def test_maps_belong_to_their_pictures(tmp_path):
 def test_stage_two_keeps_the_maps_of_its_task_and_data(tmp_path, monkeypatch, few_faces):
     monkeypatch.chdir(tmp_path)
     for i, face in enumerate(draw_faces(8, 8, 1).pixels):
-        for folder, picture in (("data", Image.fromarray(face.permute(1, 2, 0).numpy())), ("maps", Image.new("L", (8, 8), 100 * (i % 3)))):
+        for folder, picture in (("data", Image.fromarray(face.permute(1, 2, 0).numpy())),
+                                ("maps", Image.new("L", (8, 8), 100 * (i % 3)))):
             (tmp_path / folder).mkdir(exist_ok=True)
             picture.save(tmp_path / folder / f"f{i}.png")
     import finetune
     flags = ["--size", "8", "--batch", "2", "--patch", "4", "--val", "0.2"]
-    train.main(["--data", "data", "--targets", "maps", "--task", "saliency", "--steps", "1", *flags, "--out", "a"])
+    train.main([
+        "--data", "data", "--targets", "maps", "--task", "saliency", "--steps", "1", *flags,
+        "--out", "a"
+    ])
     finetune.main(["--task", "saliency", "--data", "data", "--steps", "1", "--out", "b"])
     with pytest.raises(UserError, match="needs --targets"):
         finetune.main(["--data", "maps", "--steps", "1", "--out", "c"])
