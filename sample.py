@@ -135,12 +135,26 @@ class Solver:
     order: int = 1
 
 
-def refine_analytic(predict_x0, schedule, zt, slopes, s, history):
+def refine_analytic(
+    predict_x0,     # (zt, t) -> (x0, slopes): one network call
+    schedule,
+    zt,             # where the step begins
+    slopes,         # the random slopes there
+    s,              # the time at which it ends
+    history,        # [(t, x0), ...]: the guesses so far, the last one is at zt
+):
     """[DDM] The network's guess as it is: first order."""
     return history[-1][1]
 
 
-def refine_heun(predict_x0, schedule, zt, slopes, s, history):
+def refine_heun(
+    predict_x0,
+    schedule,
+    zt,
+    slopes,
+    s,
+    history,
+):
     """[EDM] The mean of the directions where a step begins and would end: second order."""
     t, x0 = history[-1]
     there = schedule.step(zt, x0, t, s, slopes=slopes)
@@ -151,7 +165,14 @@ def refine_heun(predict_x0, schedule, zt, slopes, s, history):
     return (x0 + (zt - b * eps - drift) / a) / 2                        # y - sigma (eps + eps') / 2
 
 
-def refine_dpm(predict_x0, schedule, zt, slopes, s, history):
+def refine_dpm(
+    predict_x0,
+    schedule,
+    zt,
+    slopes,
+    s,
+    history,
+):
     """DPM-Solver++(2M) [2211.01095], a line through the last two guesses: second order."""
     t, x0 = history[-1]
     if len(history) == 1:
