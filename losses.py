@@ -9,9 +9,10 @@ answer, too. To guess them from their neighbours is a second task:
     L = mean over visible tokens of  sum_f w_f(t) |out_f - target_f|^2
       + lambda mean over hidden tokens of  |out - patch|^2
 
-A token economy that lets hidden tokens take part (routing, vit.py) has an answer for them:
-then all tokens are scored, the ordinary loss. LMD (2312.07971) drops the noise and the
-time, and with them the first term. It reconstructs the hidden patches of a clean image.
+|.|^2 is a mean over the P values of a patch. A token economy that lets hidden tokens take
+part (routing, vit.py) has an answer for them: then all tokens are scored, the ordinary
+loss. LMD (2312.07971) drops the noise and the time, and with them the first term. It
+reconstructs the hidden patches of a clean image.
 
 The targets belong to the prediction (schedules.py). The weights w_f are per image and are
 applied before any mean, in float32. The reconstruction reads the network's *raw* output:

@@ -7,7 +7,8 @@ network still learns the distribution of every subset of patches. MaskDiT (2306.
 half and adds a decoder; LMD (2312.07971) raises the ratio while training goes on. All three
 need the same two decisions:
 
-    how many   ratio = RATIOS[name](progress, lo, hi)         a *ramp*
+    how many   ratio = RATIOS[name](progress, lo, hi)         a *ramp*; training takes
+               `ratio_at`: the same on a staircase of at most 8 values
                K = max(1, round(N (1 - ratio)))               tokens stay visible
     which      score = POLICIES[name](rand, B, h, w, block)   a *mask policy*, (B, N)
                the K lowest scores stay visible

@@ -221,8 +221,8 @@ def count_steps(solver, schedule, first, calls):
 def choose_refined(solver, schedule, ts, calls):
     """Which steps of the grid `ts` a solver refines, so that just `calls` calls are made.
 
-    All others are analytic. They are the only ones where sigma is infinite (a = 0) and at
-    the last step, to 0. -> a bool for each step"""
+    Where sigma is infinite (a = 0), and in the last step, to 0, only the analytic step is
+    defined. -> a bool for each step"""
     extra, refined = SOLVERS[solver].calls - 1, []
     spare = calls - (len(ts) - 1)                                           # beyond one call a step
     for t, s in zip(ts[:-1], ts[1:]):

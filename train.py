@@ -82,7 +82,7 @@ class Setup:
         require_same_view(self.machine, len(self.images), ckpt["step"] if ckpt else 0)
 
         self.classes = list(self.images.classes) if o.labels else []
-        self.pixel_space = self.space                       # for pictures of a reconstruction
+        self.encoding_space = self.space        # self.space may become one of kept latents
         self.shown, _ = self.held_out.take(choose_subset(len(self.held_out), 8))
 
     def prepare(self):
@@ -288,7 +288,7 @@ def train_step(setup, learner, batches, ratio, lr):
             n = schedule.noise(z, g)                             # schedules.py: eps (and slopes)
             t = times(setup.when, schedule, len(z), g)           # schedules.py: a time for each
             zt = schedule.corrupt(z, n, t)                       # schedules.py: a(t) z + b(t) eps
-            out = learner(zt, t, y, m, cond)                     # vit.py: tokens in, image out
+            out = learner(zt, t, y, m, cond)                     # vit.py: image and mask in
             loss = objective(out, z, n, t, m)                    # losses.py: seen, and hidden
             learner.scaler.scale(loss / setup.shards).backward()
         mean_loss = mean_loss + loss.detach() / setup.shards
@@ -308,7 +308,7 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
               numbers: a dict of loss, lr, ratio and progress
     -> the run's folder, None after --dry-run. UserError for what cannot be, in one line"""
     check(o)
-    if o.objective == "reconstruct":
+    if o.objective == "reconstruct":                    # the output is the hidden image itself
         o = dataclasses.replace(o, predict="x0")
     if o.dry_run:
         print(describe_cost(o, network_options, f"{stage}.py", sys.argv[1:]))
@@ -325,7 +325,7 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
             ratio, lr = setup.ratio(progress), learning_rate(o, plan.step, progress, plan.total)
             loss = train_step(setup, learner, batches, ratio, lr)
             plan.count_step()                           # one step more: progress goes on
-            journal.record(loss, ratio, lr)             # log, evaluate, save; decide the end
+            journal.record(loss, ratio, lr)             # log, evaluate, save; plan, and end
             if on_step:                                 # learner.step and plan.step are equal here
                 on_step(plan.step, dict(loss=loss.item(), lr=lr, ratio=ratio, progress=progress))
     return journal.folder

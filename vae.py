@@ -340,6 +340,21 @@ def build_autoencoder(config, weights):
     return vae
 
 
+def find_weights(path):
+    """A file of weights, or the one in a folder as diffusers saves it. -> Path
+
+    UserError for a folder with none or with several."""
+    if not path.is_dir():
+        return path
+    found = [file for ending in (".safetensors", ".bin") for file in sorted(path.glob(f"*{ending}"))]
+    if len(found) > 1:                                  # the same weights twice: the safe format
+        found = [file for file in found if file.suffix == ".safetensors"] or found
+    if len(found) != 1:
+        raise UserError(f"{path}: is a folder with {len(found)} files of weights (.safetensors, "
+                        ".bin); give the file itself")
+    return found[0]
+
+
 def load_vae(path, config="sd"):
     """Load a file of weights as a LatentSpace.
 
@@ -350,7 +365,7 @@ def load_vae(path, config="sd"):
     -> LatentSpace on the CPU; its .sha is the first 8 hex digits of the file's SHA-256
     UserError when the file is missing, damaged or needs a package, and, by name, for
     missing, unexpected and misshapen tensors."""
-    path = Path(path).expanduser()
+    path = find_weights(Path(path).expanduser())
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; train an autoencoder (python vae.py) "
                         "or download Stable Diffusion's")

@@ -2,9 +2,10 @@
 
 The idea. An image is a set of patches with positions, and a transformer maps a set of any
 size. So the same weights denoise 10 % of the patches (MaskDM, arXiv 2306.11363) or all of
-them. Positions are added *before* tokens are dropped, so the remaining ones still know
-where they are. The blocks are DiT's (2212.09748): time and class enter by adaptive layer
-norm, whose gates start at zero.
+them. Every token carries the position of its place, so the remaining ones still know where
+they are (the code gathers first and embeds then, which is cheaper and the same). The blocks
+are DiT's (2212.09748): time and class enter by adaptive layer norm, whose gates start at
+zero.
 
     u = embed(c_in x_t) + positions      (B, N, D)     every token
     u = m.gather(u)                      (B, K, D)     dropped tokens stop here

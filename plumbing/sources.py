@@ -173,6 +173,8 @@ class Cifar:
             self.names = [f"{label}/{i:05d}" for i, label in enumerate(labels)]
             pixels = np.concatenate([batch[b"data"] for batch in batches])
             self.pixels = pixels.reshape(len(labels), 3, 32, 32).astype(np.uint8)
+        except UserError:
+            raise
         except Exception as error:                         # whatever damage or malice comes up with
             raise UserError(f"{path}: is not CIFAR-10's python archive ({describe_error(error)}); "
                             "download it again") from error
@@ -182,6 +184,9 @@ class Cifar:
         with tarfile.open(self.path) as archive:
             files = {Path(member.name).name: archive.extractfile(member)
                      for member in archive if member.isfile()}
+            if "batches.meta" not in files:
+                raise UserError(f"{self.path}: is an archive, but not CIFAR-10's; "
+                                "unpack it into a folder and give that")
             return [SafeUnpickler(files[name], encoding="bytes").load() for name in self.FILES]
 
     def file_of(self, name):

@@ -2,12 +2,12 @@
 
 The idea. A training loss depends on the mask ratio, the prediction and the drawn times, so
 it compares nothing. `validate` asks every model the same question, at eight noise levels
-with the same noise: how far is your guess of the clean image, in units of what the best
-linear guess leaves open?
+with the same noise: how far is your guess of the clean image? The unit is what the best
+multiple of x_t leaves open, one factor a level, each pixel by itself.
 
     val_loss = mean over levels of |x0_hat - x0|^2 / (b^2 data_std^2 / V)
 
-All tokens are visible. 1 is as good as a linear guess. `evaluate_model` adds what no number
+All tokens are visible. 1 is as good as that multiple. `evaluate_model` adds what no number
 replaces: samples of fixed noise, or condition | result | target of a task, or a
 reconstruction beside its original.
 
@@ -37,7 +37,7 @@ def validate(
 ):
     """Denoising error on held-out images at fixed times and noise, all tokens visible.
 
-    It is |x0_hat - x0|^2 in units of what a linear guess leaves unknown at that time, b^2
+    It is |x0_hat - x0|^2 in units of what the best multiple of x_t leaves unknown there, b^2
     data_std^2 / V, averaged over `levels` equal steps of angle. An untrained `unit` model
     has 1, other predictions start above. It compares mask ratios, and predictions too, for
     x0_hat comes after `split`. Of few images each is seen at several levels, so that every
@@ -62,9 +62,9 @@ def validate(
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             out = model.net(zt, t, y, None, cond)
         x0, _ = schedule.split(out, zt, t, model.predict)
-        # What a linear guess leaves unknown: b^2 data_std^2 / V.
-        linear = (schedule.b(t) * schedule.data_std * schedule.input_scale(t)) ** 2
-        errors.append(((x0 - z) ** 2).mean((1, 2, 3)).cpu().double() / linear)
+        # What the best multiple of x_t leaves unknown: b^2 data_std^2 / V.
+        unknown = (schedule.b(t) * schedule.data_std * schedule.input_scale(t)) ** 2
+        errors.append(((x0 - z) ** 2).mean((1, 2, 3)).cpu().double() / unknown)
     return torch.stack([torch.cat(errors)[level == k].mean() for k in range(levels)]).mean().item()
 
 
@@ -72,7 +72,7 @@ def evaluate_model(
     model,          # sample.DiffusionModel, of the averaged weights
     held_out,       # data.Images, or spaces.Latents
     shown,          # a few held-out images uint8 (k, C, S, S), for a reconstruction's picture
-    pixel_space,    # a space with an encoder, for the same: held_out may be latents
+    encoding_space,    # a space with an encoder, for the same: held_out may be latents
     o,              # the run's Options
     path,           # of the picture
     dtype=None,     # the type for autocast, or None
@@ -82,7 +82,7 @@ def evaluate_model(
     -> val_loss; of a reconstruction, its mean error over four mask ratios"""
     if o.objective == "reconstruct":
         if o.recon_target == "clean":           # of whitened patches there is no picture
-            whole = dataclasses.replace(model, space=pixel_space)
+            whole = dataclasses.replace(model, space=encoding_space)
             done = reconstruct(whole, to_float(shown), o.mask)
             save_picture(stack_reconstruction(done), path)
         errors = reconstruction_errors(model, held_out)
@@ -118,4 +118,4 @@ def evaluate_task(
         if task.plain:
             text += f" (without a network {score(task.plain(cond), truth, cond):.3f})"
         parts.append(text)
-    tqdm.write("  ".join([*parts, f"({len(chosen)} held-out images, 10 calls)"]))
+    tqdm.write("  ".join([*parts, f"{len(chosen)} held-out images, 10 calls"]))

@@ -284,7 +284,7 @@ class Journal:
         begun, setup = time.monotonic(), self.setup
         model = DiffusionModel(self.learner.average, setup.schedule, setup.space,
                                self.o.predict, setup.meta, self.machine.device)
-        value = evaluate_model(model, setup.held_out, setup.shown, setup.pixel_space, self.o,
+        value = evaluate_model(model, setup.held_out, setup.shown, setup.encoding_space, self.o,
                                self.folder / "samples" / f"{self.plan.step:06d}.png", setup.dtype)
         self.plan.count_look(time.monotonic() - begun)
         return value

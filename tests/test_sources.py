@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import unicodedata
 import zipfile
@@ -540,3 +541,11 @@ def test_what_a_source_leaves_out_is_known_to_every_caller(tmp_path):
     save(tmp_path / "a.png")
     (tmp_path / "b.heic").write_text("?")
     assert open_images(tmp_path).notes == ["1 file with another ending is not used (.heic 1)"]
+
+
+def test_an_archive_that_is_not_cifars_is_to_be_unpacked(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "a.txt", "photos/a.txt")
+    with pytest.raises(UserError, match="unpack it into a folder"):
+        open_images(tmp_path / "photos.tar.gz")

@@ -484,3 +484,18 @@ def test_ctrl_c_ends_the_command_without_a_traceback_and_leaves_the_old_file(fol
                         lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     assert status(vae, command(folder, "--steps", "3")) == 130
     assert (folder.parent / "vae.pt").read_text() == "old"
+
+
+def test_a_folder_of_diffusers_is_taken_for_the_one_file_of_weights_in_it(tmp_path):
+    folder = tmp_path / "sd-vae"
+    folder.mkdir()
+    with pytest.raises(UserError, match="folder with 0 files of weights"):
+        load_vae(folder)
+    tiny = AutoencoderKL(**vae.PRESETS["tiny"])
+    torch.save(tiny.state_dict(), folder / "diffusion_pytorch_model.bin")
+    (folder / "config.json").write_text("{}")
+    space = load_vae(folder, "tiny")
+    assert torch.equal(space.vae.quant_conv.weight, tiny.quant_conv.weight)
+    torch.save(tiny.state_dict(), folder / "another.bin")
+    with pytest.raises(UserError, match="2 files of weights"):
+        load_vae(folder, "tiny")
