@@ -19,7 +19,7 @@ choices of the same two functions.
                k_max = 1 - (a_t b_s / (a_s b_t))^2     "markov": the signal is scaled by a
                                                        Markov chain (DDPM)
     unit       F = (b x0 - a data_std^2 eps) / (data_std sqrt V)   the network's target
-               V = a^2 data_std^2 + b^2                            variance of x_t (no slopes)
+               V = a^2 data_std^2 + b^2                            variance of x_t
                F has variance 1 and no correlation with x_t at any t. EDM's c_skip, c_out
                and c_in are this for a = 1; v-prediction is -F for data_std = 1
     both       x0 = w f0 + (1 - w) (x_t - b f1) / a                two heads f0, f1

@@ -346,7 +346,7 @@ def find_weights(path):
     UserError for a folder with none or with several."""
     if not path.is_dir():
         return path
-    found = [file for ending in (".safetensors", ".bin") for file in sorted(path.glob(f"*{ending}"))]
+    found = [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.bin"))]
     if len(found) > 1:                                  # the same weights twice: the safe format
         found = [file for file in found if file.suffix == ".safetensors"] or found
     if len(found) != 1:
