@@ -5,7 +5,8 @@ Learning rate and mask ratio follow *progress*, a number that goes from 0 to 1. 
 planned from the clock:
 
     first      after 20 timed steps (or a tenth of the time, if that comes first)
-    again      every 2 % of the time, from what the last steps took, until the last 5 %
+    again      every 2 % of the time, from what the last steps took; the last time when 5 %
+               are left
     progress   += (1 - progress) / (steps left): it never falls and never jumps, and after
                the last step it is 1, however often the plan was changed
 
@@ -97,7 +98,8 @@ class Plan:
         if self.total is None:
             is_due = len(self.durations) >= TIMED or now > 0.1 * whole
         else:
-            is_due = now - self.planned >= EVERY * whole and now <= LAST * whole
+            is_last = self.planned < LAST * whole <= now
+            is_due = is_last or (now - self.planned >= EVERY * whole and now < LAST * whole)
         if not is_due:
             return 0
         left = whole - now - self.look_seconds              # the last evaluation comes at the end

@@ -623,14 +623,17 @@ def test_the_average_follows_its_formula(photos):
 
 
 def test_learning_rate_warms_up_and_decays_with_progress(photos):
-    go(photos, "--steps", 200, "--out", "runs/a", "--lr", 1e-3, "--lr-end", 0.1, "--warmup", 10,
-       "--sample-every", 1000, "--batch", 2,
-       )
-    lr = {int(r["step"]): float(r["lr"]) for r in rows("runs/a") if r["lr"]}
-    for k in range(10, 201,
-                   10):  # the row of step k tells the rate that made it: progress (k - 1) / 200
-        decay = 0.1 + 0.9 * (1 + math.cos(math.pi * (k - 1) / 200)) / 2
-        assert lr[k] == pytest.approx(1e-3 * min(1, k / 11) * decay, rel=1e-4)
+    o = train.Options(lr=1e-3, lr_end=0.1, warmup=10)
+    for step in range(200):
+        decay = 0.1 + 0.9 * (1 + math.cos(math.pi * step / 200)) / 2
+        warm = min(1, (step + 1) / 11)
+        assert train.learning_rate(o, step, step / 200, 200) == pytest.approx(1e-3 * warm * decay)
+    assert train.learning_rate(o, 1, 0.0, 20) == pytest.approx(2e-3 / 3)    # a tenth of 20 steps
+    go(photos, "--steps", 20, "--out", "runs/a", "--lr", 1e-3, "--lr-end", 0.1, "--warmup", 0)
+    # The row of step k tells the rate that made it: that of progress (k - 1) / 20.
+    for row in rows("runs/a")[1:]:
+        decay = 0.1 + 0.9 * (1 + math.cos(math.pi * (int(row["step"]) - 1) / 20)) / 2
+        assert float(row["lr"]) == pytest.approx(1e-3 * decay, rel=1e-4)
 
 
 def break_some_losses(monkeypatch, broken):
