@@ -41,6 +41,7 @@ from data import holdout, load_images
 from plumbing.console import (
     UserError, build_parser, describe_error, parse_path, replacing, run_command)
 from plumbing.images import choose_subset, grid, to_float, to_uint8
+from plumbing.layout import require_autoencoder
 from plumbing.machine import pick_device
 from plumbing.sheets import save_picture
 from tasks import psnr
@@ -373,11 +374,13 @@ def load_vae(path, config="sd"):
     try:
         state = read_weights(path)
         if {"config", "model", "mean", "std"} <= state.keys():
+            require_autoencoder(state, path)
             config, mean, std, state = state["config"], state["mean"], state["std"], state["model"]
         vae = build_autoencoder(PRESETS[config] if isinstance(config, str) else config, state)
         return LatentSpace(vae, mean, std, hashlib.sha256(path.read_bytes()).hexdigest()[:8])
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        why = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: {why}") from None
     except ImportError:
         raise UserError(f"{path}: reading .safetensors needs one more package: "
                         "pip install safetensors; or give the .bin file") from None

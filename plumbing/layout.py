@@ -83,6 +83,32 @@ def is_states(value):
                                 and isinstance(state.get("param_groups"), list) for state in states)
 
 
+def is_few(value):
+    """a whole number from 1 to 64"""
+    return is_count(value) and 1 <= value <= 64
+
+
+def is_widths(value):
+    """a list of 1 to 8 whole numbers from 1 to 16384"""
+    return isinstance(value, (list, tuple)) and 1 <= len(value) <= 8 and all(map(is_side, value))
+
+
+def is_positive_number(value):
+    """a positive number"""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def is_finite_row(value):
+    """a row of finite numbers"""
+    return (torch.is_tensor(value) and value.ndim == 1 and value.is_floating_point()
+            and not value.is_sparse and bool(value.isfinite().all()))
+
+
+def is_positive_row(value):
+    """a row of finite, positive numbers"""
+    return is_finite_row(value) and bool((value > 0).all())
+
+
 def is_data(value):
     """what the run's images and its held-out ones are: count, classes and a digest"""
     return isinstance(value, dict) and set(value) == {"images", "held_out"} and all(
@@ -117,6 +143,24 @@ NETWORK = {
     "depth": is_side, "heads": is_side, "skips": is_flag, "decoder": is_count,
     "decoder_width": is_side, "classes": is_count, "cond_channels?": is_count,
     "economy?": is_name}
+
+
+AUTOENCODER = {
+    "widths": is_widths, "layers": is_few, "groups": is_side, "latent?": is_side,
+    "channels?": is_few, "scaling?": is_positive_number}
+
+AUTOENCODER_FILE = {
+    "config": is_dict, "model": is_weights, "mean": is_finite_row, "std": is_positive_row}
+
+
+def require_autoencoder(held, path):
+    """UserError unless `held` is laid out like a file of python vae.py. path: for the
+    message."""
+    require_layout(held, AUTOENCODER_FILE, path)
+    require_layout(held["config"], AUTOENCODER, f"{path}: config", strict=True)
+    latent = held["config"].get("latent", 4)
+    if {len(held["mean"]), len(held["std"])} != {latent}:
+        raise UserError(f"{path}: mean and std must have {latent} numbers each")
 
 
 def require_layout(values, table, where, strict=False):

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from plumbing.console import run_command  # noqa: E402  (found from the line above)
+import vit  # noqa: E402  (found from the line above)
+from plumbing.console import run_command  # noqa: E402
 
 # The same examples on every machine and no deadline: a test must not depend on time.
 settings.register_profile("glimpse", deadline=None, derandomize=True, max_examples=25,
@@ -31,6 +32,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "processes: trains in processes of its own, too")
     config.addinivalue_line("markers", "slow: a long sweep, run with --slow")
 
 
@@ -39,3 +41,13 @@ def status(module, argv):
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: module.main(argv))
     return stop.value.code or 0
+
+
+@pytest.fixture
+def narrow(request, monkeypatch):
+    """The tiny model made tinier, where only this process trains: a law does not need width.
+
+    Tests that compare with a process of its own say so: @pytest.mark.processes."""
+    if "processes" not in request.keywords:
+        small = dict(width=64, depth=3, heads=2, decoder_width=32)
+        monkeypatch.setitem(vit.MODELS, "tiny", small)

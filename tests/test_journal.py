@@ -27,6 +27,8 @@ from test_train import (TINY, equal, go, in_a_folder_of_its_own, photos, read, r
                         wait_for_step,
                         )  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def paint(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ NUMBERS, WORDS = ["001", "002", "010"], ["ant", "bee", "3 cats"]
 FLAGS = ["--size", "8", "--batch", "2", "--threads", "1", "--sample-every", "1000", "--amp", "off",
          "--steps", "1", "--device", "cpu", "--labels", "--workers", "0"]
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def folder_of_classes(place, names):
     for k, name in enumerate(names):

@@ -21,6 +21,8 @@ from running.options import (TOPICS, Options, check, describe_entry, flag_name, 
                              resolve_options)
 from running.recipes import RECIPES, recipe_options
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 TINY = ["--size", "16", "--patch", "8", "--batch", "8", "--threads", "1", "--val", "0.2",
         "--workers", "0"]
 

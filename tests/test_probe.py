@@ -17,6 +17,8 @@ from running.options import Options
 from sample import load
 from plumbing.images import to_float
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 TINY = [
     "--size", "16", "--patch", "4", "--batch", "8", "--threads", "1", "--val", "0.25", "--workers",
     "0", "--steps", "2"
@@ -101,12 +103,13 @@ def test_a_feature_that_never_changes_does_no_harm():
 def test_features_are_the_mean_over_all_tokens_of_the_encoders_last_block(colours, run):
     model, images = load(run("reconstruct"), device="cpu"), load_images(colours, 16, labels=True)
     f, y = probe.extract_features(model.net, model, images)
-    assert f.shape == (60, 192) and torch.equal(y, images.take(range(60))[1])
+    assert f.shape == (60, model.net.width) and torch.equal(y, images.take(range(60))[1])
     net, x = model.net, to_float(images.take([7])[0])
     from mask import patchify
     from vit import positions, sincos
     with torch.no_grad():
-        u = net.embed(patchify(x / model.schedule.data_std, 4)) + positions(4, 4, 192, x.device)
+        u = net.embed(patchify(x / model.schedule.data_std, 4))
+        u = u + positions(4, 4, net.width, x.device)
         c = net.embed_time(sincos(torch.zeros(1), 256))
         for block in net.blocks:
             u = block(u, c)

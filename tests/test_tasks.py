@@ -24,6 +24,8 @@ from plumbing.writer import ImageWriter
 import spaces
 import restore
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 CONDITIONED = [name for name in TASKS if name != "generate"]
 
 

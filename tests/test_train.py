@@ -36,6 +36,8 @@ from vit import ECONOMIES, ViT
 from plumbing.images import seeded
 import spaces
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 TINY = [
     "--size", "16", "--patch", "8", "--batch", "8", "--threads", "1", "--val", "0.2", "--workers",
     "0",
@@ -247,6 +249,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_a_log_of_its_own(photos
     assert [r["step"] for r in rows("runs/a")] == ["0", "3"]
 
 
+@pytest.mark.processes
 def test_two_runs_never_share_a_folder(photos):
     """Two that begin in the same second get two names; a second one in the folder of a
     running one is refused before any work."""
@@ -283,6 +286,7 @@ def wait_for_step(run, step, process):
     raise AssertionError(process.stderr.read().decode())
 
 
+@pytest.mark.processes
 def test_sigterm_saves_and_the_run_can_go_on(photos):
     process = start(photos, "--steps", 100000, "--out", "runs/a", "--save-every", 100000)
     wait_for_step("runs/a", 10, process)
@@ -293,6 +297,7 @@ def test_sigterm_saves_and_the_run_can_go_on(photos):
     assert reached >= 10 and int(rows("runs/a")[-1]["step"]) == reached
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_then_resume_changes_nothing(photos, kills):
     options = ["--steps", 60 * kills, "--save-every", 7, "--sample-every", 25, "--mask", "0.5"]
@@ -403,6 +408,7 @@ def torchrun(ranks, *arguments, script=ROOT / "train.py"):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_k_processes_take_the_same_steps_as_one_with_k_micro_batches(photos, ranks):
     options = [
@@ -420,6 +426,7 @@ def test_k_processes_take_the_same_steps_as_one_with_k_micro_batches(photos, ran
                                                                  rel=1e-4)
 
 
+@pytest.mark.processes
 def test_accumulation_under_no_sync_is_one_large_step_and_no_thread_outlives_it(photos, tmp_path):
     """2 processes x 2 micro-batches against 1 x 4. Threads: one of gloo's that still runs
     while Python ends can abort a finished process."""

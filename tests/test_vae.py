@@ -499,3 +499,23 @@ def test_a_folder_of_diffusers_is_taken_for_the_one_file_of_weights_in_it(tmp_pa
     torch.save(tiny.state_dict(), folder / "another.bin")
     with pytest.raises(UserError, match="2 files of weights"):
         load_vae(folder, "tiny")
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(mean=torch.tensor([0.0, 0.0, 0.0, float("nan")])), "mean must be a row of finite"),
+    (dict(std=torch.zeros(4)), "std must be"), (dict(std=torch.ones(3)), "4 numbers each"),
+    (dict(mean=torch.zeros(())), "mean"), (dict(mean="x"), "mean"), (dict(model={"a": 1}), "model"),
+    (dict(config=[]), "config"), (dict(layers=10**9), "layers must be a whole number from 1 to 64"),
+    (dict(widths=[16] * 10**5), "widths"), (dict(widths=[10**9, 32, 32]), "widths"),
+    (dict(latent=10**12), "latent"), (dict(scaling=float("nan")), "scaling"),
+    (dict(no=1), "unknown"),
+    (dict(layers=2), "not the weights"), (dict(groups=7), "holds no autoencoder")])
+def test_a_strange_file_of_an_autoencoder_is_one_line(tmp_path, change, word):
+    tiny = AutoencoderKL(**PRESETS["tiny"])
+    held = dict(config=tiny.config, model=tiny.state_dict(), mean=torch.zeros(4), std=torch.ones(4))
+    inside = change.keys() & held.keys()
+    held |= change if inside else dict(config=tiny.config | change)
+    torch.save(held, tmp_path / "strange.pt")
+    with pytest.raises(UserError, match=word) as error:
+        load_vae(tmp_path / "strange.pt")
+    assert len(str(error.value).splitlines()) == 1
