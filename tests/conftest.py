@@ -45,7 +45,7 @@ def status(module, argv):
 
 @pytest.fixture
 def narrow(request, monkeypatch):
-    """The tiny model made tinier, where only this process trains: a law does not need width.
+    """The tiny model made tinier, where only this process trains: laws need no width.
 
     Tests that compare with a process of its own say so: @pytest.mark.processes."""
     if "processes" not in request.keywords:

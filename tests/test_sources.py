@@ -465,7 +465,8 @@ run_command(lambda: vae.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_writes_and_measures_the_autoencoder_as_it_is(tmp_path, number):
     command = [str(tmp_path), *train_command(tmp_path, "--minutes", "5")]
     run = subprocess.Popen(
