@@ -300,7 +300,7 @@ def test_sigterm_saves_and_the_run_can_go_on(photos):
 @pytest.mark.processes
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_then_resume_changes_nothing(photos, kills):
-    options = ["--steps", 60 * kills, "--save-every", 7, "--sample-every", 25, "--mask", "0.5"]
+    options = ["--steps", 40 * kills, "--save-every", 7, "--sample-every", 25, "--mask", "0.5"]
     go(photos, *options, "--out", "runs/straight")
     rng = np.random.default_rng(0)
     for _ in range(kills):
@@ -520,7 +520,7 @@ def test_an_epoch_shows_every_image_once_and_shards_do_not_overlap(n, batch, sha
 
 
 def test_minutes_become_a_plan_that_the_checkpoint_keeps(photos):
-    go(photos, "--minutes", 0.05, "--out", "runs/a")
+    go(photos, "--minutes", 0.02, "--out", "runs/a")
     ckpt = read("runs/a/last.pt")
     plan = ckpt["meta"]["plan"]
     assert plan > 0 and 0 < ckpt["step"] <= plan
@@ -528,7 +528,7 @@ def test_minutes_become_a_plan_that_the_checkpoint_keeps(photos):
 
 def test_a_run_that_stopped_before_its_plan_was_made_can_go_on_and_steps_make_it_longer(
         photos, monkeypatch):
-    options = ["--data", photos, *TINY, "--minutes", "0.05", "--out", "runs/a"]
+    options = ["--data", photos, *TINY, "--minutes", "0.02", "--out", "runs/a"]
 
     def stop(step, numbers):
         if step == 1:

@@ -18,6 +18,8 @@ from sample import load, require_same_meaning
 from schedules import PREDICTIONS, SCHEDULES
 from vit import ViT
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 SMALL = dict(channels=3, patch=4, skips=False, economy="drop", width=32, depth=1, heads=1,
              decoder_width=32)
 

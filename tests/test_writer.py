@@ -94,8 +94,9 @@ run_command(main)
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130),
-                                          (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["ImageWriter('a.zip')", "replacing('a.npz')"])
 def test_a_signal_leaves_no_temporary_file(tmp_path, how, number, code):
     work = subprocess.Popen([sys.executable, "-c", WORK.format(root=str(ROOT), how=how)],
