@@ -508,7 +508,8 @@ def resolve_options(options, given, stage):
     o = options(**recipe_options(options(**given).recipe, stage, given))
     out = find_run(o.out, o.resume)
     if not (out and (out / "last.pt").exists()):
-        refuse(o.resume and given.keys() <= {"out", "resume"},
+        says_what = given.keys() - (MAY_CHANGE - {"steps"})
+        refuse(o.resume and not says_what,
                f"--resume: there is no run{f' in {out}' if out else ''}; the runs here are "
                f"{list_runs()}. To start one, say with what (--data faces)")
         if o.resume:

@@ -283,7 +283,7 @@ def test_only_the_newest_numbered_checkpoints_are_kept_when_asked(photos):  # no
 
 def test_resume_with_nothing_to_start_from_and_no_run_is_one_line():
     with pytest.raises(UserError, match="there is no run in runs/tpyo; the runs here are none"):
-        train.main(["--resume", "--out", "runs/tpyo"])
+        train.main(["--resume", "--out", "runs/tpyo", "--threads", "1", "--device", "cpu"])
     assert not Path("runs").exists()
 
 
