@@ -44,7 +44,7 @@ from plumbing.console import UserError, run_command
 from running.options import (
     Options, check_values, is_same_value, option, options_parser, resolve_options)
 from running.recipes import recipe_options
-from sample import require_same_meaning
+from sample import check_weights, require_same_meaning
 
 
 @dataclass(frozen=True)

@@ -500,9 +500,20 @@ def build_model(meta, weights=None):
     if space.sha != meta["vae_sha"]:
         raise UserError(f"{vae} is not the autoencoder that this model was trained with: "
                         f"its SHA-256 begins with {space.sha}, not {meta['vae_sha']}")
+    square = space.factor * meta["model"]["patch"]
+    if meta["size"] % square:
+        raise UserError(f"the checkpoint's size {meta['size']} is no multiple of {square}, the "
+                        "pixels along the side of a token")
     if weights is not None:
         check_sizes(schedule, meta["model"], weights)
     return ViT(schedule, **meta["model"]), schedule, space
+
+
+def check_weights(ckpt, kind):
+    """UserError unless a checkpoint's weights (kind: "model" or "ema") are those of the
+    network that it describes."""
+    check_names(ckpt["meta"])
+    check_sizes(SCHEDULES[ckpt["meta"]["schedule"]], ckpt["meta"]["model"], ckpt[kind])
 
 
 def check_names(meta):

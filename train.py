@@ -137,7 +137,7 @@ def build_optimizer(net, o):
     """The optimizers of a network, a list: change it here to train with another one. A
     group whose `lr` is twice --lr keeps twice the learning rate for the whole run."""
     fused = next(net.parameters()).device.type in ("cpu", "cuda")
-    return [torch.optim.AdamW(net.parameters(), lr=o.lr, betas=(o.beta1, o.beta2),
+    return [torch.optim.AdamW(net.parameters(), lr=o.lr, betas=(float(o.beta1), float(o.beta2)),
                               weight_decay=o.wd, fused=fused)]
 
 

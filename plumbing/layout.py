@@ -177,7 +177,7 @@ def require_layout(values, table, where, strict=False):
                 continue
             raise UserError(f"{where} lacks {name}")
         if not is_right(values[name]):
-            kind = f"{values[name]!r:.40}" if not torch.is_tensor(values[name]) else "a tensor"
+            kind = " ".join(repr(values[name]).split())[:40]
             raise UserError(f"{where}: {name} must be {is_right.__doc__}, it is {kind}")
 
 

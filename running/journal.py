@@ -185,8 +185,9 @@ class Journal:
             f"{setup.shards} x {setup.micro}; {self.machine.device.type}, {dtype}, "
             f"{torch.get_num_threads()} threads",
             f"run folder {self.folder}{continued}"]
-        if setup.ckpt and setup.meta["shards"] != world * setup.shards:
-            lines.append(f"note: this run began with {setup.meta['shards']} shards per step, now "
+        began = setup.meta.get("shards", world * setup.shards)
+        if began != world * setup.shards:
+            lines.append(f"note: this run began with {began} shards per step, now "
                          f"{world * setup.shards}: the same law, not the same numbers")
         return lines
 

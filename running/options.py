@@ -288,6 +288,7 @@ def check_values(o):
         elif kind in TYPES:
             wanted, words = TYPES[kind]
             fits = isinstance(value, wanted) and isinstance(value, bool) == (kind is bool)
+            fits = fits and (kind is not int or abs(value) < 2**62)
             refuse(not fits, f"{flag_name(f)} {shown}: must be {words}")
         else:
             fits = isinstance(value, str) and "\0" not in value
@@ -409,8 +410,8 @@ def check_reconstruction(o):
 
 def check_optimisation(o):
     """Lengths, batches, rates."""
-    refuse(o.batch < 1 or (o.micro_batch is not None and o.micro_batch < 1),
-           "--batch and --micro-batch must be at least 1")
+    refuse(not 1 <= o.batch <= 2**20 or (o.micro_batch is not None and o.micro_batch < 1),
+           "--batch and --micro-batch must be at least 1, and a batch at most 1048576 images")
     refuse(o.steps is not None and o.steps < 1, "--steps must be at least 1")
     refuse(o.minutes is not None and not is_positive(o.minutes), "--minutes must be positive")
     refuse(not (is_positive(o.lr) and is_positive(o.clip)), "--lr and --clip must be positive")

@@ -87,6 +87,12 @@ def try_file(path, original):
             assert len(str(error).splitlines()) == 1, error
 
 
+def few_faces(source, *args, **how):
+    """data.load_images, with 24 of the built-in faces."""
+    from data import load_images
+    return load_images(source, *args, **how | (dict(count=24) if source == "faces" else {}))
+
+
 def attack(count, seed):
     """Run in a process of its own, for it may crash: prints one line for each bad
     outcome."""
@@ -100,10 +106,7 @@ def attack(count, seed):
     import running.setup
     import vit
     vit.MODELS["tiny"] = dict(width=64, depth=3, heads=2, decoder_width=32)
-    from data import load_images
-
-    running.setup.load_images = lambda source, *args, **how: load_images(
-        source, *args, **how | (dict(count=24) if source == "faces" else {}))
+    running.setup.load_images = few_faces
     train.main([*options, "--labels", "--steps", "2", "--out", "made"])
     ckpt = torch.load("made/last.pt", weights_only=True)
     every = [path for path in places(ckpt) if path]
@@ -140,6 +143,37 @@ def test_a_tampered_checkpoint_works_or_is_one_line(tmp_path, count, seed):
     last = [line for line in done.stdout.splitlines() if line.startswith("TRY")][-1:]
     assert not bad, "\n".join(bad)
     assert done.returncode == 0, f"{last}: {done.stderr[-800:]}"
+
+
+@pytest.mark.parametrize("where, key, value, word", [
+    ("meta", "size", 3, "no multiple of 4"), ("config", "batch", 2**61, "--batch"),
+    ("config", "beta1", 0, None), ("meta", "shards", "DELETE", None),
+    (None, "optimizer", [torch.zeros(4, 4)], "optimizer must be")])
+def test_what_the_generator_found_is_one_line_or_works(tmp_path, monkeypatch, where, key, value,
+                                                       word):
+    """A size between the tokens, an integer that torch cannot hold, 0 for 0.0, a long
+    repr."""
+    import running.setup
+    import train
+    from plumbing.console import UserError
+    from sample import load
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(running.setup, "load_images", few_faces)
+    train.main(["--size", "8", "--batch", "4", "--threads", "1", "--steps", "1", "--out", "a"])
+    ckpt = torch.load("a/last.pt", weights_only=True)
+    owner = ckpt[where] if where else ckpt
+    if value == "DELETE":
+        del owner[key]
+    else:
+        owner[key] = value
+    torch.save(ckpt, "a/last.pt")
+    go_on = [lambda: load("a", device="cpu"),
+             lambda: train.main(["--out", "a", "--resume", "--steps", "2"])]
+    if word is None:
+        return [step() for step in go_on]
+    with pytest.raises(UserError, match=word) as error:
+        [step() for step in go_on]
+    assert len(str(error.value).splitlines()) == 1
 
 
 if __name__ == "__main__":
