@@ -171,6 +171,7 @@ def main(argv=None):
     source = o.from_ or str(newest_checkpoint())
     first = read_checkpoint(source, "config", o.weights)
     require_same_meaning(first, source, trains=True)
+    check_weights(first, o.weights)
     was = first_options(first)
     check_fits(was, given, source)
     chosen = recipe_options(o.recipe, "finetune", given)

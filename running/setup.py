@@ -218,12 +218,25 @@ def describe_model(
     else:
         data_std = measure_std(o, images, space, device)
     classes = list(images.classes) if o.labels else []
+    network = network_options(o, images.channels, space, len(classes))
+    if first:
+        require_same_network(first[1]["model"], network)
     return dict(
         stage=stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
         schedule=o.schedule, predict=o.predict, space=o.space, task=o.task,
         channels=images.channels, size=o.size, classes=classes, vae=absolute_path(o.vae),
         vae_sha=space.sha, data_std=data_std, plan=None, progress=0.0, skipped=0,
-        model=network_options(o, images.channels, space, len(classes)))
+        model=network)
+
+
+def require_same_network(there, here):
+    """UserError, before memory is taken, when options ask for another network than that of
+    a first stage. What may differ: classes, conditions, heads."""
+    for name in ("patch", "width", "depth", "heads", "skips", "decoder", "economy"):
+        was = there.get(name, here[name])
+        if was != here[name]:
+            raise UserError(f"the checkpoint's network does not fit the options: its {name} is "
+                            f"{was}, the options say {here[name]}")
 
 
 def absolute_path(path):
@@ -291,7 +304,9 @@ def load_optimizers(optimizers, states):
             same = [len(group["params"]) == len(other["params"])
                     for group, other in zip(groups, state["param_groups"], strict=True)]
             parameters = [q for group in groups for q in group["params"]]
-            fits = all(same) and has_state_of(state["state"], parameters)
+            numbers = [k for group in state["param_groups"] for k in group["params"]]
+            fits = (all(same) and numbers == list(range(len(parameters)))
+                    and has_state_of(state["state"], parameters))
             if fits:
                 hyper = [{k: v for k, v in group.items() if k != "params"} for group in groups]
                 optimizer.load_state_dict(state)
