@@ -19,9 +19,11 @@ Shapes: n images, B batch, C channels (3, or 1 for gray), S the side in pixels.
 
 Run `python data.py` to see the faces.
 """
+import atexit
 import contextlib
 import copy
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -128,6 +130,8 @@ class Images:
         first = next(order, [])
         row = 8 + (self.channels + self.maps) * self.size**2               # bytes of an image
         require_shared_memory(workers, len(first) * row)
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)                            # once, before Python's own
         # There is nothing to collate: `take` makes whole batches. The generator keeps the
         # DataLoader from drawing from the global random state.
         loader = DataLoader(self, batch_sampler=itertools.chain([first], order), collate_fn=tuple,
@@ -160,10 +164,20 @@ class Images:
 def leave_signals_to_parent(worker):
     """Make a worker ignore the signals that reach all processes of a group.
 
-    The parent saves, and tells its workers to end."""
+    The parent saves, and tells its workers to end (or kills them: end_workers)."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):                               # Windows has two of them
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def end_workers():
+    """Kill what still decodes when the program ends.
+
+    Python ends such processes with SIGTERM, which they ignore, and then waits for them: a
+    program that still holds an iterator of batches would never end."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def require_shared_memory(workers, batch):

@@ -423,6 +423,22 @@ def test_a_killed_worker_is_one_line(tmp_path, when):
     assert "fewer --workers" in done.stderr
 
 
+HELD = """
+import sys, torch
+from data import load_images
+batches = load_images(sys.argv[1], 8, cache_gb=0).batches([torch.tensor([0])] * 1000, workers=1)
+next(batches)
+sys.held = [batches]
+"""
+
+
+def test_a_program_that_still_holds_its_workers_ends(tmp_path):
+    """A notebook, or a test that failed: something refers to the batches until the end."""
+    save(tmp_path / "a.png")
+    subprocess.run([sys.executable, "-c", HELD, str(tmp_path)], timeout=60, check=True,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
 def test_what_a_worker_cannot_read_any_more_is_one_line(tmp_path):
     images = load_images(save(tmp_path / "a.png").parent, 8, cache_gb=0)
     (tmp_path / "a.png").unlink()
