@@ -229,7 +229,8 @@ def read_inception(file):
     try:
         content = file.read_bytes()
         weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if not all(isinstance(name, str) and torch.is_tensor(tensor) and not tensor.is_sparse
+        if not all(isinstance(name, str) and torch.is_tensor(tensor)
+                   and tensor.layout == torch.strided
                    for name, tensor in weights.items()):
             raise TypeError("it holds other things than tensors and their names")
     except Exception as error:          # the system, torch, zipfile and pickle have their own

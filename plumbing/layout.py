@@ -68,7 +68,7 @@ def is_weights(value):
     """a dict of tensors"""
     return isinstance(value, dict) and all(
         is_name(name) and torch.is_tensor(tensor) and tensor.is_floating_point()
-        and not tensor.is_sparse for name, tensor in value.items())
+        and tensor.layout == torch.strided for name, tensor in value.items())
 
 
 def is_dict(value):
@@ -101,7 +101,7 @@ def is_positive_number(value):
 def is_finite_row(value):
     """a row of finite numbers"""
     return (torch.is_tensor(value) and value.ndim == 1 and value.is_floating_point()
-            and not value.is_sparse and bool(value.isfinite().all()))
+            and value.layout == torch.strided and bool(value.isfinite().all()))
 
 
 def is_positive_row(value):
@@ -120,7 +120,8 @@ def is_data(value):
 def is_random_state(value):
     """a random state of torch"""
     now = torch.get_rng_state()
-    return torch.is_tensor(value) and value.dtype == now.dtype and value.shape == now.shape
+    return (torch.is_tensor(value) and value.layout == now.layout
+            and value.dtype == now.dtype and value.shape == now.shape)
 
 
 # --- the tables ---------------------------------------------------------------------------
@@ -142,7 +143,7 @@ NETWORK = {
     "channels": is_side, "heads_out": is_side, "patch": is_side, "width": is_side,
     "depth": is_side, "heads": is_side, "skips": is_flag, "decoder": is_count,
     "decoder_width": is_side, "classes": is_count, "cond_channels?": is_count,
-    "economy?": is_name}
+    "economy?": is_name, "block?": is_name}
 
 
 AUTOENCODER = {

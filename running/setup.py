@@ -220,6 +220,7 @@ def describe_model(
     classes = list(images.classes) if o.labels else []
     network = network_options(o, images.channels, space, len(classes))
     if first:
+        network["block"] = first[1]["model"].get("block", "dit")        # of an older first stage
         require_same_network(first[1]["model"], network)
     return dict(
         stage=stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
@@ -329,11 +330,13 @@ def has_state_of(state, parameters):
             is_count = name == "step" and torch.as_tensor(value).numel() == 1
             if value is None or (is_count and 0 <= float(value) < math.inf):
                 continue
-            if not torch.is_tensor(value) or not value.is_floating_point() or value.is_sparse:
+            if not torch.is_tensor(value) or not value.is_floating_point():
                 return False
-            if value.shape != parameters[number].shape:
+            if value.layout != torch.strided or value.shape != parameters[number].shape:
                 return False
-    return len({frozenset(parts) for parts in state.values()}) <= 1
+    # All parameters have the same parts; None for one of them would be None for all.
+    return len({frozenset((name, value is None) for name, value in parts.items())
+                for parts in state.values()}) <= 1
 
 
 def compile_blocks(net):

@@ -148,7 +148,9 @@ def test_a_tampered_checkpoint_works_or_is_one_line(tmp_path, count, seed):
 @pytest.mark.parametrize("where, key, value, word", [
     ("meta", "size", 3, "no multiple of 4"), ("config", "batch", 2**61, "--batch"),
     ("config", "beta1", 0, None), ("meta", "shards", "DELETE", None),
-    (None, "optimizer", [torch.zeros(4, 4)], "optimizer must be")])
+    (None, "optimizer", [torch.zeros(4, 4)], "optimizer must be"),
+    (None, "rng", torch.get_rng_state().to_sparse(), "rng must be"),
+    ("state", "exp_avg", None, "not that of this network")])
 def test_what_the_generator_found_is_one_line_or_works(tmp_path, monkeypatch, where, key, value,
                                                        word):
     """A size between the tokens, an integer that torch cannot hold, 0 for 0.0, a long
@@ -161,7 +163,9 @@ def test_what_the_generator_found_is_one_line_or_works(tmp_path, monkeypatch, wh
     monkeypatch.setattr(running.setup, "load_images", few_faces)
     train.main(["--size", "8", "--batch", "4", "--threads", "1", "--steps", "1", "--out", "a"])
     ckpt = torch.load("a/last.pt", weights_only=True)
-    owner = ckpt[where] if where else ckpt
+    owner = ckpt[where] if where in ckpt else ckpt
+    if where == "state":                                    # of the optimizer's third parameter
+        owner = ckpt["optimizer"][0]["state"][2]
     if value == "DELETE":
         del owner[key]
     else:
