@@ -42,7 +42,7 @@ import train
 from plumbing.checkpoint import newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, run_command
 from running.options import (
-    Options, check_values, is_same_value, option, options_parser, resolve_options)
+    Options, before_options, check_values, is_same_value, option, options_parser, resolve_options)
 from running.recipes import recipe_options
 from sample import check_weights, require_same_meaning
 
@@ -112,7 +112,8 @@ FIXED = ("objective", "predict", "space", "model", "patch", "skips", "decoder", 
 # this stage's (now: as they are if all in this table is inherited).
 INHERITED = dict.fromkeys(FIXED, always) | {
     "data": always, "size": always, "gray": always, "flip": always, "seed": always,
-    "batch": always, "micro_batch": always, "amp": always, "cache_gb": always, "workers": always,
+    "optimizer": always, "batch": always, "micro_batch": always, "amp": always,
+    "cache_gb": always, "workers": always,
     "schedule": always, "weighting": always, "time_sampling": always,
     "vae": always, "task": always, "labels": always,
     "val": keeps_data,
@@ -127,9 +128,9 @@ INHERITED = dict.fromkeys(FIXED, always) | {
 
 
 def first_options(ckpt):
-    """The options of the run that made a checkpoint. One that is younger than the run has
-    its default; the autoencoder is where it lies now."""
-    config = ckpt["config"] | dict(vae=ckpt["meta"]["vae"])
+    """The options of the run that made a checkpoint. One that is younger than the run is
+    what such runs did; the autoencoder is where it lies now."""
+    config = before_options(Options) | ckpt["config"] | dict(vae=ckpt["meta"]["vae"])
     names = {f.name for f in fields(Options)}
     o = Options(**{name: value for name, value in config.items() if name in names})
     check_values(o)

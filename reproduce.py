@@ -6,6 +6,7 @@ batch, that differ in the thing under test and in nothing else. It draws from al
 with the same noise, measures, and writes a table and pictures. It reports what comes out,
 not what should.
 
+    python reproduce.py ablate                                       # parts of the recipe
     python reproduce.py maskdm --data faces64.zip --gray --size 64   # a tenth of the tokens
     python reproduce.py ddm --data cifar10-train.zip                 # ten analytic steps
     python reproduce.py tasks --data faces64.zip --gray --size 64    # four tasks, ten calls
@@ -25,6 +26,7 @@ only comparable at equal n.
 """
 import torch
 
+from claims.ablate import run_ablate
 from claims.ddm import run_ddm
 from claims.lmd import run_lmd
 from claims.maskdit import run_maskdit
@@ -35,6 +37,7 @@ from plumbing.writer import refuse_overwriting
 
 # The first line of each function's docstring is its help text.
 CLAIMS = {
+    "ablate": run_ablate,
     "maskdm": run_maskdm,
     "ddm": run_ddm,
     "tasks": run_tasks,

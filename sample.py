@@ -47,7 +47,7 @@ from plumbing.writer import ImageWriter, refuse_overwriting
 from schedules import PREDICTIONS, SCHEDULES, T_MIN, to_float64
 from spaces import SPACES
 from tasks import TASKS
-from vit import ECONOMIES, ViT
+from vit import BLOCKS, ECONOMIES, ViT
 
 
 # --- time grids: (schedule, start, steps) -> steps + 1 times, falling from start to 0 -----
@@ -525,10 +525,12 @@ def check_names(meta):
         if name not in registry:
             raise UserError(f"the checkpoint's {field} is {name}; this program knows "
                             f"{', '.join(registry)}")
-    economy = meta["model"].get("economy", "drop")
-    if economy not in ECONOMIES:
-        raise UserError(f"the checkpoint's economy is {economy}; this program knows "
-                        f"{', '.join(ECONOMIES)}")
+    # Checkpoints from before there was a choice have the first of them.
+    for field, registry in (("economy", ECONOMIES), ("block", BLOCKS)):
+        name = meta["model"].get(field, next(iter(registry)))
+        if name not in registry:
+            raise UserError(f"the checkpoint's {field} is {name}; this program knows "
+                            f"{', '.join(registry)}")
 
 
 def check_sizes(schedule, sizes, weights):

@@ -33,6 +33,7 @@ from mask import draw
 from plumbing.console import UserError, run_command
 from plumbing.images import choose_subset, seeded, to_float
 from plumbing.machine import amp_type, start_machine
+from plumbing.muon import Muon
 from plumbing.plan import Plan
 from running.cost import describe_cost
 from running.journal import Journal
@@ -49,6 +50,7 @@ from tasks import make_condition
 from vit import ECONOMIES, ViT
 
 TOO_MANY = 20                       # steps in a row that are not finite: they end a run
+MUON_RATE = 10                      # Muon's learning rate, in units of --lr
 
 
 # --- what never changes in a run ----------------------------------------------------------
@@ -136,9 +138,18 @@ class Setup:
 def build_optimizer(net, o):
     """The optimizers of a network, a list: change it here to train with another one. A
     group whose `lr` is twice --lr keeps twice the learning rate for the whole run."""
-    fused = next(net.parameters()).device.type in ("cpu", "cuda")
-    return [torch.optim.AdamW(net.parameters(), lr=o.lr, betas=(float(o.beta1), float(o.beta2)),
-                              weight_decay=o.wd, fused=fused)]
+    device = next(net.parameters()).device
+    matrices = net.block_matrices() if o.optimizer == "muon" else []
+    chosen = {id(q) for q in matrices}
+    rest = [q for q in net.parameters() if id(q) not in chosen]
+    fused = device.type in ("cpu", "cuda")
+    optimizers = [torch.optim.AdamW(rest, lr=o.lr, betas=(float(o.beta1), float(o.beta2)),
+                                    weight_decay=o.wd, fused=fused)]
+    if matrices:
+        half = amp_type(o.amp, device) == torch.bfloat16    # else Newton-Schulz in float32
+        optimizers.append(Muon(matrices, lr=MUON_RATE * o.lr, weight_decay=o.wd,
+                               dtype=torch.bfloat16 if half else torch.float32))
+    return optimizers
 
 
 class Learner:

@@ -5,11 +5,12 @@ size. So the same weights denoise 10 % of the patches (MaskDM, arXiv 2306.11363)
 them. Every token carries the position of its place, so the remaining ones still know where
 they are (the code gathers first and embeds then, which is cheaper and the same). The blocks
 are DiT's (2212.09748): time and class enter by adaptive layer norm, whose gates start at
-zero.
+zero. The small sizes have them with three later changes (RotaryBlock).
 
     u = embed(c_in x_t) + positions      (B, N, D)     every token
     u = m.gather(u)                      (B, K, D)     dropped tokens stop here
-    u = blocks(u, c)                     (B, K, D)     c = embedding of time and class
+    u = blocks(u, c, turns)              (B, K, D)     c = embedding of time and class;
+                                                       turns: rotary positions
     u = m.scatter(u, mask token)         (B, N, D')    only with a decoder (MaskDiT,
     u = decoder(u, c)                                  2306.09305): light blocks, all tokens
     out = head(u)                        (B, C_out, H, W)
@@ -70,6 +71,50 @@ def positions(h, w, width, device):
     return torch.cat([sincos(column.flatten(), width // 2), sincos(row.flatten(), width // 2)], -1)
 
 
+class Places:
+    """Where tokens are: on an h x w grid, all of them or the visible ones of a mask."""
+
+    def __init__(self, h, w, device, m=None):
+        self.h, self.w, self.device, self.m = h, w, device, m
+
+    def of(self, m):
+        """The places of a mask's visible tokens; the same places for None."""
+        return self if m is None else Places(self.h, self.w, self.device, m)
+
+    def pick(self, table):
+        """The rows (N, d) of these tokens -> (N, d), or (B, K, d) with a mask."""
+        return table if self.m is None else table[self.m.keep]
+
+    def embed(self, width):
+        """Fixed 2-D positions, to be added to tokens -> (N or B, K, width)."""
+        return self.pick(positions(self.h, self.w, width, self.device))
+
+    def turns(self, d):
+        """Angles of rotary positions, heads of d channels -> (N or B, 1, K, d / 2)."""
+        angles = self.pick(rotary_angles(self.h, self.w, d, self.device))
+        return angles if self.m is None else angles[:, None]
+
+
+@lru_cache(maxsize=16)
+def rotary_angles(h, w, d, device):
+    """[RoPE] how far each pair of a head's d channels turns at each token -> (h w, d / 2).
+
+    The first half of the pairs turns with the column, the second half with the row."""
+    frequency = 100.0 ** (-torch.arange(d // 4, device=device) / (d // 4))
+    row = torch.arange(h, device=device).repeat_interleave(w)
+    column = torch.arange(w, device=device).repeat(h)
+    return torch.cat([column[:, None] * frequency, row[:, None] * frequency], -1)
+
+
+def rotate(x, angles):
+    """Turn each pair of channels by an angle: x (B, heads, K, d), angles (..., K, d / 2).
+
+    The product of two turned vectors depends on how far their tokens lie apart. [RoPE]"""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(),
+                      a * angles.sin() + b * angles.cos()], -1)
+
+
 # --- one block ----------------------------------------------------------------------------
 
 def modulate(u, shift, scale):
@@ -98,31 +143,72 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+            nn.Linear(width, 4 * width), self.activation(), nn.Linear(4 * width, width))
         self.ada = nn.Linear(cond_width, 6 * width)
         self.skip = nn.Linear(2 * width, width) if skip else None
 
-    def attention(self, u):
+    def activation(self):
+        """Between the two layers of the mlp."""
+        return nn.GELU(approximate="tanh")
+
+    def relate(self, q, k, turns):
+        """What queries and keys (B, heads, K, d) are before they meet: here as they are."""
+        return q, k
+
+    def attention(self, u, turns=None):
         """Self-attention between the tokens that are there: u (B, K, D) -> (B, K, D)."""
         B, K, D = u.shape
         qkv = self.qkv(u).view(B, K, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                      # (B, heads, K, d)
+        q, k = self.relate(q, k, turns)
         u = attend(q, k, v).transpose(1, 2).reshape(B, K, D)                             # (B, K, D)
         return self.out(u)
 
-    def forward(self, u, c, skipped=None):
-        """u, skipped (B, K, D), c (B, D) -> (B, K, D)."""
+    def forward(self, u, c, skipped=None, turns=None):
+        """u, skipped (B, K, D), c (B, D), turns: of `Places` -> (B, K, D)."""
         if self.skip is not None:
             u = self.skip(torch.cat([u, skipped], -1))          # [U-ViT] concatenate, then project
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(F.silu(c)).chunk(6, -1)
-        u = u + gate1[:, None] * self.attention(modulate(u, shift1, scale1))    # [DiT] adaLN-zero
-        return u + gate2[:, None] * self.mlp(modulate(u, shift2, scale2))
+        u = u + gate1[:, None] * self.attention(modulate(u, shift1, scale1), turns)
+        return u + gate2[:, None] * self.mlp(modulate(u, shift2, scale2))       # [DiT] adaLN-zero
 
 
-def build_light_blocks(count, decoder_width, cond_width):
+class RotaryBlock(Block):
+    """DiT's block with three later changes, each measured in RESULTS.md.
+
+    Queries and keys have length 1 times a learned scale a channel, so that attention cannot
+    saturate [QK-norm]. They are turned by their place, so that it knows how far tokens lie
+    apart [RoPE, in 2-D]. The mlp squares a ReLU, which is cheaper than GELU [Primer]."""
+
+    def __init__(self, width, heads, cond_width, skip=False):
+        super().__init__(width, heads, cond_width, skip)
+        self.q_scale = nn.Parameter(torch.ones(width // heads))
+        self.k_scale = nn.Parameter(torch.ones(width // heads))
+
+    def activation(self):
+        return SquaredReLU()
+
+    def relate(self, q, k, turns):
+        d = q.shape[-1:]
+        turned = [rotate(F.rms_norm(x.float(), d, scale.float(), eps=1e-6), turns)
+                  for x, scale in ((q, self.q_scale), (k, self.k_scale))]
+        return turned[0].to(q.dtype), turned[1].to(k.dtype)
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0)^2."""
+
+    def forward(self, x):
+        return F.relu(x).square()
+
+
+BLOCKS = {"dit": Block, "rotary": RotaryBlock}
+
+
+def build_light_blocks(count, decoder_width, cond_width, block="dit"):
     """`count` blocks of another width, with heads of 32: for the decoder and the mixer."""
     heads = decoder_width // 32
-    return nn.ModuleList(Block(decoder_width, heads, cond_width) for _ in range(count))
+    return nn.ModuleList(BLOCKS[block](decoder_width, heads, cond_width) for _ in range(count))
 
 
 # --- token economies: what a hidden token is spared ---------------------------------------
@@ -138,7 +224,7 @@ class Economy:
     all_scored = False
     skips = True
 
-    def build_parts(self, depth, width, decoder_width):
+    def build_parts(self, depth, width, decoder_width, block="dit"):
         """The economy's own layers for an encoder of `depth` blocks -> {name: module}.
 
         They become attributes of the network, so the names are those of its parameters."""
@@ -148,10 +234,11 @@ class Economy:
         """The width at which tokens are embedded."""
         return width
 
-    def encode(self, net, inputs, c, m):
+    def encode(self, net, inputs, c, place, m):
         """Embed the tokens and run the encoder's blocks.
 
-        inputs: what net.embed_tokens takes. c (B, D): the condition. m: the mask, or None.
+        inputs: what net.embed_tokens takes. c (B, D): the condition. place: the Places of
+        all tokens. m: the mask, or None.
         -> u (B, K, D), or (B, N, D) for all tokens"""
         raise NotImplementedError
 
@@ -159,9 +246,9 @@ class Economy:
 class DropEconomy(Economy):
     """Hidden tokens never enter. [MaskDM, MaskDiT]"""
 
-    def encode(self, net, inputs, c, m):
-        u = net.embed_tokens(*inputs, m)                                                 # (B, K, D)
-        return net.run_blocks(u, c)
+    def encode(self, net, inputs, c, place, m):
+        u = net.embed_tokens(*inputs, place.of(m))                                       # (B, K, D)
+        return net.run_blocks(net.blocks, u, c, place.of(m))
 
 
 class RouteEconomy(Economy):
@@ -172,16 +259,16 @@ class RouteEconomy(Economy):
     all_scored = True
     skips = False
 
-    def encode(self, net, inputs, c, m):
+    def encode(self, net, inputs, c, place, m):
         i, j = route_span(len(net.blocks))
-        u = net.embed_tokens(*inputs)                                                    # (B, N, D)
-        u = net.run_blocks(u, c, 0, i)
+        u = net.embed_tokens(*inputs, place)                                             # (B, N, D)
+        u = net.run_blocks(net.blocks[:i], u, c, place)
         if m is None:
-            u = net.run_blocks(u, c, i, j)
+            u = net.run_blocks(net.blocks[i:j], u, c, place)
         else:
-            routed = net.run_blocks(m.gather(u), c, i, j)                                # (B, K, D)
+            routed = net.run_blocks(net.blocks[i:j], m.gather(u), c, place.of(m))        # (B, K, D)
             u = m.scatter(routed, fill=u)                           # [TREAD] the others as before
-        return net.run_blocks(u, c, j)
+        return net.run_blocks(net.blocks[j:], u, c, place)
 
 
 def route_span(depth):
@@ -198,23 +285,22 @@ class DeferEconomy(Economy):
     So each visible token knows about its neighbours. The mixer has the decoder's width."""
     hidden_seen = True
 
-    def build_parts(self, depth, width, decoder_width):
+    def build_parts(self, depth, width, decoder_width, block="dit"):
         count = math.ceil(depth * 6 / 28)                           # [MicroDiT-XL] 6 for 28
         return {
-            "mixer": build_light_blocks(count, decoder_width, width),
+            "mixer": build_light_blocks(count, decoder_width, width, block),
             "enter": nn.Linear(decoder_width, width),               # [MicroDiT] to width D
         }
 
     def embed_width(self, width, decoder_width):
         return decoder_width
 
-    def encode(self, net, inputs, c, m):
-        u = net.embed_tokens(*inputs)                                                   # (B, N, D')
-        for block in net.mixer:
-            u = net.run_block(block, u, c)
+    def encode(self, net, inputs, c, place, m):
+        u = net.embed_tokens(*inputs, place)                                            # (B, N, D')
+        u = net.run_blocks(net.mixer, u, c, place)
         if m is not None:
             u = m.gather(u)                                                             # (B, K, D')
-        return net.run_blocks(net.enter(u), c)
+        return net.run_blocks(net.blocks, net.enter(u), c, place.of(m))
 
 
 ECONOMIES = {"drop": DropEconomy(), "route": RouteEconomy(), "defer": DeferEconomy()}
@@ -241,6 +327,7 @@ class ViT(nn.Module):
         cond_channels=0,          # channels of the condition image, 0 for none
         checkpoint_blocks=False,  # recompute blocks in the backward pass: less memory
         economy="drop",           # a name in ECONOMIES
+        block="dit",              # a name in BLOCKS
     ):
         super().__init__()
         self.schedule = schedule
@@ -248,7 +335,7 @@ class ViT(nn.Module):
         self.checkpoint_blocks = checkpoint_blocks
         # The order of the layers is the order of their random weights: it must stay.
         self.economy = ECONOMIES[economy]
-        for name, part in self.economy.build_parts(depth, width, decoder_width).items():
+        for name, part in self.economy.build_parts(depth, width, decoder_width, block).items():
             setattr(self, name, part)
         first = self.economy.embed_width(width, decoder_width)
         area = patch * patch
@@ -260,15 +347,16 @@ class ViT(nn.Module):
             nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_class = nn.Embedding(classes, width) if classes else None
         # [U-ViT] block i feeds block depth - 1 - i; one or two in the middle stay alone
-        self.skip_count = (depth - 1) // 2 if skips else 0
+        skip_count = (depth - 1) // 2 if skips else 0
         self.blocks = nn.ModuleList(
-            Block(width, heads, width, skip=i >= depth - self.skip_count) for i in range(depth))
+            BLOCKS[block](width, heads, width, skip=i >= depth - skip_count)
+            for i in range(depth))
         self.decoder = None
         if decoder:                                                 # [MaskDiT]
             self.connect_ada = nn.Linear(width, 2 * width)
             self.connect = nn.Linear(width, decoder_width)
             self.mask_token = nn.Parameter(torch.zeros(decoder_width))
-            self.decoder = build_light_blocks(decoder, decoder_width, width)
+            self.decoder = build_light_blocks(decoder, decoder_width, width, block)
         last = decoder_width if decoder else width
         self.head_ada = nn.Linear(width, 2 * last)
         self.head = nn.Linear(last, area * channels * heads_out)
@@ -304,18 +392,22 @@ class ViT(nn.Module):
         """The blocks of economy, encoder and decoder, in their order."""
         return [layer for layer in self.modules() if isinstance(layer, Block)]
 
-    def embed_tokens(self, x, cond, place, m=None):
+    def block_matrices(self):
+        """The weight matrices of all blocks, but for those that make shifts, scales and
+        gates of the condition: a list, for an optimizer that treats matrices as such."""
+        return [q for block in self.all_blocks() for name, q in block.named_parameters()
+                if q.ndim == 2 and not name.startswith("ada")]
+
+    def embed_tokens(self, x, cond, place):
         """Patches as tokens at their places: all of them, or a mask's visible ones.
 
         They are embedded after they are gathered, for that is cheaper.
-        x (B, N, P), cond (B, N, P') or None, place (N, D) -> u (B, K, D), or (B, N, D)"""
-        if m is not None:
-            x = m.gather(x)                                                              # (B, K, P)
-            place = place[m.keep]                                                        # (B, K, D)
-        u = self.embed(x)                                                                # (B, K, D)
+        x (B, N, P), cond (B, N, P') or None -> u (B, K, D), or (B, N, D)"""
+        m = place.m
+        u = self.embed(x if m is None else m.gather(x))                                  # (B, K, D)
         if self.embed_cond is not None:                     # never noised, dropped with its patch
             u = u + self.embed_cond(cond if m is None else m.gather(cond))
-        return u + place
+        return u + place.embed(self.embed.out_features)
 
     def embed_condition(self, t, y, B, device):
         """Times (B,) or (1,) and labels (B,) or None -> c (B, D)."""
@@ -332,34 +424,33 @@ class ViT(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def run_blocks(self, u, c, i=0, j=None):
-        """The encoder's blocks i ... j - 1, by default all: (B, K, D) -> (B, K, D)."""
+    def run_blocks(self, blocks, u, c, place):
+        """Blocks, one after the other, on tokens at `place`: (B, K, D) -> (B, K, D)."""
+        if len(blocks) == 0:                                        # routes of a shallow network
+            return u
         kept = []                                                   # [U-ViT] for the long skips
-        for number, block in enumerate(self.blocks[i:j], i):
-            if block.skip is None:
-                u = self.run_block(block, u, c)
-            else:
-                u = self.run_block(block, u, c, kept.pop())
-            if number < self.skip_count:
+        skips = sum(block.skip is not None for block in blocks)
+        turns = place.turns(u.shape[-1] // blocks[0].heads)
+        for number, block in enumerate(blocks):
+            skipped = kept.pop() if block.skip is not None else None
+            u = self.run_block(block, u, c, skipped, turns)
+            if number < skips:
                 kept.append(u)
         return u
 
-    def decode(self, u, c, m, h, w):
+    def decode(self, u, c, place, m):
         """[MaskDiT] light blocks on all tokens; hidden ones start as the mask token.
 
         u (B, K, D) or (B, N, D) -> (B, N, D')"""
         shift, scale = self.connect_ada(F.silu(c)).chunk(2, -1)
         u = self.connect(modulate(u, shift, scale))                                     # (B, K, D')
-        if u.shape[1] == h * w:
+        if u.shape[1] == place.h * place.w:
             # DistributedDataParallel wants a gradient for every parameter, also when
             # nothing was dropped.
             u = u + 0 * self.mask_token
         else:
             u = m.scatter(u, fill=self.mask_token)                                      # (B, N, D')
-        u = u + positions(h, w, u.shape[2], u.device)
-        for block in self.decoder:
-            u = self.run_block(block, u, c)
-        return u
+        return self.run_blocks(self.decoder, u + place.embed(u.shape[2]), c, place)
 
     def forward(self, zt, t, y=None, m=None, cond=None):
         """The network's output for noisy images.
@@ -374,11 +465,11 @@ class ViT(nn.Module):
         x = patchify(per_image(self.schedule.input_scale(t), zt) * zt, self.p)           # (B, N, P)
         if self.embed_cond is not None:
             cond = patchify(cond, self.p)                                               # (B, N, P')
-        place = positions(h, w, self.embed.out_features, zt.device)                         # (N, D)
+        place = Places(h, w, zt.device)
         c = self.embed_condition(t, y, B, zt.device)                                        # (B, D)
-        u = self.economy.encode(self, (x, cond, place), c, m)                       # (B, K or N, D)
+        u = self.economy.encode(self, (x, cond), c, place, m)                       # (B, K or N, D)
         if self.decoder is not None:
-            u = self.decode(u, c, m, h, w)                                              # (B, N, D')
+            u = self.decode(u, c, place, m)                                             # (B, N, D')
         shift, scale = self.head_ada(F.silu(c)).chunk(2, -1)
         out = self.head(modulate(u, shift, scale)).float()                        # (B, K or N, P'')
         if out.shape[1] < h * w:
@@ -389,8 +480,9 @@ class ViT(nn.Module):
 # Parameters of ours, for latents (4 channels, patch 2) without classes and decoder. DiT's
 # own 33, 130, 458 and 675 M have classes and a learned variance.
 MODELS = {
-    "tiny": dict(width=192, depth=6, heads=3, decoder_width=128),       # 4.2 M, this project's own
-    "small": dict(width=384, depth=12, heads=6, decoder_width=256),     # 32.5 M, DiT-S
+    "tiny": dict(width=192, depth=6, heads=3, decoder_width=128, block="rotary"),       # 4.2 M
+    "tiny-dit": dict(width=192, depth=6, heads=3, decoder_width=128),   # the same, DiT's blocks
+    "small": dict(width=384, depth=12, heads=6, decoder_width=256, block="rotary"),     # 32.5 M
     "base": dict(width=768, depth=12, heads=12, decoder_width=512),     # 129.5 M, DiT-B
     "large": dict(width=1024, depth=24, heads=16, decoder_width=512),   # 456.8 M, DiT-L
     "xl": dict(width=1152, depth=28, heads=16, decoder_width=512),      # 673.7 M, DiT-XL

@@ -10,8 +10,9 @@ what it was given, so no formula here has to know about masks, economies or deco
     attention    2 K^2 D             q k^T, then the weights times v, for K tokens
     training     2 x 3 x them        FLOP: a multiply-add is two, a backward pass costs two
                                      forward passes (blocks recomputed: 4 instead of 3)
+    Muon         5 (2 m^2 n + m^3)   multiply-adds for each m x n matrix of a block, m <= n
     parameters   4 + 4 + 8 + 4 + 4   bytes each: weight, gradient, AdamW's moments, average,
-                                     DDP's bucket; + 2 for a 16-bit copy
+                                     DDP's bucket; + 2 for a 16-bit copy; - 4 with Muon
     activations  (4 x 4 + 16 h) K D  bytes per block, h = 2 or 4: four float32 values (both
                                      inputs of the norms, and their outputs) and 16 of the
                                      matrix products' type (2 modulated, 3 qkv, 1 attention,
@@ -112,18 +113,35 @@ def forward_cost(net, h, w, visible=None):
     return adds, blocks
 
 
-def estimate_memory(net, blocks, images, half=True, recompute=False):
+def orthogonalisation_cost(net, steps=5):
+    """Multiply-adds of Newton-Schulz in a step of Muon, whatever the batch."""
+    sides = [sorted(q.shape) for q in net.block_matrices()]
+    return steps * sum(2 * m * m * n + m**3 for m, n in sides)
+
+
+def count_moments(net, optimizer):
+    """Bytes of an optimizer's state: two moments, or one of a matrix that has Muon."""
+    single = net.block_matrices() if optimizer == "muon" else []
+    return 8 * sum(q.numel() for q in net.parameters()) - 4 * sum(q.numel() for q in single)
+
+
+def estimate_memory(
+    net,                    # on the meta device
+    blocks,                 # K D of every block, from `forward_cost`
+    images,                 # per forward pass
+    half=True,              # matrix products in 16 bits
+    recompute=False,        # --checkpoint-blocks
+    optimizer="adamw",      # --optimizer
+):
     """About how many bytes training holds on each of several GPUs.
 
-    blocks: K D of every block, from `forward_cost`. images: per forward pass. half: matrix
-    products in 16 bits. recompute: --checkpoint-blocks.
     -> (bytes for the parameters, bytes for the activations)"""
     each = 16 + 16 * (2 if half else 4)
     kept = each * sum(blocks)
     if recompute:                                           # one input a block, and one block whole
         kept = 4 * sum(blocks) + (each - 4) * max(blocks)
     parameters = sum(q.numel() for q in net.parameters())
-    return parameters * (26 if half else 24), images * kept
+    return parameters * (18 if half else 16) + count_moments(net, optimizer), images * kept
 
 
 # --- the text of --dry-run ----------------------------------------------------------------
@@ -176,19 +194,27 @@ def describe_work(o, total, full, is_ramp, mean):
     return [forward, f"training     {flop * total / 1e9:.4g} GFLOP per image: {parts}"]
 
 
+def describe_optimizer(o, net):
+    """The line of --dry-run about Muon, as a list; none for AdamW, which costs nothing."""
+    if o.optimizer != "muon":
+        return []
+    cost = 2 * orthogonalisation_cost(net) / 1e9
+    return [f"optimizer    {cost:.4g} GFLOP a step for Muon, whatever the batch"]
+
+
 def describe_memory(o, net, blocks, micro):
     """A line of --dry-run: what one GPU holds. micro: images per forward pass."""
     half = o.amp != "off"
-    fixed, moving = estimate_memory(net, blocks, micro, half, o.checkpoint_blocks)
+    fixed, moving = estimate_memory(net, blocks, micro, half, o.checkpoint_blocks, o.optimizer)
     return (f"memory       about {(fixed + moving) / 1e9:.3g} GB on each of {GPUS} GPUs: "
             f"{fixed / 1e9:.3g} for the parameters, {moving / 1e9:.3g} for the activations of "
             f"{micro} images in {16 if half else 32} bits")
 
 
 def describe_disk(o, net):
-    """The line about checkpoints: weights, average and AdamW's two moments, 4 bytes
-    each."""
-    size = 16 * sum(q.numel() for q in net.parameters()) / 1e9
+    """The line about checkpoints: weights, average and the optimizer's moments."""
+    parameters = sum(q.numel() for q in net.parameters())
+    size = (8 * parameters + count_moments(net, o.optimizer)) / 1e9
     line = f"disk         {size:.3g} GB a checkpoint"
     if o.steps:
         count = o.steps // o.save_every + (o.steps % o.save_every > 0)
@@ -233,6 +259,7 @@ def describe_cost(o, network_options, script, arguments):
         f"{trained + fixed:.2f} M",
         f"tokens       {side * side} of {square} x {square} pixels, visible {seen}",
         *describe_work(o, sum(mean.values()), full, len(shares) > 1, mean),
+        *describe_optimizer(o, net),
         describe_memory(o, net, costs[max(shares)][1], micro),
         describe_disk(o, net),
         describe_command(o, script, arguments, micro)])

@@ -50,12 +50,14 @@ def option(
     help,
     kind=None,      # the type, where the default does not tell it
     choices=None,   # a registry, or a tuple of names
+    before=None,    # what runs that are older than the option did, where the default differs
     explain=False,  # whether --help lists the first line that each entry of the registry says
     name=None,      # the flag, where it is not the field's name
     metavar=None,   # what --help calls the value, where the type does not tell it
 ):
     """A field of Options."""
-    about = dict(topic=topic, help=help, kind=kind or type(default), choices=choices)
+    about = dict(topic=topic, help=help, kind=kind or type(default), choices=choices,
+                 before=default if before is None else before)
     shown = dict(explain=explain, name=name, metavar=metavar)
     return field(default=default, metadata=about | shown)
 
@@ -117,7 +119,7 @@ class Options:
         "noise", "plain", "weights of the two heads of --predict both", choices=WEIGHTS,
         explain=True)
     time_sampling: str = option(
-        "noise", "uniform", "how training times are drawn", choices=TIMES, explain=True)
+        "noise", "mixed", "how training times are drawn", choices=TIMES, explain=True)
 
     objective: str = option(
         "task", "denoise", "what is learned", choices=OBJECTIVES, explain=True)
@@ -141,6 +143,10 @@ class Options:
     minutes: float = option(
         "optimisation", None, "length of the run; 4 when neither this nor --steps is given",
         kind=float)
+    optimizer: str = option(
+        "optimisation", "muon", "how gradients become steps: muon orthogonalises those of the "
+        "blocks' matrices (plumbing/muon.py), the rest has adamw", choices=("adamw", "muon"),
+        before="adamw")
     batch: int = option("optimisation", 64, "images per step, over all processes")
     micro_batch: int = option(
         "optimisation", None, "images per forward pass; the rest is accumulated", kind=int)
@@ -402,8 +408,8 @@ def check_reconstruction(o):
            "--recon-target noisy: --objective reconstruct has no noise; take clean or whitened")
     refuse(o.predict not in (Options.predict, "x0"),
            "--predict: --objective reconstruct guesses the patches themselves; leave it out")
-    refuse((o.schedule, o.time_sampling, o.weighting)
-           != (Options.schedule, Options.time_sampling, Options.weighting),
+    refuse((o.schedule, o.weighting) != (Options.schedule, Options.weighting)
+           or o.time_sampling not in (Options.time_sampling, "uniform"),    # older runs have it
            "--schedule, --time-sampling and --weighting are about noise: --objective reconstruct "
            "has none, leave them out")
 
@@ -476,7 +482,7 @@ def check_same_run(options, given, out, ckpt):
     """Refuse, by name, an option that would make the run in `out` another run. given: what
     the command line holds. ckpt: the run's checkpoint."""
     for f in dataclasses.fields(options):
-        was = ckpt["config"].get(f.name, f.default)  # an option younger than the run: its default
+        was = ckpt["config"].get(f.name, f.metadata["before"])
         is_free = f.name not in given or f.name in MAY_CHANGE
         if not is_free and not is_same_value(given[f.name], was):
             raise UserError(
@@ -488,10 +494,16 @@ def check_same_run(options, given, out, ckpt):
            f"become longer")
 
 
+def before_options(options):
+    """What a run did that is older than some of the options. -> {name: value}"""
+    return {f.name: f.metadata["before"] for f in dataclasses.fields(options)}
+
+
 def continue_options(options, given, out, ckpt):
     """The options of the run in `out`, with what `given` may change."""
     names = {f.name for f in dataclasses.fields(options)}
-    kept = {k: v for k, v in ckpt["config"].items() if k in names}  # one that is gone now is left
+    kept = before_options(options)                                  # of a run that is older
+    kept |= {k: v for k, v in ckpt["config"].items() if k in names}  # one that is gone now is left
     kept["vae"] = ckpt["meta"]["vae"]
     if given.get("steps") is not None:                              # a number replaces the clock
         kept["minutes"] = None

@@ -30,12 +30,13 @@ RECIPES = {
             mask=0.9, policy="block", block=4,
             schedule="vp-cosine", predict="eps",                # cosine betas, noise prediction,
             time_sampling="uniform",                            # no weights
+            optimizer="adamw",
             batch=256, lr=2e-4, warmup=0, lr_end=1.0,           # constant rate
             steps=200_000,                                      # of the released checkpoint
             beta1=0.99, beta2=0.99, wd=0.03, clip=1.0,          # decay on all parameters
             ema=0.999, flip=False),                             # flips 0
         "finetune": dict(                                       # "best FID" of the release
-            mask=0.0,
+            mask=0.0, optimizer="adamw",
             batch=32, lr=1e-5, warmup=5000, lr_end=1.0, steps=200_000,
             beta1=0.99, beta2=0.99, wd=0.03, clip=1.0,
             ema=0.999, weights="model")},                       # raw weights, fresh optimizer
@@ -49,6 +50,7 @@ RECIPES = {
             recon_target="noisy",
             # ln sigma ~ N(-1.2, 1.2^2); sigma_data 0.5 there, measured here
             schedule="edm", predict="unit", time_sampling="lognormal",
+            optimizer="adamw",
             batch=1024, lr=1e-4, warmup=0, lr_end=1.0,          # 128 x 8 GPUs, constant rate
             steps=2_000_000,
             # AdamW as released; flips very likely none; fp16 there (NaNs were reported)
@@ -56,7 +58,7 @@ RECIPES = {
         # Zero-ratio, the stage before guided samples. The other one adds
         # --mask-from 0.5 --ramp cosine4 --recon 0.1 --steps 100000.
         "finetune": dict(
-            mask=0.0,
+            mask=0.0, optimizer="adamw",
             batch=512, lr=5e-5, warmup=0, lr_end=1.0,           # half the rate, half the batch
             steps=75_000, amp="off",                            # TF32; best guided FID at 75k
             beta1=0.9, beta2=0.999, wd=0.0, clip=NO_CLIP, ema=0.9999)},
@@ -70,9 +72,10 @@ RECIPES = {
             # ours: the patches themselves, of which a picture can be made. LMD whitens each
             # patch (--recon-target whitened)
             recon_target="clean",
+            optimizer="adamw",                                  # Adan there
             batch=64, lr=7.5e-5, warmup=20_000, lr_end=0.0,     # 3e-4 x 64 / 256; one epoch
             steps=8_000_000,                                    # 400 epochs, its parser's default
-            beta1=0.9, beta2=0.95, wd=0.05, clip=10.0)},        # ours, as in MAE: Adan there
+            beta1=0.9, beta2=0.95, wd=0.05, clip=10.0)},        # ours, as in MAE
     "ddm": {
         "train": dict(
             data=None, size=32,                                 # CIFAR-10
@@ -80,6 +83,7 @@ RECIPES = {
             model="base", patch=2,
             # constant h, two heads, weights on; no LPIPS here
             schedule="ddm", predict="both", weighting="ddm", time_sampling="uniform",
+            optimizer="adamw",
             # 128 x 2; down to 5e-6 (ours along a cosine, there a power of 0.96)
             batch=256, lr=1e-4, warmup=0, lr_end=0.05, steps=800_000,
             beta1=0.9, beta2=0.999, wd=0.01, clip=1.0,

@@ -1,9 +1,9 @@
 """How much a masked step costs, as ratios measured in one run:  python tests/benchmark.py
 
-A step is the inside of train.py's loop: draw, corrupt, forward, loss, backward, clip,
-AdamW, average. The data are random. Beside each time stands its floor: the step's counted
-multiply-adds at this machine's measured matrix-multiplication speed. The gap is the ratio
-of the two.
+A step is the inside of train.py's loop: draw, corrupt, forward, loss, backward, clip, the
+optimizer, average. The data are random. Beside each time stands its floor: the step's
+counted multiply-adds at this machine's measured matrix-multiplication speed. The gap is the
+ratio of the two. `optimizer` is the optimizers' own share of the step's time.
 
 Run it while nothing else runs. Each time is the median of --repeats steps, taken in turns,
 so that a slow minute hits every row."""
@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from losses import build_objective  # noqa: E402  (found from the line above)
 from mask import draw  # noqa: E402
 from plumbing.machine import pick_device  # noqa: E402
+from running.options import Options  # noqa: E402
 from schedules import SCHEDULES, times  # noqa: E402
+from train import build_optimizer  # noqa: E402
 from vit import MODELS, ViT  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -59,7 +61,8 @@ def make_step(args, device, ratio, dtype):
         for block in net.blocks:
             block.compile(dynamic=False)
     averaged = copy.deepcopy(list(net.parameters()))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+    amp = "bf16" if dtype == torch.bfloat16 else "off"
+    optimizers = build_optimizer(net, Options(optimizer=args.optimizer, amp=amp))
     objective = build_objective(schedule, "unit", args.patch)
     generator = torch.Generator(device).manual_seed(0)
     z = torch.randn(args.batch, 3, args.size, args.size, device=device)
@@ -76,11 +79,22 @@ def make_step(args, device, ratio, dtype):
         norm = torch.stack(torch._foreach_norm(gradients)).norm().item()
         if norm > 1.0:
             torch._foreach_mul_(gradients, 1.0 / norm)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         weights = [q.data for q in net.parameters()]
         torch._foreach_lerp_([q.data for q in averaged], weights, 0.01)
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
+    def step_alone():
+        for q in net.parameters():
+            q.grad = torch.full_like(q, 1e-3)
+        begun = read_clock(device)
+        for optimizer in optimizers:
+            optimizer.step()
+        return read_clock(device) - begun
+
+    step.measure_optimizer = step_alone
     return step
 
 
@@ -110,6 +124,7 @@ def parser():
     p.add_argument("--size", type=int, default=64,
                    help="side of the images: 64 at patch 4 is 256 tokens")
     p.add_argument("--patch", type=int, default=4, help="side of a token")
+    p.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="of train.py")
     p.add_argument("--batch", type=int, default=64, help="images per step")
     p.add_argument("--repeats", type=int, default=7, help="timed steps per row")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
@@ -126,16 +141,20 @@ def main():
     medians = dict(zip(rows, time_steps(steps, args.repeats, device)))
     speed = {dtype: measure_peak(dtype, device) for dtype in DTYPES}
     speeds = ", ".join(f"{v / 1e9:.0f} GFLOP/s {str(dtype)[6:]}" for dtype, v in speed.items())
-    print(f"{args.model}, {(args.size // args.patch) ** 2} tokens, batch {args.batch}, "
-          f"{device.type}, {torch.get_num_threads()} threads; matrix products at {speeds}")
+    alone = [statistics.median(step.measure_optimizer() for _ in range(args.repeats))
+             for step in steps]
+    print(f"{args.model}, {args.optimizer}, {(args.size // args.patch) ** 2} tokens, "
+          f"batch {args.batch}, {device.type}, {torch.get_num_threads()} threads; "
+          f"matrix products at {speeds}")
     print(f"{'type':9} {'ratio':>5} {'ms':>8} {'to unmasked':>12} {'to float32':>11} "
-          f"{'GFLOP':>8} {'floor ms':>9} {'gap':>5}")
-    for (dtype, ratio), count in zip(rows, flops):
+          f"{'GFLOP':>8} {'floor ms':>9} {'gap':>5} {'optimizer':>10}")
+    for (dtype, ratio), count, own in zip(rows, flops, alone):
         seconds, floor = medians[dtype, ratio], count / speed[dtype]
         unmasked = seconds / medians[dtype, 0.0]
         float32 = seconds / medians[torch.float32, ratio]
         print(f"{str(dtype)[6:]:9} {ratio:5} {1000 * seconds:8.1f} {unmasked:12.3f} "
-              f"{float32:11.3f} {count / 1e9:8.1f} {1000 * floor:9.1f} {seconds / floor:5.1f}")
+              f"{float32:11.3f} {count / 1e9:8.1f} {1000 * floor:9.1f} {seconds / floor:5.1f} "
+              f"{own / seconds:10.3f}")
 
 
 if __name__ == "__main__":

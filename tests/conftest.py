@@ -49,5 +49,5 @@ def narrow(request, monkeypatch):
 
     Tests that compare with a process of its own say so: @pytest.mark.processes."""
     if "processes" not in request.keywords:
-        small = dict(width=64, depth=3, heads=2, decoder_width=32)
+        small = dict(width=64, depth=3, heads=2, decoder_width=32, block="rotary")
         monkeypatch.setitem(vit.MODELS, "tiny", small)

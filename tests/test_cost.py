@@ -151,7 +151,20 @@ def test_masks_make_the_encoder_cheaper_and_nothing_else():
 def test_the_disk_that_checkpoints_take_is_told_before_and_keep_keeps_it_small():
     net = ViT(SCHEDULES["ddm"], width=32, depth=1, heads=1)
     size = 16 * sum(q.numel() for q in net.parameters()) / 1e9
-    line = running.cost.describe_disk(Options(steps=100, save_every=30), net)
+    half = 4 * sum(q.numel() for q in net.block_matrices()) / 1e9     # one moment, not two
+    line = running.cost.describe_disk(Options(steps=100, save_every=30, optimizer="muon"), net)
+    assert f"{size - half:.3g} GB a checkpoint, 4 of them" in line
+    line = running.cost.describe_disk(Options(steps=100, save_every=30, optimizer="adamw"), net)
     assert f"{size:.3g} GB a checkpoint, 4 of them at --save-every 30; --keep N" in line
     assert "3 of them" in running.cost.describe_disk(Options(steps=100, save_every=30, keep=2), net)
     assert "of them" not in running.cost.describe_disk(Options(minutes=4.0), net)
+
+
+def test_what_newton_schulz_takes_is_torchs_own_count():
+    from plumbing.muon import orthogonalise
+    net = on_meta(**SMALL)
+    with FlopCounterMode(display=False) as counter:
+        for q in net.block_matrices():
+            orthogonalise(torch.ones(1, *q.shape))
+    assert counter.get_total_flops() == 2 * running.cost.orthogonalisation_cost(net)
+    assert running.cost.describe_optimizer(Options(optimizer="adamw"), net) == []

@@ -106,13 +106,14 @@ def test_features_are_the_mean_over_all_tokens_of_the_encoders_last_block(colour
     assert f.shape == (60, model.net.width) and torch.equal(y, images.take(range(60))[1])
     net, x = model.net, to_float(images.take([7])[0])
     from mask import patchify
-    from vit import positions, sincos
+    from vit import Places, positions, sincos
     with torch.no_grad():
         u = net.embed(patchify(x / model.schedule.data_std, 4))
         u = u + positions(4, 4, net.width, x.device)
         c = net.embed_time(sincos(torch.zeros(1), 256))
+        turns = Places(4, 4, x.device).turns(net.width // net.blocks[0].heads)
         for block in net.blocks:
-            u = block(u, c)
+            u = block(u, c, turns=turns)
     torch.testing.assert_close(f[7], u[0].mean(0), atol=1e-4, rtol=1e-4)
     assert not net.blocks[-1]._forward_hooks  # nothing is left behind
 

@@ -282,6 +282,32 @@ def test_lognormal_times_have_edms_noise_levels(name):
     assert log_sigma.std().item() == pytest.approx(1.2, abs=0.03)
 
 
+@every
+def test_angle_times_cover_every_bin_of_angles_once(name):
+    schedule = replace(SCHEDULES[name], data_std=0.5)
+    t = times("angle", schedule, 50, torch.Generator().manual_seed(0))
+    first, last = schedule.angle(T_MIN), schedule.angle(1.0)
+    share = (schedule.angle(t) - first) / (last - first)
+    steps = share.sort().values.diff()
+    assert (steps - 1 / 50).abs().max() < 1e-6 and share.min() < 1 / 50
+
+
+def test_mixed_times_are_half_uniform_and_half_angles():
+    schedule = replace(SCHEDULES["ddm"], data_std=0.5)
+    u = (torch.arange(40, dtype=f64) + 0.5) / 40
+    mixed = TIMES["mixed"](schedule, u)
+    halves = (torch.arange(20, dtype=f64) + 0.5) / 20
+    assert torch.allclose(mixed[:20], TIMES["uniform"](schedule, halves))
+    assert torch.allclose(mixed[20:], TIMES["angle"](schedule, halves))
+
+
+def test_most_uniform_times_of_ddm_are_noisy():
+    """What the docstring of angle_times says."""
+    schedule = replace(SCHEDULES["ddm"], data_std=0.457)            # of the built-in faces
+    degrees = float(schedule.angle(0.5)) * 180 / math.pi
+    assert degrees == pytest.approx(72, abs=0.5)
+
+
 @given(t=time)
 def test_both_blends_two_heads_that_need_not_agree(t):
     """[DDM, released] x0 = x_t + (1 - a) x0_head - b eps_head, for any heads."""

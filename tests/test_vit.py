@@ -11,7 +11,9 @@ import torch.nn.functional as F
 import vit
 from mask import draw
 from schedules import SCHEDULES
-from vit import ECONOMIES, MODELS, Block, ViT, attend, positions, route_span, trace_tokens
+from vit import (
+    BLOCKS, ECONOMIES, MODELS, Block, Places, ViT, attend, positions, rotate, route_span,
+    trace_tokens)
 
 VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2),
             "skips+decoder": dict(skips=True, decoder=1), "classes": dict(classes=3),
@@ -19,6 +21,10 @@ VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2),
 for name in [e for e in ECONOMIES if e != "drop"]:
     VARIANTS |= {name: dict(economy=name), f"{name}+decoder": dict(economy=name, decoder=1),
                  f"{name}+inputs": dict(economy=name, classes=3, cond_channels=2)}
+for name in [b for b in BLOCKS if b != "dit"]:
+    VARIANTS |= {f"{name} {more}": dict(block=name) | options for more, options in (
+        ("plain", {}), ("skips", dict(skips=True)), ("decoder", dict(decoder=2)),
+        ("route", dict(economy="route")), ("defer", dict(economy="defer", decoder=1)))}
 every = pytest.mark.parametrize("variant", VARIANTS)
 SEES_HIDDEN = {v: ECONOMIES[options.get("economy", "drop")].hidden_seen
                for v, options in VARIANTS.items()}
@@ -256,7 +262,7 @@ def test_a_long_skip_joins_blocks_that_lie_as_far_from_the_ends_and_are_not_neig
     net, outputs, joined = awake(skips=True, depth=depth), [], {}
     for number, block in enumerate(net.blocks):
         def look(module, given, out, number=number):
-            if len(given) == 3:
+            if module.skip is not None:
                 joined[number] = [i for i, u in enumerate(outputs) if torch.equal(u, given[2])]
                 assert not torch.equal(given[0], given[2])
             outputs.append(out)
@@ -270,6 +276,40 @@ def test_positions_are_distinct_and_fixed():
     assert u.shape == (256, 64) and torch.cdist(u, u).add(torch.eye(256) * 9).min() > 0.1
     rows = u.view(16, 16, 64)[3, :, 32:]                                # second half: the row
     assert torch.equal(rows, rows[:1].expand(16, -1))
+
+
+def test_turned_vectors_meet_at_an_angle_that_depends_on_the_distance_alone():
+    """[RoPE] q_i . k_j is the same for all pairs of tokens that lie equally far apart, and
+    turning keeps lengths."""
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=g, dtype=torch.float64).expand(2, 1, 1, 20, 16)
+    turns = Places(4, 5, torch.device("cpu")).turns(16).double()
+    turned = rotate(q, turns)
+    assert torch.allclose(turned.norm(dim=-1), q.norm(dim=-1))
+    products = (turned @ rotate(k, turns).mT)[0, 0].view(4, 5, 4, 5)
+    assert torch.allclose(products[:-1, :-1, :-1, :-1], products[1:, 1:, 1:, 1:], atol=1e-5)
+    flat = products[0, 0].flatten()
+    assert len(flat) == len({round(value, 6) for value in flat.tolist()})       # all differ
+
+
+def test_a_masks_turns_are_those_of_its_tokens():
+    m = draw("patch", 2, 4, 4, 0.5, torch.Generator().manual_seed(0))
+    everywhere = Places(4, 4, torch.device("cpu"))
+    for b in range(2):
+        picked = everywhere.of(m).turns(8)[b, 0]
+        assert torch.equal(picked, everywhere.turns(8)[m.keep[b]])
+
+
+def test_attention_of_a_rotary_block_knows_no_length_of_queries_and_keys():
+    """[QK-norm] ten times larger weights of queries and keys change nothing."""
+    block = BLOCKS["rotary"](32, 2, 32)
+    turns = Places(2, 3, torch.device("cpu")).turns(16)
+    u = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+    before = block.attention(u, turns)
+    with torch.no_grad():
+        block.qkv.weight[:64] *= 10
+        block.qkv.bias[:64] *= 10
+    assert torch.allclose(block.attention(u, turns), before, atol=1e-4)
 
 
 def test_attention_is_softmax_of_scaled_products():

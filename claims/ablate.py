@@ -1,0 +1,138 @@
+"""Ablation: what each part of the recipe is worth, at equal time.
+
+The question. train.py's defaults are a recipe: optimizer, blocks, hidden share, noise. Is
+each part worth its time? An arm below differs from `recipe` in one thing. Add a row of your
+own and run `python reproduce.py ablate --arm NAME`; without --arm, all of them. The table
+has all arms that are trained.
+
+Arms. The first stage hides tokens, the second one (finetune.py) sees all of them. `share`
+is the first one's part of the time. An arm with share 0 has one stage, on all tokens.
+
+Measured. Held-out loss and distances to training images at the end, ten calls. Do not read
+val_loss alone: it does not see what the samples look like, and it does not compare networks
+whose error lies at the lowest noise.
+
+Fairness. Equal time: each network is timed alone at the start, and from then on a minute is
+a number of steps. Data, seed, batch and evaluation are equal. One seed is one draw: run
+another (--seed 1 --out ...) before you believe a small difference.
+"""
+from dataclasses import dataclass
+
+import finetune
+import train
+from claims.bench import NEVER, Bench, format_distances, format_table
+
+SCALES = {
+    "smoke": dict(steps=6, minutes=1, model="tiny", train=["--batch", 4], n=10, batch=10),
+    "cpu": dict(minutes=6, model="tiny", train=[], n=1000, batch=100),
+    "gpu": dict(minutes=15, model="small", train=["--batch", 256], n=10_000, batch=250),
+}
+CALLS = 10
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the ablation."""
+    flags: tuple = ()           # of both stages
+    mask: float = 0.75          # hidden share of the first stage
+    share: float = 1 / 2        # of the time, in the first stage
+
+
+ARMS = {
+    "recipe": Arm(),
+    "adamw": Arm(("--optimizer", "adamw")),
+    "dit": Arm(("--model", "tiny-dit")),
+    "dit-adamw": Arm(("--model", "tiny-dit", "--optimizer", "adamw")),
+    "ratio-0.5": Arm(mask=0.5),
+    "ratio-0.9": Arm(mask=0.9),
+    "all-tokens": Arm(mask=0.0, share=0.0),
+    "two-thirds-masked": Arm(share=2 / 3),
+    "one-third-masked": Arm(share=1 / 3),
+    "rate-x2": Arm(("--lr", 4e-3)),
+    "rate-x0.5": Arm(("--lr", 1e-3)),
+    "uniform-times": Arm(("--time-sampling", "uniform")),
+    "angle-times": Arm(("--time-sampling", "angle")),
+    "lognormal-times": Arm(("--time-sampling", "lognormal")),
+    # the recipe before: .9 hidden for two thirds of the time
+    "before": Arm(("--model", "tiny-dit", "--optimizer", "adamw", "--time-sampling", "uniform"),
+                  mask=0.9, share=2 / 3),
+}
+
+
+def run_ablate(args):
+    """what each part of the recipe is worth"""
+    bench = Bench("ablate", args, SCALES[args.scale])
+    wanted = [args.arm] if args.arm in ARMS else list(ARMS)
+    for name in ARMS:
+        train_recipe(bench, name, wanted)
+    if args.arm not in ARMS:
+        bench.all_trained()                                 # an unknown --arm is one line
+    images, _ = bench.split_images(gray=args.gray)
+    trained = [name for name in ARMS if (bench.folder / last_stage(name) / "last.pt").exists()]
+    cells = {name: bench.distances(images, last_stage(name), bench.scale["n"], steps=CALLS)
+             for name in trained}
+    bench.write("table.md", describe_arms(bench, cells))
+    rows = [(name, bench.draw(last_stage(name), 10, steps=CALLS)) for name in trained]
+    bench.save_sheet("samples.png", rows, [f"noise {i}" for i in range(1, 11)])
+
+
+def arm_flags(bench, name):
+    """The flags of both stages of an arm."""
+    args, scale = bench.args, bench.scale
+    gray = ["--gray"] if args.gray else []
+    return ["--data", args.data, "--size", args.size, *gray, "--model", scale["model"],
+            "--workers", 0, *scale["train"], *ARMS[name].flags]
+
+
+def recipe_pace(bench, name):
+    """Seconds a step of both stages of an arm, timed once. -> (masked, all tokens)"""
+    flags = arm_flags(bench, name)
+    networks = {f"{name}, masked": [*flags, "--mask", ARMS[name].mask], f"{name}, all": flags}
+    return list(bench.seconds_per_step(networks, visits=2).values())
+
+
+def count_steps_of(bench, name, stage):
+    """How many steps a stage (0 or 1) of an arm has in its part of the time."""
+    share = (ARMS[name].share, 1 - ARMS[name].share)[stage]
+    return max(1, round(60 * bench.scale["minutes"] * share / recipe_pace(bench, name)[stage]))
+
+
+def last_stage(name):
+    """The run that an arm ends with."""
+    return f"{name}-last" if ARMS[name].share else name
+
+
+def train_recipe(bench, name, wanted):
+    """Both stages of an arm, unless it is not among the `wanted` ones."""
+    last, flags, quiet = last_stage(name), arm_flags(bench, name), ["--sample-every", NEVER]
+    steps = [lambda stage=stage: count_steps_of(bench, name, stage) for stage in (0, 1)]
+    if name not in wanted:
+        bench.arms += [name]
+    elif last == name:
+        bench.train_arm(name, train.main, *flags, *quiet, "--steps", steps[1])
+    else:
+        bench.train_arm(name, train.main, *flags, *quiet, "--mask", ARMS[name].mask,
+                        "--steps", steps[0])
+        bench.train_arm(last, finetune.main, "--from", bench.folder / name, *ARMS[name].flags,
+                        *quiet, "--steps", steps[1], before=(name,))
+
+
+def describe_arms(bench, cells):
+    """The ablation's table, as text. cells: {arm: distances}"""
+    args, scale = bench.args, bench.scale
+    floor = format_distances(next(iter(cells.values())), 1)
+    head = (f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} samples "
+            f"of {CALLS} calls, seed {args.seed}, floor {floor}. {scale['minutes']} minutes of "
+            "training an arm.")
+    rows = []
+    for name, cell in cells.items():
+        arm, pace = ARMS[name], recipe_pace(bench, name)
+        last = last_stage(name)
+        what = [*arm.flags, f"{arm.mask} hidden", f"{arm.share:.2g} of the time"]
+        steps = [bench.log(stage, "step") for stage in dict.fromkeys((name, last))]
+        rows.append([name, " ".join(map(str, what)), f"{pace[0]:.3f}, {pace[1]:.3f}",
+                     " + ".join(f"{step:.0f}" for step in steps),
+                     f"{bench.log(last, 'val_loss'):.4f}", format_distances(cell)])
+    columns = ["arm", "what it is", "seconds a step, masked and all", "steps", "val_loss",
+               "distances"]
+    return f"{head}\n\n{format_table(columns, rows)}\n"
