@@ -906,7 +906,7 @@ def test_the_gradient_is_clipped_to_its_largest_norm(photos):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim, "AdamW", Descent)
             go(photos, "--steps", 1, "--lr", 1.0, "--warmup", 0, "--clip", clip, "--out",
-               f"runs/{clip}", "--amp", "off",
+               f"runs/{clip}", "--amp", "off", "--optimizer", "adamw",
                )
         torch.manual_seed(0)
         ckpt = read(f"runs/{clip}/last.pt")
