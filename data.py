@@ -48,6 +48,7 @@ from plumbing.sources import Paired, class_folders, open_images, read_picture
 FACES = 8192                                     # how many faces are drawn unless it is said
 EXACT = ("edges", "saliency")                    # maps of the faces, by their names in faces.Faces
 PARTS = {"train", "val", "valid", "validation", "test"}       # of a data set: these are no classes
+HELD_OUT = 0.02                                  # the share for --val auto, without a folder val/
 SHARED = "/dev/shm"                              # where worker processes hand over their batches
 
 
@@ -349,6 +350,7 @@ def load_images(
     count=None,        # how many faces, 8192 if None
     targets=None,      # maps, one channel more: a folder or .zip with files of the same stems;
                        # of faces: "edges" or "saliency"
+    part="train",      # of a root that holds exactly train/ and val/ this part is read, "" both
 ):
     """Load a source of pictures at one size -> Images.
 
@@ -359,9 +361,9 @@ def load_images(
     if str(source) == "faces":
         return load_faces(size, gray, labels, seed, count, targets)
     path = Path(source).expanduser()
-    source = open_images(source, " (or 'faces')")
+    source = open_images(source, " (or 'faces')", part)
     if targets is not None:
-        source = Paired(source, open_images(targets))
+        source = Paired(source, open_images(targets, part=source.part))
     names, maps = source.names, int(targets is not None)
     if not names:
         raise UserError(f"{path}: holds no images; is it the right place? "
@@ -412,15 +414,20 @@ def holdout(images, val, seed=0, **load_kwargs):
 
     val: a fraction in (0, 1), a number or text, for a random split fixed by seed that holds
     out 1 to 1024 images; or a source of its own, loaded at the same size and channels,
-    which must have the same classes.  load_kwargs: as in load_images.
+    which must have the same classes; or "auto", for val/ where the images were read from
+    train/ beside it, and a fraction elsewhere.  load_kwargs: as in load_images.
     -> training Images, held-out Images
     UserError for another fraction, other classes, a single image, and as load_images."""
+    if val == "auto":
+        is_part = images.source is not None and images.source.part == "train"
+        val = images.source.path if is_part else HELD_OUT
     try:
         fraction = float(val)
     except (TypeError, ValueError):
         gray, labels = images.channels == 1, bool(images.classes)
         # The seed + 1: not the faces of the training.
-        held = load_images(val, images.size, gray, labels, seed=seed + 1, **load_kwargs)
+        held = load_images(val, images.size, gray, labels, seed=seed + 1, part="val",
+                           **load_kwargs)
         if held.classes != images.classes:
             raise UserError(f"--val {val}: its classes {held.classes} are not the data's "
                             f"{images.classes}") from None

@@ -130,7 +130,7 @@ class Bench:
         -> training Images, held-out Images"""
         images = load_images(data or self.args.data, size or self.args.size, gray, labels,
                              seed=self.args.seed, targets=targets)
-        return holdout(images, "0.02", seed=self.args.seed)
+        return holdout(images, "auto", seed=self.args.seed, targets=targets)
 
     def model(self, path):
         """The averaged model of a run or checkpoint, loaded once."""

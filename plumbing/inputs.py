@@ -210,6 +210,7 @@ class SinglePicture:
 
     def __init__(self, path):
         self.path, self.names, self.notes = Path(path), [Path(path).name], []
+        self.part = ""
 
     def file_of(self, name):
         """The path of the file that holds a picture: its own."""

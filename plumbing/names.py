@@ -7,6 +7,7 @@ folders that mean nothing. Here each name gets one form, and names are compared 
     normal_name("é")                  the same text for both ways to write it (NFC)
     split_name("./a\\\\b/../0.png")     ["a", "b", "0.png"]
     common_folders(names)             "photos/2024/": the folders that wrap all the others
+    is_split(names)                   whether they lie below train/ and val/ and nowhere else
     sort_classes(["10", "9"])         ["9", "10"]: numbers are ordered as numbers
 """
 import re
@@ -52,6 +53,14 @@ def common_folders(names):
         top += f"{min(firsts)}/"
         names = [name.partition("/")[2] for name in names]
     return top
+
+
+def is_split(names):
+    """Whether some names lie below the folders train and val and nowhere else.
+
+    names: with '/' between their parts, without the folders that wrap all others."""
+    firsts = {name.partition("/")[0] for name in names if "/" in name}
+    return firsts == {"train", "val"} and all("/" in name for name in names)
 
 
 def sort_classes(names):

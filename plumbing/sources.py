@@ -6,13 +6,15 @@ own archive, or a pair of sources in which every picture has a map (edges, salie
 
     read_picture(source, name, size)   uint8 (C, size, size); of a pair (C + 1, size, size):
                                        the map is cut and resized like its picture
+    open_images(path, part="train")    of a root that holds exactly train/ and val/, what lies
+                                       below train/; any other place is read as a whole
 
 plumbing/pictures.py opens one picture and makes an array of it, plumbing/names.py compares
 names. Files come from anywhere, so nothing here trusts them: links may go round in circles,
 and a pickle may name no function of its choice.
 
 `.notes` are lines for the user: which files are left out. `.file_of(name)` is the file in
-which a picture lies.
+which a picture lies. `.part` is "train" or "val" where a root was split, else "".
 
 Shapes: C channels (3, or 1 for gray), size the side in pixels.
 """
@@ -30,7 +32,8 @@ import numpy as np
 from PIL import Image
 
 from plumbing.console import UserError, describe_error
-from plumbing.names import common_folders, count_endings, is_hidden, normal_name, split_name
+from plumbing.names import (
+    common_folders, count_endings, is_hidden, is_split, normal_name, split_name)
 from plumbing.pictures import ENDINGS, crop_square, largest_value, open_picture, upright_size
 
 
@@ -83,17 +86,36 @@ def enter_folder(path, visited):
     return True
 
 
-class Folder:
-    """All images below a folder. Folders that wrap all the others are left out of the
-    names."""
+def choose_part(names, part):
+    """The images of one part of a root that holds exactly train/ and val/; all of another.
 
-    def __init__(self, path):
+    names: of all images.  part: "train", "val", or "" for both.
+    -> the folders that lead to them ("a/train/"), those names, "train", "val" or "" """
+    top = common_folders(names)
+    if not part or not is_split([name.removeprefix(top) for name in names]):
+        return top, names, ""
+    top += f"{part}/"
+    names = [name for name in names if name.startswith(top)]
+    return top + common_folders([name.removeprefix(top) for name in names]), names, part
+
+
+def describe_choice(others, part):
+    """Lines for the user: files that are no images, and which part of a root is read."""
+    told = [f"is split into train/ and val/: {part}/ is read"] if part else []
+    return told + [line for line in [count_endings(others)] if line]
+
+
+class Folder:
+    """All images below a folder, or of its part train/ or val/. Folders that wrap all the
+    others are left out of the names."""
+
+    def __init__(self, path, part=""):
         self.path = Path(path)
         files, repeated = walk_folder(self.path)
         names, others = separate_images(files)
-        self.top = common_folders(names)
+        self.top, names, self.part = choose_part(names, part)
         self.names = [name.removeprefix(self.top) for name in names]
-        self.notes = [count_endings(others)] if count_endings(others) else []
+        self.notes = describe_choice(others, self.part)
         if repeated:
             self.notes.append(f"{len(repeated)} link(s) lead to folders that are read already "
                               f"({', '.join(repeated[:5])}{', ...' * (len(repeated) > 5)})")
@@ -107,9 +129,10 @@ class Folder:
 
 
 class Zip:
-    """All images in a .zip. Folders that wrap all the others are left out of the names."""
+    """All images in a .zip, or of its part train/ or val/. Folders that wrap all the others
+    are left out of the names."""
 
-    def __init__(self, path):
+    def __init__(self, path, part=""):
         self.path, self.lock, self.pid = Path(path), threading.Lock(), None
         try:
             with zipfile.ZipFile(path) as archive:
@@ -119,10 +142,10 @@ class Zip:
             raise UserError(f"{path}: is no readable .zip ({describe_error(error)}); download or "
                             "pack it again") from error
         names, others = separate_images(members)
-        self.top = common_folders(names)
+        self.top, names, self.part = choose_part(names, part)
         self.members = {name.removeprefix(self.top): members[name] for name in names}
         self.names = list(self.members)
-        self.notes = [count_endings(others)] if count_endings(others) else []
+        self.notes = describe_choice(others, self.part)
 
     def file_of(self, name):
         """The path of the file that holds a picture: the archive."""
@@ -137,7 +160,7 @@ class Zip:
             return open_picture(io.BytesIO(self.archive.read(self.members[name])))
 
     def __reduce__(self):                              # how a worker that is not forked gets a copy
-        return Zip, (self.path,)
+        return Zip, (self.path, self.part)
 
 
 class SafeUnpickler(pickle.Unpickler):
@@ -165,7 +188,7 @@ class Cifar:
     FILES = ["batches.meta", *(f"data_batch_{i}" for i in range(1, 6))]
 
     def __init__(self, path):
-        self.path, self.notes = path, []
+        self.path, self.part, self.notes = path, "", []
         try:
             meta, *batches = self.read_parts()
             labels = [meta[b"label_names"][label].decode()
@@ -212,6 +235,7 @@ class Paired:
         flag="--targets",     # the option that named the maps, in errors
     ):
         self.source, self.maps, self.path = source, maps, source.path
+        self.part = source.part
         self.what, self.flag = what, flag
         self.notes = source.notes + [f"{flag} {maps.path}: {note}" for note in maps.notes]
         if Path(source.path).resolve() == Path(maps.path).resolve():
@@ -310,18 +334,19 @@ def class_folders(source):
     return [normal_name(name.partition("/")[0]) for name in source.names]
 
 
-def open_images(path, also=""):
+def open_images(path, also="", part=""):
     """Open a folder, a .zip or cifar-10-python.tar.gz as a source.
 
-    also: what else could have been given, for the error.  UserError for anything else."""
+    also: what else could have been given, for the error.  part: "train" or "val", to read
+    that part alone of a root that holds exactly these two.  UserError for anything else."""
     given, path = path, Path(path).expanduser()
     if not str(given) or not path.exists():
         raise UserError(f"{given or 'an empty name'}: there is no such file or folder; give a "
                         f"folder or a .zip{also}")
     if path.is_dir():
-        return Folder(path)
+        return Folder(path, part)
     if path.suffix.lower() == ".zip":
-        return Zip(path)
+        return Zip(path, part)
     if path.name.endswith(".tar.gz"):
         return Cifar(path)
     raise UserError(f"{path}: is no folder, .zip or cifar-10-python.tar.gz; put the images into a "

@@ -70,7 +70,9 @@ class Options:
     data: str = option(
         "data", "faces", "images: a folder, a .zip, cifar-10-python.tar.gz, or faces "
         "(drawn by data.py)")
-    val: str = option("data", "0.02", "held-out images: a fraction of --data, or a path")
+    val: str = option(
+        "data", "auto", "held-out images: a fraction of --data, or a path; auto: the folder val/ "
+        "where --data holds exactly train/ and val/, else 0.02", before="0.02")
     size: int = option("data", 32, "images are cropped square and resized to this side")
     fraction: float = option(
         "data", 1.0, "share of the training images that is used, in (0, 1]")

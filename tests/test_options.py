@@ -330,7 +330,7 @@ INHERITS = [
     (dict(mask=0.9, lr=0.1, steps=7, ema=0.5, recon=0.1, decoder=1), {},
      dict(mask=0.0, lr=2e-3, steps=None, ema=0.999, recon=0.0, decoder=1)),
     (dict(data="d", val="v"), {}, dict(data="d", val="v")),
-    (dict(data="d", val="v"), dict(data="e"), dict(data="e", val="0.02")),
+    (dict(data="d", val="v"), dict(data="e"), dict(data="e", val="auto")),
     (dict(task="edges", data="d", targets="m"), {}, dict(task="edges", targets="m")),
     (dict(task="edges", data="d", targets="m"), dict(data="e"), dict(task="edges", targets=None)),
     (dict(task="edges", data="d", targets="m"), dict(task="saliency"), dict(targets=None)),

@@ -346,6 +346,66 @@ def test_classes_that_are_numbers_are_ordered_as_numbers(tmp_path):
     assert load_images(tmp_path / "m", 8, labels=True).classes == ["007", "10", "9", "ant"]
 
 
+def split_root(path, packed=False, top=""):
+    """A root with train/ (4 images of ant and bee) and val/ (2). -> the folder or the .zip"""
+    for k, name in enumerate(("train/ant/0", "train/ant/1", "train/bee/0", "train/bee/1",
+                              "val/ant/0", "val/bee/0")):
+        save(path / top / f"{name}.png", seed=k)
+    (path / top / "LICENSE.txt").write_text("no picture")
+    if not packed:
+        return path
+    with zipfile.ZipFile(path / "root.zip", "w") as archive:
+        for file in path.rglob("*.png"):
+            archive.write(file, file.relative_to(path).as_posix())
+    return path / "root.zip"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize("top", ["", "wrapped/twice"])
+@pytest.mark.parametrize("cache_gb", [1, 0])
+def test_a_root_of_train_and_val_is_its_classes_and_its_held_out_set(tmp_path, capsys, packed, top,
+                                                                     cache_gb):
+    root = split_root(tmp_path, packed, top)
+    images = load_images(root, 8, labels=True, cache_gb=cache_gb)
+    assert "train/ and val/: train/ is read" in capsys.readouterr().err
+    assert images.classes == ["ant", "bee"] and images.n == 4
+    rest, held = holdout(images, "auto", cache_gb=cache_gb)
+    assert "val/ is read" in capsys.readouterr().err
+    assert rest is images and held.n == 2 and held.classes == images.classes
+    for part, seeds in ((images, (0, 1, 2, 3)), (held, (4, 5))):
+        expected = np.stack([np.asarray(picture(seed)).transpose(2, 0, 1) for seed in seeds])
+        assert (part.take(range(part.n))[0].numpy() == expected).all()
+    rest, held = holdout(images, "0.25")                       # what is given wins
+    assert (rest.n, held.n) == (3, 1) and held.source is images.source
+    assert holdout(images, str(root))[1].n == 2                # the root names its held-out part
+
+
+def test_only_exactly_train_and_val_are_parts_of_a_root(tmp_path):
+    root = split_root(tmp_path / "root")
+    assert open_images(root).part == "" and len(open_images(root).names) == 6
+    save(root / "test" / "ant" / "0.png")
+    images = load_images(root, 8, labels=True)
+    assert images.n == 7 and images.classes == ["test", "train", "val"]
+    assert holdout(images, "auto")[1].n == 1                   # a fraction
+    save(tmp_path / "flat" / "train" / "0.png"), save(tmp_path / "flat" / "val" / "0.png")
+    assert load_images(tmp_path / "flat", 8).source.names == ["0.png"]
+    save(tmp_path / "flat" / "0.png")
+    assert load_images(tmp_path / "flat", 8).n == 3
+    with pytest.raises(UserError, match="classes"):
+        (tmp_path / "root" / "test" / "ant" / "0.png").unlink()
+        save(root / "val" / "cow" / "0.png")
+        holdout(load_images(root, 8, labels=True), "auto")
+
+
+def test_the_maps_of_a_split_root_are_split_with_it(tmp_path):
+    root, maps = split_root(tmp_path / "root"), split_root(tmp_path / "maps")
+    images = load_images(root, 8, targets=maps)
+    rest, held = holdout(images, "auto", targets=maps)
+    assert (rest.n, held.n, held.maps) == (4, 2, 1)
+    grey = np.asarray(picture(5).convert("L"))
+    assert (held.take([1])[0][0, 3].numpy() == grey).all()
+
+
 def labelled(counts, names=None):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     names = names or [f"c{k}" for k in range(len(counts))]
