@@ -45,12 +45,13 @@ from tqdm import tqdm
 from plumbing.arrays import count_free_memory, read_arrays
 from plumbing.console import (
     UserError, build_parser, describe_error, parse_path, replacing, run_command)
+from plumbing.downloads import is_published, list_published
 from plumbing.faces import draw_faces
 from plumbing.images import to_float
 from plumbing.inception import load_inception
 from plumbing.machine import pick_device
 from plumbing.pictures import crop_square, to_8_bit, turn_upright
-from plumbing.sources import Folder, Zip
+from plumbing.sources import open_images
 from plumbing.writer import refuse_overwriting
 
 # --- the protocol: uint8 (B, 3, H, W) -> float (B, 3, 299, 299) ---------------------------
@@ -421,8 +422,9 @@ def open_measured(
 ):
     """Open what a user names on the command line.
 
-    path: a folder, .zip or .npz of images, a .npz of saved statistics, or "faces": 2048
-    drawn ones of `size` pixels, which no training has seen.
+    path: a folder, .zip or .npz of images, a .npz of saved statistics, "faces": 2048 drawn
+    ones of `size` pixels, which no training has seen; or the name of a data set that is
+    downloaded. Of a root that holds exactly train/ and val/, train/ is measured.
     -> MeasuredPictures, or Statistics. UserError for anything else."""
     if path == "faces":
         try:
@@ -431,11 +433,14 @@ def open_measured(
             raise UserError(f"faces: {error}") from None
         pixels = faces.pixels.permute(0, 2, 3, 1).numpy()
         return MeasuredPictures(range(len(pixels)), partial(read_pixels, pixels), n, seed)
+    is_name = is_published(path, "data")
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() == ".zip":
-        source = Folder(path) if path.is_dir() else Zip(path)
+    if is_name or path.is_dir() or path.suffix.lower() == ".zip":
+        source = open_images(path, part="train")
         if not source.names:
             raise UserError(f"{path}: holds no images")
+        if source.part:
+            warnings.warn(f"{path}: is split into train/ and val/; {source.part}/ is measured")
         names = leave_out_comparisons(path, source.names)
         return MeasuredPictures(names, source.picture, n, seed, flat, side)
     refuse_other_files(path)
@@ -550,8 +555,8 @@ def parser():
     p.add_argument("A", type=parse_path,
                    help="a folder, a .zip or a .npz of images, or a .npz of saved statistics")
     p.add_argument("B", nargs="?", type=parse_path,
-                   help="the reference, likewise, or faces for the built-in ones; may be left out "
-                        "with --save")
+                   help="the reference, likewise, or faces for the built-in ones, or a name that "
+                        f"is downloaded ({list_published('data')}); may be left out with --save")
     p.add_argument("--inception", metavar="PATH", type=parse_path,
                    help="weights; None: the working folder, torch.hub's cache, or a download")
     p.add_argument("--protocol", choices=PROTOCOLS, default="pytorch-fid",

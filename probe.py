@@ -34,6 +34,7 @@ from tqdm import tqdm
 from data import holdout, load_images
 from plumbing.checkpoint import newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, build_parser, parse_path, run_command
+from plumbing.downloads import list_published
 from plumbing.images import seeded, to_float
 from running.options import Options, is_same_value
 from sample import build_model, load
@@ -161,7 +162,8 @@ def parser():
     p.add_argument("--noise", type=float, help="noise on the images, as a share of their contrast "
                                                "(default: 0.1, for a reconstruction 0)")
     p.add_argument("--data", type=parse_path,
-                   help=f"images with a first-level folder for each class {run}")
+                   help=f"images with a first-level folder for each class, or a name that is "
+                        f"downloaded: {list_published('data')} {run}")
     p.add_argument("--val", type=parse_path,
                    help=f"held-out images: a fraction of --data, or a path {run}")
     p.add_argument("--fraction", type=float,

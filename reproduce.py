@@ -33,6 +33,7 @@ from claims.maskdit import run_maskdit
 from claims.maskdm import run_maskdm
 from claims.tasks import run_tasks
 from plumbing.console import UserError, build_parser, parse_path, run_command
+from plumbing.downloads import list_published
 from plumbing.writer import refuse_overwriting
 
 # The first line of each function's docstring is its help text.
@@ -55,7 +56,8 @@ def parser():
     p.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu",
                    help="smoke: a minute; cpu: hours on two cores; gpu: for one GPU")
     p.add_argument("--data", type=parse_path, default="faces",
-                   help="a folder, a .zip, cifar-10-python.tar.gz, or faces for the built-in ones")
+                   help="a folder, a .zip, cifar-10-python.tar.gz, faces for the built-in ones, or "
+                        f"a name that is downloaded: {list_published('data')}")
     p.add_argument("--size", type=int, default=32, help="pixels along a side")
     p.add_argument("--gray", action="store_true",
                    help="one channel; a claim that is measured in colour refuses it")

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, build_parser, describe_error, parse_path, run_command
+from plumbing.downloads import is_published
 from plumbing.images import seeded, to_uint8
 from plumbing.layout import is_share
 from plumbing.machine import amp_type, pick_device
@@ -493,7 +494,7 @@ def build_model(meta, weights=None):
     check_names(meta)
     vae = meta["vae"]
     schedule = replace(SCHEDULES[meta["schedule"]], data_std=meta["data_std"])
-    if vae and not Path(vae).expanduser().exists():
+    if vae and not (is_published(vae, "vae") or Path(vae).expanduser().exists()):
         raise UserError(f"the autoencoder of this model is not at {vae} any more: "
                         "say with --vae where it is")
     space = SPACES[meta["space"]](meta["channels"], vae)

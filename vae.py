@@ -40,6 +40,7 @@ from tqdm import tqdm
 from data import holdout, load_images
 from plumbing.console import (
     UserError, build_parser, describe_error, parse_path, replacing, run_command)
+from plumbing.downloads import fetch_published, is_published, list_published
 from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.layout import require_autoencoder
 from plumbing.machine import pick_device
@@ -361,15 +362,18 @@ def load_vae(path, config="sd"):
 
     path: what `python vae.py` wrote, which holds its own configuration and statistics. Or
     Stable Diffusion's autoencoder as .safetensors, .bin, .pt or .ckpt, under the names of
-    diffusers (new or old) or of CompVis (alone or inside the whole model).
+    diffusers (new or old) or of CompVis (alone or inside the whole model). Or "sd", which
+    is downloaded once (plumbing/downloads.py), unless a path has this name.
     config: for the second kind, a name in PRESETS or a dict of AutoencoderKL's arguments.
     -> LatentSpace on the CPU; its .sha is the first 8 hex digits of the file's SHA-256
     UserError when the file is missing, damaged or needs a package, and, by name, for
     missing, unexpected and misshapen tensors."""
+    if is_published(path, "vae"):
+        path, = fetch_published(str(path))
     path = find_weights(Path(path).expanduser())
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; train an autoencoder (python vae.py) "
-                        "or download Stable Diffusion's")
+                        "or give sd, which downloads Stable Diffusion's")
     mean = std = None
     try:
         state = read_weights(path)
@@ -514,7 +518,8 @@ def patch_pca(fit, x, f, latent):
 def parser():
     p = build_parser("Train a tiny autoencoder.")
     p.add_argument("--data", default="faces", type=parse_path,
-                   help="a folder, a .zip, cifar-10-python.tar.gz, or faces for the built-in ones")
+                   help="a folder, a .zip, cifar-10-python.tar.gz, faces for the built-in ones, or "
+                        f"a name that is downloaded: {list_published('data')}")
     p.add_argument("--size", type=int, default=32, help="pixels along a side, a multiple of 4")
     p.add_argument("--gray", action="store_true", help="one channel instead of three")
     p.add_argument("--steps", type=int, help="number of steps; --minutes decides when left out")

@@ -7,7 +7,7 @@ folders that mean nothing. Here each name gets one form, and names are compared 
     normal_name("é")                  the same text for both ways to write it (NFC)
     split_name("./a\\\\b/../0.png")     ["a", "b", "0.png"]
     common_folders(names)             "photos/2024/": the folders that wrap all the others
-    is_split(names)                   whether they lie below train/ and val/ and nowhere else
+    is_split(names)                   whether all lie below train/ and val/, some in each
     sort_classes(["10", "9"])         ["9", "10"]: numbers are ordered as numbers
 """
 import re

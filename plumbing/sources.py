@@ -3,11 +3,12 @@
 A source has `.path`, the `.names` of its images (class/.../file where there are classes)
 and a method `.picture(name)` that opens one with Pillow. It is a folder, a .zip, CIFAR-10's
 own archive, or a pair of sources in which every picture has a map (edges, saliency, ...).
+Or it is a name of plumbing/downloads.py: `cifar10`, unless a path has this name.
 
     read_picture(source, name, size)   uint8 (C, size, size); of a pair (C + 1, size, size):
                                        the map is cut and resized like its picture
-    open_images(path, part="train")    of a root that holds exactly train/ and val/, what lies
-                                       below train/; any other place is read as a whole
+    open_images(path, part="train")    of a root that holds exactly train/ and val/ the one
+                                       part; any other place is read as a whole
 
 plumbing/pictures.py opens one picture and makes an array of it, plumbing/names.py compares
 names. Files come from anywhere, so nothing here trusts them: links may go round in circles,
@@ -19,6 +20,7 @@ which a picture lies. `.part` is "train" or "val" where a root was split, else "
 Shapes: C channels (3, or 1 for gray), size the side in pixels.
 """
 import codecs
+import gzip
 import io
 import os
 import pickle
@@ -32,6 +34,7 @@ import numpy as np
 from PIL import Image
 
 from plumbing.console import UserError, describe_error
+from plumbing.downloads import DOWNLOADS, fetch_published, is_published, list_published
 from plumbing.names import (
     common_folders, count_endings, is_hidden, is_split, normal_name, split_name)
 from plumbing.pictures import ENDINGS, crop_square, largest_value, open_picture, upright_size
@@ -220,6 +223,46 @@ class Cifar:
         return Image.fromarray(self.pixels[int(name.split("/")[1])].transpose(1, 2, 0))
 
 
+def read_idx(path, dimensions):
+    """Read a file of MNIST's form (.gz): big-endian sizes, then bytes.
+
+    -> uint8 with so many dimensions.  UserError for anything else."""
+    try:
+        data = gzip.decompress(Path(path).read_bytes())
+        begins = 4 + 4 * dimensions
+        magic, *shape = np.frombuffer(data[:begins], ">i4").tolist()
+        if magic != 0x800 + dimensions:                 # 8: unsigned bytes
+            raise ValueError(f"it begins with {magic}")
+        return np.frombuffer(data[begins:], np.uint8).reshape(shape)
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: is no file of MNIST's form ({describe_error(error)}); "
+                        "download it again") from error
+
+
+class FashionMnist:
+    """The training images of Fashion-MNIST: grey, 28 x 28. They are resized as all others
+    are.
+
+    Source: the README of zalandoresearch/fashion-mnist names the labels."""
+
+    CLASSES = ["T-shirt or top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
+               "Sneaker", "Bag", "Ankle boot"]
+
+    def __init__(self, images, labels):
+        self.path, self.part, self.notes = images, "", []
+        self.pixels, numbers = read_idx(images, 3), read_idx(labels, 1).tolist()
+        if len(numbers) != len(self.pixels) or max(numbers, default=0) >= len(self.CLASSES):
+            raise UserError(f"{labels}: are not the labels of {images}")
+        self.names = [f"{self.CLASSES[label]}/{i:05d}" for i, label in enumerate(numbers)]
+
+    def file_of(self, name):
+        """The path of the file that holds a picture: the one of all."""
+        return self.path
+
+    def picture(self, name):
+        return Image.fromarray(self.pixels[int(name.split("/")[1])])
+
+
 class Paired:
     """A source of pictures in which each has a map, which lies in another source.
 
@@ -335,14 +378,25 @@ def class_folders(source):
 
 
 def open_images(path, also="", part=""):
-    """Open a folder, a .zip or cifar-10-python.tar.gz as a source.
+    """Open a folder, a .zip, cifar-10-python.tar.gz or a name of DOWNLOADS as a source.
 
     also: what else could have been given, for the error.  part: "train" or "val", to read
     that part alone of a root that holds exactly these two.  UserError for anything else."""
+    if is_published(path, "data"):
+        return PUBLISHED[str(path)](*fetch_published(str(path)))
     given, path = path, Path(path).expanduser()
     if not str(given) or not path.exists():
         raise UserError(f"{given or 'an empty name'}: there is no such file or folder; give a "
-                        f"folder or a .zip{also}")
+                        f"folder or a .zip{also}, or a name that is downloaded "
+                        f"({list_published('data')})")
+    source = open_place(path, part)
+    if str(given) in DOWNLOADS:
+        source.notes.append("the path of this name is read, not the data set of this name")
+    return source
+
+
+def open_place(path, part):
+    """`open_images` of a path that exists."""
     if path.is_dir():
         return Folder(path, part)
     if path.suffix.lower() == ".zip":
@@ -351,3 +405,7 @@ def open_images(path, also="", part=""):
         return Cifar(path)
     raise UserError(f"{path}: is no folder, .zip or cifar-10-python.tar.gz; put the images into a "
                     "folder")
+
+
+# How the files behind a name are read: those of DOWNLOADS, in their order.
+PUBLISHED = {"cifar10": Cifar, "fashion-mnist": FashionMnist, "pets": Zip}

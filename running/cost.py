@@ -33,6 +33,7 @@ from torch import nn
 
 from data import load_images
 from mask import Mask, visible_count
+from plumbing.downloads import DOWNLOADS, is_published
 from plumbing.sources import class_folders, open_images
 from running.setup import mask_ratio
 from schedules import SCHEDULES
@@ -153,17 +154,20 @@ def count_classes(o):
         return 0
     if o.data is None:
         return 1000
+    if is_published(o.data, "data"):
+        return DOWNLOADS[o.data].classes
     path = Path(o.data).expanduser()
     if o.data == "faces" or not path.exists():              # a wrong path gets its one clear line
         return len(load_images(o.data, o.size, labels=True, count=1).classes)
-    return len(set(class_folders(open_images(path))))
+    return len(set(class_folders(open_images(path, part="train"))))
 
 
 def build_without_numbers(o, network_options):
     """The network of options `o` on the meta device, and its space. -> (net, space)"""
     channels = 1 if o.gray else 3
-    if o.space != "pixel" and o.vae is None:                # a recipe without its files:
-        space = SimpleNamespace(channels=4, factor=8)       # Stable Diffusion's autoencoder
+    is_open = o.vae is None or is_published(o.vae, "vae")   # a recipe without its files, or sd:
+    if o.space != "pixel" and is_open:                      # Stable Diffusion's autoencoder
+        space = SimpleNamespace(channels=4, factor=8)
     else:
         space = SPACES[o.space](channels, o.vae)
     with torch.device("meta"):

@@ -24,6 +24,7 @@ from losses import OBJECTIVES, RECON_TARGETS, WEIGHTS
 from mask import POLICIES, RATIOS
 from plumbing.checkpoint import CONTINUED, LATEST, newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, build_parser, parse_path
+from plumbing.downloads import list_published
 from running.recipes import RECIPES, recipe_options
 from sample import require_same_meaning
 from schedules import PREDICTIONS, SCHEDULES, TIMES
@@ -68,8 +69,8 @@ class Options:
     stage: ClassVar[str] = "train"                           # the script that reads them; no option
 
     data: str = option(
-        "data", "faces", "images: a folder, a .zip, cifar-10-python.tar.gz, or faces "
-        "(drawn by data.py)")
+        "data", "faces", "images: a folder, a .zip, cifar-10-python.tar.gz, faces (drawn by "
+        f"data.py), or a name that is downloaded: {list_published('data')}")
     val: str = option(
         "data", "auto", "held-out images: a fraction of --data, or a path; auto: the folder val/ "
         "where --data holds exactly train/ and val/, else 0.02", before="0.02")
@@ -85,8 +86,8 @@ class Options:
         "data", 2, "processes that decode images when they do not fit in memory")
     space: str = option("data", "pixel", "where diffusion happens", choices=SPACES)
     vae: str = option(
-        "data", None, "weights of the autoencoder for --space latent: from python vae.py, or "
-        "Stable Diffusion's", kind=str)
+        "data", None, "weights of the autoencoder for --space latent: from python vae.py, "
+        f"Stable Diffusion's, or a name that is downloaded: {list_published('vae')}", kind=str)
     cache_latents: bool = option(
         "data", True, "with --space latent: encode every image once and keep the latents on disk")
     latents: str = option("data", "runs/latents", "folder of the kept latents")

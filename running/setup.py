@@ -18,6 +18,7 @@ import torch
 from data import holdout, load_images
 from mask import ratio_at, visible_count
 from plumbing.console import UserError
+from plumbing.downloads import is_published
 from plumbing.images import choose_subset, seeded, to_float
 from plumbing.names import normal_name
 from sample import build_model
@@ -241,8 +242,10 @@ def require_same_network(there, here):
 
 
 def absolute_path(path):
-    """A path that is found from another working folder, too. Links stay, for their
-    names."""
+    """A path that is found from another working folder, too. Links stay, for their names.
+    So does a name that is downloaded."""
+    if is_published(path, "vae"):
+        return path
     return path and os.path.abspath(os.path.expanduser(path))
 
 

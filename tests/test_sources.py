@@ -17,6 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import data
+import fid
 import vae
 from conftest import ROOT, status
 from data import Images, holdout, load_images
@@ -395,6 +396,12 @@ def test_only_exactly_train_and_val_are_parts_of_a_root(tmp_path):
         (tmp_path / "root" / "test" / "ant" / "0.png").unlink()
         save(root / "val" / "cow" / "0.png")
         holdout(load_images(root, 8, labels=True), "auto")
+
+
+def test_the_training_part_of_a_split_root_is_measured_and_a_warning_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="train/ is measured"):
+        measured = fid.open_measured(split_root(tmp_path))
+    assert len(measured) == 4
 
 
 def test_the_maps_of_a_split_root_are_split_with_it(tmp_path):
