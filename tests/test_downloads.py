@@ -35,7 +35,7 @@ DATA = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves .files {path: bytes}; .cuts: after how many bytes the next answers end; .asked:
+    """Serves .files {path: bytes}; .cuts: after how many bytes answers end; .asked:
     (path, header Range) of all requests."""
     daemon_threads = True
 
@@ -170,6 +170,8 @@ def test_a_part_of_another_file_is_fetched_anew(server, tmp_path, rest):
     (tmp_path / "cache/thing").mkdir(parents=True)
     (tmp_path / "cache/thing/a.bin.part").write_bytes(rest)
     assert fetch(file)[0].read_bytes() == DATA
+    ranges = [wanted for _, wanted in server.asked]            # no more than is missing
+    assert ranges == (["bytes=7-", None] if rest == b"rubbish" else [None])
 
 
 # --- no answer ----------------------------------------------------------------------------
@@ -192,7 +194,8 @@ def test_without_a_network_one_line_says_what_to_put_where(server, tmp_path, hos
         free.bind(("127.0.0.1", 0))
         host = host.replace("PORT", str(free.getsockname()[1]))
         file = dataclasses.replace(publish(server), address=f"http://{host}/a.bin")
-        assert says_what_to_put_where(one_line(file), file, tmp_path)
+        told = one_line(file)
+        assert says_what_to_put_where(told, file, tmp_path) and "urlopen" not in told
     assert not (tmp_path / "cache/thing/a.bin.part").exists()
 
 

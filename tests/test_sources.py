@@ -2,6 +2,7 @@
 of 0 and 1, classes that are numbers, little memory. Each law was a fault before."""
 import io
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -308,7 +309,7 @@ def test_little_memory_is_one_line_and_no_broken_picture(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("largest", [0, 1, 21, 128])
 @pytest.mark.parametrize("kind", ["L", "P", "I;16"])
 def test_maps_that_all_look_black_are_refused_by_their_largest_value(tmp_path, kind, largest,
-                                                                     cache_gb):
+                                                               cache_gb):
     for k in range(3):
         save(tmp_path / "pictures" / f"{k}.png", k)
         values = np.zeros((8, 8), np.uint16 if kind == "I;16" else np.uint8)
@@ -348,7 +349,7 @@ def test_classes_that_are_numbers_are_ordered_as_numbers(tmp_path):
 
 
 def split_root(path, packed=False, top=""):
-    """A root with train/ (4 images of ant and bee) and val/ (2). -> the folder or the .zip"""
+    """A root with train/ (4 images of ant and bee) and val/ (2). -> the folder or .zip"""
     for k, name in enumerate(("train/ant/0", "train/ant/1", "train/bee/0", "train/bee/1",
                               "val/ant/0", "val/bee/0")):
         save(path / top / f"{name}.png", seed=k)
@@ -364,8 +365,8 @@ def split_root(path, packed=False, top=""):
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
 @pytest.mark.parametrize("top", ["", "wrapped/twice"])
 @pytest.mark.parametrize("cache_gb", [1, 0])
-def test_a_root_of_train_and_val_is_its_classes_and_its_held_out_set(tmp_path, capsys, packed, top,
-                                                                     cache_gb):
+def test_a_root_of_train_and_val_is_classes_and_a_held_out_set(tmp_path, capsys, packed, top,
+                                                               cache_gb):
     root = split_root(tmp_path, packed, top)
     images = load_images(root, 8, labels=True, cache_gb=cache_gb)
     assert "train/ and val/: train/ is read" in capsys.readouterr().err
@@ -376,6 +377,8 @@ def test_a_root_of_train_and_val_is_its_classes_and_its_held_out_set(tmp_path, c
     for part, seeds in ((images, (0, 1, 2, 3)), (held, (4, 5))):
         expected = np.stack([np.asarray(picture(seed)).transpose(2, 0, 1) for seed in seeds])
         assert (part.take(range(part.n))[0].numpy() == expected).all()
+    copied = pickle.loads(pickle.dumps(held.source))           # as a worker gets it
+    assert (copied.names, copied.part) == (held.source.names, "val")
     rest, held = holdout(images, "0.25")                       # what is given wins
     assert (rest.n, held.n) == (3, 1) and held.source is images.source
     assert holdout(images, str(root))[1].n == 2                # the root names its held-out part
