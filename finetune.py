@@ -9,7 +9,7 @@ This stage has a warm-up and a decay of its own. On the built-in faces a peak of
 better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
 
     # the newest run, all tokens visible
-    python train.py --mask 0.9 --minutes 4 && python finetune.py --minutes 2
+    python train.py --mask 0.75 --minutes 3 && python finetune.py --minutes 3
     # to other data, a tenth of it [MaskDM transfer]
     python finetune.py --from runs/A/last.pt --data photos/ --fraction 0.1
     # a falling ratio, on 8 token counts [MaskDiT]

@@ -371,12 +371,12 @@ def angle_times(schedule, u):
 
 
 def mixed_times(schedule, u):
-    """Half of them uniform in t, half in the angle.
+    """Two thirds of them uniform in t, one third in the angle.
 
     Shapes are learned from much noise, details from little. Uniform times alone left
     specks in our pictures, angles alone left tokens of different tints."""
-    return torch.where(u < 0.5, uniform_times(schedule, 2 * u),
-                       angle_times(schedule, (2 * u - 1).clamp(min=0)))
+    return torch.where(u < 2 / 3, uniform_times(schedule, (1.5 * u).clamp(max=1)),
+                       angle_times(schedule, (3 * u - 2).clamp(min=0)))
 
 
 TIMES = {"uniform": uniform_times, "lognormal": lognormal_times, "angle": angle_times,

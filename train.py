@@ -50,7 +50,7 @@ from tasks import make_condition
 from vit import ECONOMIES, ViT
 
 TOO_MANY = 20                       # steps in a row that are not finite: they end a run
-MUON_RATE = 10                      # Muon's learning rate, in units of --lr
+MUON_RATE = 14                      # Muon's learning rate, in units of --lr
 
 
 # --- what never changes in a run ----------------------------------------------------------

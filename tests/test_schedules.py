@@ -292,13 +292,13 @@ def test_angle_times_cover_every_bin_of_angles_once(name):
     assert (steps - 1 / 50).abs().max() < 1e-6 and share.min() < 1 / 50
 
 
-def test_mixed_times_are_half_uniform_and_half_angles():
+def test_two_thirds_of_mixed_times_are_uniform_and_the_rest_are_angles():
     schedule = replace(SCHEDULES["ddm"], data_std=0.5)
-    u = (torch.arange(40, dtype=f64) + 0.5) / 40
+    u = (torch.arange(60, dtype=f64) + 0.5) / 60
     mixed = TIMES["mixed"](schedule, u)
-    halves = (torch.arange(20, dtype=f64) + 0.5) / 20
-    assert torch.allclose(mixed[:20], TIMES["uniform"](schedule, halves))
-    assert torch.allclose(mixed[20:], TIMES["angle"](schedule, halves))
+    for part, kind in ((mixed[:40], "uniform"), (mixed[40:], "angle")):
+        own = (torch.arange(len(part), dtype=f64) + 0.5) / len(part)
+        assert torch.allclose(part, TIMES[kind](schedule, own))
 
 
 def test_most_uniform_times_of_ddm_are_noisy():
