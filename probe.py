@@ -191,6 +191,8 @@ def inherit_probe_options(given, config):
     o = dict(weights="model", noise=None, fraction=1.0, vae=None, device="auto", threads=0)
     for name in INHERITED:
         o[name] = config.get(name, getattr(Options, name))            # an older run has the default
+    if given.get("data", o["data"]) is None:
+        raise UserError("--data PATH is needed: a paper's own weights do not name their images")
     if not is_same_value(given.get("data", o["data"]), o["data"]):
         o["val"] = Options.val
     return SimpleNamespace(**(o | given))

@@ -43,16 +43,17 @@ from plumbing.images import seeded, to_uint8
 from plumbing.layout import is_share
 from plumbing.machine import amp_type, pick_device
 from plumbing.names import normal_name
+from plumbing.released import FACTOR
 from plumbing.trace import Trace
 from plumbing.writer import ImageWriter, refuse_overwriting
 from schedules import PREDICTIONS, SCHEDULES, T_MIN, to_float64
 from spaces import SPACES
 from tasks import TASKS
-from vit import BLOCKS, ECONOMIES, ViT
+from vit import BLOCKS, CLOCKS, ECONOMIES, ViT
 
 
 # --- time grids: (schedule, start, steps) -> steps + 1 times, falling from start to 0 -----
-# The network was trained at times from T_MIN on. So no grid has a time in between 0 and it.
+# The network was trained at times from t_min on. So no grid has a time in between 0 and it.
 
 def fall_evenly(start, steps, low):
     """Equal steps from start to 0: steps + 1 numbers. The last but one is at least low."""
@@ -65,18 +66,18 @@ def fall_evenly(start, steps, low):
 
 def uniform_grid(schedule, start, steps):
     """Equal steps of t."""
-    return fall_evenly(start, steps, T_MIN)
+    return fall_evenly(start, steps, schedule.t_min)
 
 
 def quadratic_grid(schedule, start, steps):
     """t = (i / steps)^2: small steps near the image, where b = sqrt t changes fastest."""
-    return start * fall_evenly(1, steps, math.sqrt(T_MIN / start)) ** 2
+    return start * fall_evenly(1, steps, math.sqrt(schedule.t_min / start)) ** 2
 
 
 def angle_grid(schedule, start, steps):
     """Equal steps of theta = arctan(b / (a data_std)): smooth in every schedule."""
     top = schedule.angle(start)
-    shares = fall_evenly(1, steps, schedule.angle(T_MIN) / top)[:-1]
+    shares = fall_evenly(1, steps, schedule.angle(schedule.t_min) / top)[:-1]
     return torch.cat([schedule.time_at(shares * top), torch.zeros(1, dtype=torch.float64)])
 
 
@@ -84,8 +85,8 @@ def split_grid(schedule, start, steps):
     """[DDM, released code] Uniform, with one more cut, 1e-4 before the end."""
     if steps == 1:
         return uniform_grid(schedule, start, 1)
-    grid = fall_evenly(start, steps - 1, 2 * T_MIN)
-    cut = grid[-2:-1].div(2).clamp(max=1e-4)
+    grid = fall_evenly(start, steps - 1, 2 * schedule.t_min)
+    cut = grid[-2:-1].div(2).clamp(max=schedule.t_min)
     return torch.cat([grid[:-1], cut, grid[-1:]])
 
 
@@ -98,7 +99,7 @@ def edm_grid(
     rho=7,          # of equal steps in its rho-th root
 ):
     """[EDM] b / a from 80 to .002, equally spaced in its seventh root, then 0."""
-    first, last = noise_level(schedule, start), noise_level(schedule, T_MIN)
+    first, last = noise_level(schedule, start), noise_level(schedule, schedule.t_min)
     roots = torch.linspace(min(high, first) ** (1 / rho), max(low, last) ** (1 / rho), steps,
                            dtype=torch.float64)
     times = schedule.time_at(torch.atan(roots ** rho / schedule.data_std))
@@ -492,15 +493,15 @@ def build_model(meta, weights=None):
     for it. UserError for an unknown name, when the network is not that of the weights, or
     when the autoencoder is missing or another one."""
     check_names(meta)
-    vae = meta["vae"]
-    schedule = replace(SCHEDULES[meta["schedule"]], data_std=meta["data_std"])
+    vae, schedule = meta["vae"], build_schedule(meta)
+    if meta["space"] != "pixel" and not vae:
+        raise UserError("this model works on latents, and its checkpoint names no autoencoder: "
+                        "give Stable Diffusion's, --vae sd or a file")
     if vae and not (is_published(vae, "vae") or Path(vae).expanduser().exists()):
         raise UserError(f"the autoencoder of this model is not at {vae} any more: "
                         "say with --vae where it is")
     space = SPACES[meta["space"]](meta["channels"], vae)
-    if space.sha != meta["vae_sha"]:
-        raise UserError(f"{vae} is not the autoencoder that this model was trained with: "
-                        f"its SHA-256 begins with {space.sha}, not {meta['vae_sha']}")
+    check_autoencoder(space, meta)
     square = space.factor * meta["model"]["patch"]
     if meta["size"] % square:
         raise UserError(f"the checkpoint's size {meta['size']} is no multiple of {square}, the "
@@ -508,6 +509,29 @@ def build_model(meta, weights=None):
     if weights is not None:
         check_sizes(schedule, meta["model"], weights)
     return ViT(schedule, **meta["model"]), schedule, space
+
+
+def build_schedule(meta):
+    """The schedule of a checkpoint's meta, in its data's unit. Samplers' grids end at the
+    lowest noise level that the network's clock was trained on."""
+    schedule = replace(SCHEDULES[meta["schedule"]], data_std=meta["data_std"])
+    low = CLOCKS[meta["model"].get("clock", "angle")].low
+    earliest = float(schedule.time_at(math.atan(low / schedule.data_std))) if low else 0.0
+    return replace(schedule, t_min=max(T_MIN, earliest))
+
+
+def check_autoencoder(space, meta):
+    """UserError unless a space has the autoencoder of a checkpoint's meta. A released file
+    does not name its own: there the shape must do."""
+    vae, channels = meta["vae"], meta["model"]["channels"]
+    is_unnamed = space.name == "latent" and not meta["vae_sha"]
+    if is_unnamed and (space.factor, space.channels) != (FACTOR, channels):
+        raise UserError(f"--vae {vae}: this model wants an autoencoder of {channels} channels with "
+                        f"{FACTOR} pixels a place, this one has {space.channels} and "
+                        f"{space.factor}")
+    if not is_unnamed and space.sha != meta["vae_sha"]:
+        raise UserError(f"{vae} is not the autoencoder that this model was trained with: "
+                        f"its SHA-256 begins with {space.sha}, not {meta['vae_sha']}")
 
 
 def check_weights(ckpt, kind):
@@ -527,7 +551,7 @@ def check_names(meta):
             raise UserError(f"the checkpoint's {field} is {name}; this program knows "
                             f"{', '.join(registry)}")
     # Checkpoints from before there was a choice have the first of them.
-    for field, registry in (("economy", ECONOMIES), ("block", BLOCKS)):
+    for field, registry in (("economy", ECONOMIES), ("block", BLOCKS), ("clock", CLOCKS)):
         name = meta["model"].get(field, next(iter(registry)))
         if name not in registry:
             raise UserError(f"the checkpoint's {field} is {name}; this program knows "
@@ -622,7 +646,7 @@ def load(path=None, weights="ema", device="auto", vae=None):
     ckpt = read_checkpoint(path, weights)
     require_same_meaning(ckpt, path)
     meta = ckpt["meta"]
-    if vae and not meta["vae"]:
+    if vae and meta["space"] == "pixel":
         raise UserError(f"--vae {vae}: this model works on pixels; leave it out")
     net, schedule, space = build_model(meta | (dict(vae=vae) if vae else {}), ckpt[weights])
     load_weights(net, ckpt[weights])

@@ -41,6 +41,9 @@ from plumbing.images import to_float, to_uint8
 from plumbing.sheets import draw_plot, draw_sheet, to_picture
 
 
+T_MIN = 1e-4                                        # [DDM] t = 1e-4 + (1 - 1e-4) U(0, 1)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A corruption x_t = a(t) x0 + b(t) eps + sum_j e_j(t) kappa_j and its consequences.
@@ -51,12 +54,14 @@ class Schedule:
     slopes: the functions e_j of DDM's random slopes, e_j(0) = e_j(1) = 0.
     data_std: root mean square of the data, measured once by train.py:
     `dataclasses.replace(SCHEDULES["ddm"], data_std=0.5)`.
+    t_min: the earliest time of a sampler's grid, before its last step to 0.
     doc: the schedule in one line, for --help."""
     a: Callable
     b: Callable
     law: str = "wiener"
     slopes: tuple = ()
     data_std: float = 1.0
+    t_min: float = T_MIN
     doc: str = ""
 
     # -- coefficients ----------------------------------------------------------------------
@@ -329,9 +334,6 @@ PREDICTIONS = {
 
 
 # --- when: how training times are drawn from uniforms in (0, 1) ---------------------------
-
-T_MIN = 1e-4                                        # [DDM] t = 1e-4 + (1 - 1e-4) U(0, 1)
-
 
 def times(kind, schedule, B, generator=None):
     """Draw a training time for each image -> (B,) in [T_MIN, 1], or all 0; float64.

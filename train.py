@@ -43,8 +43,8 @@ from running.setup import (
     load_optimizers, load_run_images, mask_ratio, network_options, open_space, read_state,
     require_hidden_tokens, require_output_outside, require_same_data, require_same_view,
     shard_indices, split_batch, step_cost)
-from sample import load_weights
-from schedules import SCHEDULES, times
+from sample import build_schedule, load_weights
+from schedules import times
 from spaces import encode_once
 from tasks import make_condition
 from vit import ECONOMIES, ViT
@@ -102,7 +102,7 @@ class Setup:
             self.meta = describe_model(o, self.images, self.space, self.first, self.stage,
                                        self.machine.device)
             self.meta |= dict(shards=self.machine.world * self.shards, data=self.data)
-        self.schedule = dataclasses.replace(SCHEDULES[o.schedule], data_std=self.meta["data_std"])
+        self.schedule = build_schedule(self.meta)
         # A reconstruction has no time: t = 0, where x_t is the image.
         self.when = o.time_sampling if o.objective == "denoise" else "zero"
         self.objective = OBJECTIVES[o.objective](

@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from mask import Mask, draw, patchify, unpatchify
 from plumbing.faces import draw_faces
 from plumbing.sheets import draw_sheet
-from schedules import SCHEDULES, per_image
+from schedules import SCHEDULES, per_image, to_float64
 
 
 # --- positions and time: sines and cosines ------------------------------------------------
@@ -113,6 +113,56 @@ def rotate(x, angles):
     a, b = x.chunk(2, -1)
     return torch.cat([a * angles.cos() - b * angles.sin(),
                       a * angles.sin() + b * angles.cos()], -1)
+
+
+# --- the network's clock: what it is told of a time ---------------------------------------
+
+class AngleClock:
+    """The noise level as an angle, from 0 to 1000: finite everywhere.
+
+    A clock's `low` is the lowest noise level b / a of its training; 0: all are known."""
+    low = 0.0
+
+    def read(self, schedule, t):
+        """Times as the numbers that `sincos` embeds, float64."""
+        return 1000 * schedule.angle(t) / (math.pi / 2)
+
+
+class IndexClock:
+    """The step of DDPM's 1,000, 0 to 999, with a fraction: where ln alpha-bar agrees. [DiT]
+
+    Its betas go from 1e-4 to .02 in equal steps."""
+    low = math.sqrt(1e-4 / (1 - 1e-4))
+
+    def read(self, schedule, t):
+        t = to_float64(t)
+        a, b = schedule.a(t), schedule.b(t)
+        table = log_alpha_bars(t.device)
+        # alpha-bar = a^2 / (a^2 + b^2), also where a schedule does not keep the variance
+        level = (2 * a.log() - (a ** 2 + b ** 2).log()).clamp(table[-1], table[0])
+        after = torch.searchsorted(-table, -level).clamp(1, len(table) - 1)
+        fraction = (table[after - 1] - level) / (table[after - 1] - table[after])
+        return after - 1 + fraction
+
+
+@lru_cache(maxsize=4)
+def log_alpha_bars(device):
+    """[DDPM] ln alpha-bar of the indices 0 ... 999 -> (1000,), float64, falling."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device=device)
+    return torch.log1p(-betas).cumsum(0)
+
+
+class LogSigmaClock:
+    """A quarter of the logarithm of the noise level, ln(b / a) / 4. [EDM, MaskDiT]"""
+    low = 0.002
+
+    def read(self, schedule, t):
+        t = to_float64(t)
+        # clamp: finite where nothing is left of the image or of the noise
+        return (schedule.b(t) / schedule.a(t)).clamp(1e-5, 1e5).log() / 4
+
+
+CLOCKS = {"angle": AngleClock(), "index": IndexClock(), "log_sigma": LogSigmaClock()}
 
 
 # --- one block ----------------------------------------------------------------------------
@@ -313,7 +363,7 @@ class ViT(nn.Module):
 
     def __init__(
         self,
-        schedule,                 # gives c_in and the time's angle
+        schedule,                 # gives c_in and the noise level of a time
         channels=3,               # of the image: C
         heads_out=1,              # image-shaped fields: C_out = C heads_out, schedule.head_count
         patch=4,                  # side of a token: p
@@ -328,9 +378,10 @@ class ViT(nn.Module):
         checkpoint_blocks=False,  # recompute blocks in the backward pass: less memory
         economy="drop",           # a name in ECONOMIES
         block="dit",              # a name in BLOCKS
+        clock="angle",            # a name in CLOCKS
     ):
         super().__init__()
-        self.schedule = schedule
+        self.schedule, self.clock = schedule, CLOCKS[clock]
         self.p, self.width = patch, width
         self.checkpoint_blocks = checkpoint_blocks
         # The order of the layers is the order of their random weights: it must stay.
@@ -411,8 +462,8 @@ class ViT(nn.Module):
 
     def embed_condition(self, t, y, B, device):
         """Times (B,) or (1,) and labels (B,) or None -> c (B, D)."""
-        clock = 1000 * self.schedule.angle(t) / (math.pi / 2)       # an angle: finite everywhere
-        c = self.embed_time(sincos(clock.float().to(device), 256)).expand(B, -1)            # (B, D)
+        told = self.clock.read(self.schedule, t).float().to(device)
+        c = self.embed_time(sincos(told, 256)).expand(B, -1)                                # (B, D)
         if self.embed_class is None or y is None:
             return c
         # [MaskDiT] "no label" is the zero vector

@@ -11,6 +11,7 @@ weights_only, so that a file from a stranger cannot run code.
                     plan and progress), step, images, seconds, model, ema, optimizer,
                     scaler, rng
 """
+import argparse
 import contextlib
 import os
 import shutil
@@ -21,6 +22,7 @@ import torch
 
 from plumbing.console import UserError, describe_error, replacing
 from plumbing.layout import is_count, require_checkpoint, require_parts
+from plumbing.released import find_released, import_released
 
 try:
     import fcntl
@@ -54,18 +56,23 @@ def read_checkpoint(path, *parts):
     """The checkpoint's dict, on the CPU.
 
     path: as in `find_checkpoint`. parts: what the caller needs of it (plumbing/layout.py).
-    UserError for a file that is missing, damaged, of a newer version or not laid out like a
-    checkpoint."""
+    A released file of DiT or MaskDiT becomes one (plumbing/released.py). UserError for a
+    file that is missing, damaged, of a newer version or not laid out like a checkpoint."""
     path = find_checkpoint(path)
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; train one first (python train.py) "
                         "or give another path")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        # DiT's train.py keeps its options in a Namespace, which only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path} is not a readable checkpoint, perhaps cut short "
                         f"({type(error).__name__}); use another one of its folder") from None
-    if not isinstance(ckpt, dict) or not {"version", "meta"} <= ckpt.keys():
+    is_ours = isinstance(ckpt, dict) and {"version", "meta"} <= ckpt.keys()
+    if isinstance(ckpt, dict) and not is_ours and find_released(ckpt):
+        ckpt, is_ours = import_released(ckpt, path, *parts) | dict(version=VERSION), True
+    if not is_ours:
         raise UserError(f"{path} is not a checkpoint of this program: no version, no meta")
     version = ckpt["version"]
     if is_count(version) and version > VERSION:

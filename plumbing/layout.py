@@ -143,7 +143,7 @@ NETWORK = {
     "channels": is_side, "heads_out": is_side, "patch": is_side, "width": is_side,
     "depth": is_side, "heads": is_side, "skips": is_flag, "decoder": is_count,
     "decoder_width": is_side, "classes": is_count, "cond_channels?": is_count,
-    "economy?": is_name, "block?": is_name}
+    "economy?": is_name, "block?": is_name, "clock?": is_name}
 
 
 AUTOENCODER = {

@@ -308,8 +308,8 @@ def check_data(o):
     """Images, sizes, and the space."""
     is_latent = o.space == "latent"
     refuse(o.data is None and not o.dry_run,
-           "--recipe needs its paper's images: --data PATH (maskdm CelebA-HQ, maskdit and lmd "
-           "ImageNet, ddm CIFAR-10)")
+           "--recipe and a paper's own weights need images: --data PATH (maskdm CelebA-HQ, maskdit "
+           "and lmd ImageNet, ddm CIFAR-10)")
     refuse(o.patch < 1 or o.size < 1 or o.size % o.patch,
            "--size must be a positive multiple of --patch")
     refuse(is_latent != (o.vae is not None) and not (o.dry_run and o.vae is None),

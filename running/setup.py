@@ -89,11 +89,12 @@ def open_space(o, channels, ckpt=None, first=None):
         space = build_model(ckpt["meta"] | dict(vae=o.vae), ckpt["model"])[2]
     else:
         space = SPACES[o.space](channels, o.vae)
+    is_released = first and not first[1]["vae_sha"] and o.space == "latent"     # it names none
     square = space.factor * o.patch
     if o.size % square:
         raise UserError(f"--size {o.size}: must be a multiple of {square}, the autoencoder's "
                         f"factor {space.factor} times --patch {o.patch}")
-    if first and space.sha != first[1]["vae_sha"]:
+    if first and space.sha != first[1]["vae_sha"] and not is_released:
         raise UserError(f"--vae {o.vae}: is not the autoencoder of the first stage; its SHA-256 "
                         f"begins with {space.sha}, not {first[1]['vae_sha']}")
     return space
@@ -221,7 +222,8 @@ def describe_model(
     classes = list(images.classes) if o.labels else []
     network = network_options(o, images.channels, space, len(classes))
     if first:
-        network["block"] = first[1]["model"].get("block", "dit")        # of an older first stage
+        for name, before in (("block", "dit"), ("clock", "angle")):     # of an older first stage
+            network[name] = first[1]["model"].get(name, before)
         require_same_network(first[1]["model"], network)
     return dict(
         stage=stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
