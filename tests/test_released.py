@@ -71,8 +71,9 @@ def random_file(paper, dtype=torch.float32):
     shapes["y_embedder.embedding_table.weight"] = (D, CLASSES) if light else (CLASSES + 1, D)
     if light:
         shapes["mask_token"] = (1, 1, W)
-    state = {name: torch.randn(shape, generator=g) * (0.02 if len(shape) == 1 else 0.5)
-             / (1 if len(shape) == 1 else math.prod(shape[1:]) ** 0.5) + 0.003
+    scale = {name: 0.02 if len(shape) == 1 else 0.5 / math.prod(shape[1:]) ** 0.5
+             for name, shape in shapes.items()}
+    state = {name: scale[name] * torch.randn(shape, generator=g) + 0.003
              for name, shape in shapes.items()}
     state["pos_embed"] = waves(SIDE, D)
     if light:
@@ -130,7 +131,7 @@ def run_dit(state, x, index, y):
 
 
 def run_maskdit(state, x, sigma, one_hot, visible=None):
-    """MaskDiT's F and image D; one_hot: (B, classes), zeros for "no label"; visible (B, K)."""
+    """MaskDiT's F and image D; one_hot (B, classes), zeros: "no label"; visible (B, K)."""
     c = embed_time(state, math.log(sigma) / 4, len(x))
     c = c + one_hot @ state["y_embedder.embedding_table.weight"].T
     u = embed_patches(state, x / (sigma ** 2 + 0.25) ** 0.5)
@@ -298,12 +299,13 @@ def test_each_missing_extra_or_misshapen_tensor_is_one_line_that_names_it(paper,
         assert name in refusal(without, tmp_path), name
         longer = torch.cat([state[name], state[name]], -1)
         line = refusal(state | {name: longer}, tmp_path)
-        # The width of the first tensor, or of the mask token, is what others are measured by.
+        # The first tensor's width, or the mask token's, is what others are measured by.
         assert "must be" in line or "none of the published" in line, line
         assert "something else" in refusal(state | {name: [1]}, tmp_path)
-    for extra in ("blocks.0.attn.q_norm.weight", f"blocks.{DEPTH}.mlp.fc1.bias", "model.pos_embed"):
-        assert "unknown" in (line := refusal(state | {extra: torch.ones(1)}, tmp_path)) or (
-            "lacks" in line), line
+    for extra, word in (("blocks.0.attn.q_norm.weight", "unknown blocks.0.attn.q_norm.weight"),
+                        (f"blocks.{DEPTH}.mlp.fc1.bias", f"lacks blocks.{DEPTH}."),
+                        ("model.pos_embed", "lacks")):              # a prefix that others lack
+        assert word in refusal(state | {extra: torch.ones(1)}, tmp_path)
     if paper == "MaskDiT":
         odd = {"mask_token": torch.ones(1, 1, 50)}
         assert "none of the published" in refusal(state | odd, tmp_path)
@@ -403,10 +405,9 @@ def test_a_released_file_is_sampled_from_and_is_a_first_stage(paper, files, caps
 
 
 def test_what_lacks_or_does_not_fit_is_one_line(files, capsys):
-    for arguments, word in ((["--ckpt", "DiT.pt"], "--vae"),
-                            (["--ckpt", "DiT.pt", "--vae", "shallow.pt"], "8 pixels a place"),
-                            (["--ckpt", "DiT.pt", "--vae", "vae.pt", "--label", "1000"], "--label 1000")):
-        assert status(S, arguments) == 2
+    for more, word in (([], "--vae"), (["--vae", "shallow.pt"], "8 pixels a place"),
+                       (["--vae", "vae.pt", "--label", "1000"], "--label 1000")):
+        assert status(S, ["--ckpt", "DiT.pt", *more]) == 2
         told = capsys.readouterr().err
         assert word in told and len(told.splitlines()) == 1
     assert status(finetune, ["--from", "DiT.pt", "--vae", "vae.pt", "--steps", "1"]) == 2
