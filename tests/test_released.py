@@ -14,6 +14,7 @@ from PIL import Image
 import finetune
 import probe
 import sample as S
+import train
 import vit
 from conftest import status
 from mask import Mask
@@ -387,7 +388,9 @@ RUN = ["--data", "images", "--vae", "vae.pt", "--labels", "--steps", "1", "--bat
 
 
 @pytest.mark.parametrize("paper", ["DiT", "MaskDiT"])
-def test_a_released_file_is_sampled_from_and_is_a_first_stage(paper, files, capsys):
+def test_a_released_file_is_sampled_from_and_is_a_first_stage(paper, files, capsys, monkeypatch):
+    setups, plan = [], train.make_plan
+    monkeypatch.setattr(train, "make_plan", lambda setup: setups.append(setup) or plan(setup))
     how = ["--n", "2", "--steps", "3", "--device", "cpu", "--threads", "1", "--label", "207"]
     S.main(["--ckpt", f"{paper}.pt", "--vae", "vae.pt", "--cfg", "4", *how])
     assert "class 207" in capsys.readouterr().out and (files / "samples.png").exists()
@@ -398,6 +401,7 @@ def test_a_released_file_is_sampled_from_and_is_a_first_stage(paper, files, caps
     first = read_checkpoint(f"{paper}.pt")
     assert tuned["meta"]["model"]["clock"] == first["meta"]["model"]["clock"]
     assert tuned["meta"]["data_std"] == first["meta"]["data_std"]
+    assert setups[0].schedule == S.build_schedule(first["meta"])        # its unit, its grids' end
     assert tuned["meta"]["size"] == 64 and tuned["meta"]["classes"] == ["0", "1"]
     moved = tuned["model"]["embed.bias"] - first["model"]["embed.bias"]
     assert 0 < moved.abs().max() < 0.1
