@@ -330,7 +330,7 @@ def test_sd_is_an_autoencoder_that_a_checkpoint_knows_by_this_name(server, monke
                        weights["encoder.conv_in.weight"])
     assert absolute_path("sd") == "sd" and absolute_path("x") == str(tmp_path / "x")
     meta = dict(vae="sd", vae_sha="other", schedule="ddm", space="latent", channels=3, data_std=1,
-                task="generate", model={})
+                task="generate", model=dict(channels=4))
     with pytest.raises(UserError, match="sd is not the autoencoder"):        # it was found and read
         monkeypatch.setattr(sample, "check_names", lambda meta: None)
         sample.build_model(meta)
