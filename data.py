@@ -29,6 +29,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -219,17 +220,25 @@ def watch_workers(batches):
 
 
 def describe_deaths(batches):
-    """Hand on batches; what workers raise becomes one line."""
+    """Hand on batches; what workers raise becomes one line.
+
+    The frames of an error are cleared: torch's refer to the error and to the workers, and
+    only the garbage collector, which takes their queues first, would find that circle."""
     try:
         yield from batches
+        return
     except UserError as error:                          # torch puts a traceback before its line
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+        why = str(error).rpartition("UserError: ")[2].strip()
+        traceback.clear_frames(error.__traceback__)
     except (RuntimeError, ConnectionError, EOFError) as error:
         is_dead = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)
         if not is_dead:
             raise
-        raise UserError("a process that decodes images was killed, probably for lack of memory; "
-                        "give fewer --workers") from None
+        why = ("a process that decodes images was killed, probably for lack of memory; "
+               "give fewer --workers")
+        traceback.clear_frames(error.__traceback__)
+    del batches                                         # its workers end here
+    raise UserError(why)
 
 
 # --- loading ------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Pictures as people have them: names of any system, links, damage beside the pixels, maps
 of 0 and 1, classes that are numbers, little memory. Each law was a fault before."""
 import io
+import multiprocessing
 import os
 import pickle
 import re
@@ -515,6 +516,7 @@ def test_what_a_worker_cannot_read_any_more_is_one_line(tmp_path):
     with pytest.raises(UserError) as error:
         next(images.batches([torch.tensor([0])], workers=1))
     assert str(error.value).startswith(f"{tmp_path}: not one") and "\n" not in str(error.value)
+    assert not multiprocessing.active_children()        # ended at once, without a collector's help
 
 
 def test_workers_leave_all_signals_to_the_parent(monkeypatch):
