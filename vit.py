@@ -90,29 +90,30 @@ class Places:
         return self.pick(positions(self.h, self.w, width, self.device))
 
     def turns(self, d):
-        """Angles of rotary positions, heads of d channels -> (N or B, 1, K, d / 2)."""
-        angles = self.pick(rotary_angles(self.h, self.w, d, self.device))
-        return angles if self.m is None else angles[:, None]
+        """Rotary positions for heads of d channels -> (N, d), masked (B, 1, K, d)."""
+        turns = self.pick(rotary_turns(self.h, self.w, d, self.device))
+        return turns if self.m is None else turns[:, None]
 
 
 @lru_cache(maxsize=16)
-def rotary_angles(h, w, d, device):
-    """[RoPE] how far each pair of a head's d channels turns at each token -> (h w, d / 2).
+def rotary_turns(h, w, d, device):
+    """[RoPE] How far each pair of a head's d channels turns at each token: the cosines of
+    the angles, then their sines -> (h w, d).
 
     The first half of the pairs turns with the column, the second half with the row."""
     frequency = 100.0 ** (-torch.arange(d // 4, device=device) / (d // 4))
     row = torch.arange(h, device=device).repeat_interleave(w)
     column = torch.arange(w, device=device).repeat(h)
-    return torch.cat([column[:, None] * frequency, row[:, None] * frequency], -1)
+    angles = torch.cat([column[:, None] * frequency, row[:, None] * frequency], -1)
+    return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def rotate(x, angles):
-    """Turn each pair of channels by an angle: x (B, heads, K, d), angles (..., K, d / 2).
+def rotate(x, turns):
+    """Turn each pair of channels: x (B, heads, K, d), turns (..., K, d).
 
     The product of two turned vectors depends on how far their tokens lie apart. [RoPE]"""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * angles.cos() - b * angles.sin(),
-                      a * angles.sin() + b * angles.cos()], -1)
+    (a, b), (cos, sin) = x.chunk(2, -1), turns.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 # --- the network's clock: what it is told of a time ---------------------------------------
@@ -534,6 +535,7 @@ MODELS = {
     "tiny": dict(width=192, depth=6, heads=3, decoder_width=128, block="rotary"),       # 4.2 M
     "tiny-dit": dict(width=192, depth=6, heads=3, decoder_width=128),   # the same, DiT's blocks
     "small": dict(width=384, depth=12, heads=6, decoder_width=256, block="rotary"),     # 32.5 M
+    "small-dit": dict(width=384, depth=12, heads=6, decoder_width=256),     # the same, DiT-S
     "base": dict(width=768, depth=12, heads=12, decoder_width=512),     # 129.5 M, DiT-B
     "large": dict(width=1024, depth=24, heads=16, decoder_width=512),   # 456.8 M, DiT-L
     "xl": dict(width=1152, depth=28, heads=16, decoder_width=512),      # 673.7 M, DiT-XL
