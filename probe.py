@@ -36,7 +36,7 @@ from plumbing.checkpoint import newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, build_parser, parse_path, run_command
 from plumbing.downloads import list_published
 from plumbing.images import seeded, to_float
-from running.options import Options, is_same_value
+from running.options import Options, before_options, is_same_value
 from sample import build_model, load
 from spaces import encode_once
 
@@ -189,8 +189,8 @@ def inherit_probe_options(given, config):
     given: dict. config: a checkpoint's. Held-out images belong to their data: with other
     --data, --val is not the run's."""
     o = dict(weights="model", noise=None, fraction=1.0, vae=None, device="auto", threads=0)
-    for name in INHERITED:
-        o[name] = config.get(name, getattr(Options, name))            # an older run has the default
+    was = before_options(Options) | config
+    o |= {name: was[name] for name in INHERITED}
     if given.get("data", o["data"]) is None:
         raise UserError("--data PATH is needed: a paper's own weights do not name their images")
     if not is_same_value(given.get("data", o["data"]), o["data"]):

@@ -17,6 +17,7 @@ a number of steps. Data, seed, batch and evaluation are equal. One seed is one d
 another (--seed 1 --out ...) before you believe a small difference.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import finetune
 import train
@@ -33,29 +34,31 @@ CALLS = 10
 @dataclass(frozen=True)
 class Arm:
     """A row of the ablation."""
-    flags: tuple = ()           # of both stages
     mask: float = 0.75          # hidden share of the first stage
     share: float = 1 / 2        # of the time, in the first stage
+    optimizer: str = "muon"
+    dit: bool = False           # DiT's blocks instead of the rotary ones
+    flags: tuple = ()           # of both stages; such as cost no time
 
 
 ARMS = {
     "recipe": Arm(),
-    "adamw": Arm(("--optimizer", "adamw")),
-    "dit": Arm(("--model", "tiny-dit")),
-    "dit-adamw": Arm(("--model", "tiny-dit", "--optimizer", "adamw")),
+    "adamw": Arm(optimizer="adamw"),
+    "dit": Arm(dit=True),
+    "dit-adamw": Arm(optimizer="adamw", dit=True),
     "ratio-0.5": Arm(mask=0.5),
     "ratio-0.9": Arm(mask=0.9),
     "all-tokens": Arm(mask=0.0, share=0.0),
     "two-thirds-masked": Arm(share=2 / 3),
     "one-third-masked": Arm(share=1 / 3),
-    "rate-x2": Arm(("--lr", 4e-3)),
-    "rate-x0.5": Arm(("--lr", 1e-3)),
-    "uniform-times": Arm(("--time-sampling", "uniform")),
-    "angle-times": Arm(("--time-sampling", "angle")),
-    "lognormal-times": Arm(("--time-sampling", "lognormal")),
+    "rate-x2": Arm(flags=("--lr", 4e-3)),
+    "rate-x0.5": Arm(flags=("--lr", 1e-3)),
+    "uniform-times": Arm(flags=("--time-sampling", "uniform")),
+    "angle-times": Arm(flags=("--time-sampling", "angle")),
+    "lognormal-times": Arm(flags=("--time-sampling", "lognormal")),
     # the recipe before: .9 hidden for two thirds of the time
-    "before": Arm(("--model", "tiny-dit", "--optimizer", "adamw", "--time-sampling", "uniform"),
-                  mask=0.9, share=2 / 3),
+    "before": Arm(mask=0.9, share=2 / 3, optimizer="adamw", dit=True,
+                  flags=("--time-sampling", "uniform")),
 }
 
 
@@ -76,25 +79,27 @@ def run_ablate(args):
     bench.save_sheet("samples.png", rows, [f"noise {i}" for i in range(1, 11)])
 
 
-def arm_flags(bench, name):
-    """The flags of both stages of an arm."""
+def network_flags(bench, arm):
+    """The flags of both stages that decide what a step costs."""
     args, scale = bench.args, bench.scale
     gray = ["--gray"] if args.gray else []
-    return ["--data", args.data, "--size", args.size, *gray, "--model", scale["model"],
-            "--workers", 0, *scale["train"], *ARMS[name].flags]
+    return ["--data", args.data, "--size", args.size, *gray, "--workers", 0, *scale["train"],
+            "--model", scale["model"] + "-dit" * arm.dit, "--optimizer", arm.optimizer]
 
 
-def recipe_pace(bench, name):
-    """Seconds a step of both stages of an arm, timed once. -> (masked, all tokens)"""
-    flags = arm_flags(bench, name)
-    networks = {f"{name}, masked": [*flags, "--mask", ARMS[name].mask], f"{name}, all": flags}
-    return list(bench.seconds_per_step(networks, visits=2).values())
+def recipe_pace(bench, arm):
+    """Seconds a step of both stages, timed once for all arms that have the same network.
+    -> (masked, all tokens)"""
+    flags, name = network_flags(bench, arm), f"{'dit' if arm.dit else 'rotary'} {arm.optimizer}"
+    networks = {f"{name} {mask}": [*flags, "--mask", mask] for mask in (arm.mask, 0.0)}
+    seconds = bench.seconds_per_step(networks, visits=2)
+    return seconds[f"{name} {arm.mask}"], seconds[f"{name} 0.0"]
 
 
-def count_steps_of(bench, name, stage):
+def count_steps_of(bench, arm, stage):
     """How many steps a stage (0 or 1) of an arm has in its part of the time."""
-    share = (ARMS[name].share, 1 - ARMS[name].share)[stage]
-    return max(1, round(60 * bench.scale["minutes"] * share / recipe_pace(bench, name)[stage]))
+    share = (arm.share, 1 - arm.share)[stage]
+    return max(1, round(60 * bench.scale["minutes"] * share / recipe_pace(bench, arm)[stage]))
 
 
 def last_stage(name):
@@ -104,17 +109,18 @@ def last_stage(name):
 
 def train_recipe(bench, name, wanted):
     """Both stages of an arm, unless it is not among the `wanted` ones."""
-    last, flags, quiet = last_stage(name), arm_flags(bench, name), ["--sample-every", NEVER]
-    steps = [lambda stage=stage: count_steps_of(bench, name, stage) for stage in (0, 1)]
+    arm, last = ARMS[name], last_stage(name)
     if name not in wanted:
         bench.arms += [name]
-    elif last == name:
-        bench.train_arm(name, train.main, *flags, *quiet, "--steps", steps[1])
+        return
+    flags = [*network_flags(bench, arm), *arm.flags, "--sample-every", NEVER]
+    steps = [partial(count_steps_of, bench, arm, stage) for stage in (0, 1)]
+    if last == name:
+        bench.train_arm(name, train.main, *flags, "--steps", steps[1])
     else:
-        bench.train_arm(name, train.main, *flags, *quiet, "--mask", ARMS[name].mask,
-                        "--steps", steps[0])
-        bench.train_arm(last, finetune.main, "--from", bench.folder / name, *ARMS[name].flags,
-                        *quiet, "--steps", steps[1], before=(name,))
+        bench.train_arm(name, train.main, *flags, "--mask", arm.mask, "--steps", steps[0])
+        bench.train_arm(last, finetune.main, "--from", bench.folder / name, *arm.flags,
+                        "--sample-every", NEVER, "--steps", steps[1], before=(name,))
 
 
 def describe_arms(bench, cells):
@@ -126,9 +132,10 @@ def describe_arms(bench, cells):
             "training an arm.")
     rows = []
     for name, cell in cells.items():
-        arm, pace = ARMS[name], recipe_pace(bench, name)
-        last = last_stage(name)
-        what = [*arm.flags, f"{arm.mask} hidden", f"{arm.share:.2g} of the time"]
+        arm, last = ARMS[name], last_stage(name)
+        pace = recipe_pace(bench, arm)
+        what = ["DiT's blocks,"] * arm.dit + [f"{arm.optimizer}, {arm.mask} hidden,",
+                                              f"{arm.share:.2g} of the time", *arm.flags]
         steps = [bench.log(stage, "step") for stage in dict.fromkeys((name, last))]
         rows.append([name, " ".join(map(str, what)), f"{pace[0]:.3f}, {pace[1]:.3f}",
                      " + ".join(f"{step:.0f}" for step in steps),

@@ -29,7 +29,7 @@ from plumbing.layout import is_weights
 CLASSES = 1000                  # ImageNet's, named by their numbers
 FACTOR = 8                      # pixels along a side of a place in the latents
 # The shapes of the weights do not tell the heads. Width -> (our name of the size, heads).
-SIZES = {384: ("small", 6), 768: ("base", 12), 1024: ("large", 16), 1152: ("xl", 16)}
+SIZES = {384: ("small-dit", 6), 768: ("base", 12), 1024: ("large", 16), 1152: ("xl", 16)}
 NOISE = {                       # name -> (schedule, predict, times of training, unit, clock)
     "DiT": ("vp-linear", "eps", "uniform", 1.0, "index"),
     "MaskDiT": ("edm", "unit", "lognormal", 0.5, "log_sigma")}
