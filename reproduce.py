@@ -7,16 +7,18 @@ with the same noise, measures, and writes a table and pictures. It reports what 
 not what should.
 
     python reproduce.py ablate                                       # parts of the recipe
-    python reproduce.py maskdm --data faces64.zip --gray --size 64   # a tenth of the tokens
+    python reproduce.py maskdm --data faces64.zip --gray --size 64   # few of the tokens
+    python reproduce.py transfer --data faces64.zip --gray --size 64 --target faces
     python reproduce.py ddm --data cifar10-train.zip                 # ten analytic steps
     python reproduce.py tasks --data faces64.zip --gray --size 64    # four tasks, ten calls
     python reproduce.py maskdit --data cifar10-train.zip             # half of the tokens
     python reproduce.py lmd --data faces64.zip --gray --size 64      # a rising mask
 
-    --scale smoke    does it run? a minute
+    --scale smoke    does it run? minutes
     --scale cpu      the numbers of RESULTS.md, hours on two cores
     --scale gpu      the papers' sizes, for one GPU
     --arm NAME       train this arm and nothing else
+    --seeds N        so many seeds: a table has their means and half of their range
 
 What is there already is not done again: kill it, start it again. Below
 runs/reproduce/CLAIM/ every arm is an ordinary run (log.csv, checkpoints: sample.py and
@@ -32,6 +34,7 @@ from claims.lmd import run_lmd
 from claims.maskdit import run_maskdit
 from claims.maskdm import run_maskdm
 from claims.tasks import run_tasks
+from claims.transfer import run_transfer
 from plumbing.console import UserError, build_parser, parse_path, run_command
 from plumbing.downloads import list_published
 from plumbing.writer import refuse_overwriting
@@ -40,6 +43,7 @@ from plumbing.writer import refuse_overwriting
 CLAIMS = {
     "ablate": run_ablate,
     "maskdm": run_maskdm,
+    "transfer": run_transfer,
     "ddm": run_ddm,
     "tasks": run_tasks,
     "maskdit": run_maskdit,
@@ -54,16 +58,20 @@ def parser():
     entries = [f"{name}: {run.__doc__.splitlines()[0]}" for name, run in CLAIMS.items()]
     p.add_argument("claim", choices=CLAIMS, help="; ".join(entries))
     p.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu",
-                   help="smoke: a minute; cpu: hours on two cores; gpu: for one GPU")
+                   help="smoke: does it run? minutes; cpu: hours on two cores; gpu: for one GPU")
     p.add_argument("--data", type=parse_path, default="faces",
                    help="a folder, a .zip, cifar-10-python.tar.gz, faces for the built-in ones, or "
                         f"a name that is downloaded: {list_published('data')}")
     p.add_argument("--size", type=int, default=32, help="pixels along a side")
     p.add_argument("--gray", action="store_true",
                    help="one channel; a claim that is measured in colour refuses it")
+    p.add_argument("--target", type=parse_path, default=None,
+                   help="transfer: the images to fine-tune on, like --data")
     p.add_argument("--arm", default=None,
                    help="train this arm and nothing else; all, and the measurements, if left out")
     p.add_argument("--seed", type=int, default=0, help="of training, noise and held-out images")
+    p.add_argument("--seeds", type=int, default=1,
+                   help="how many seeds, from --seed on, each with arms of its own")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--out", type=parse_path, default=REAL,
@@ -75,6 +83,10 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.scale == "smoke" and args.out == REAL:
         args.out = SMOKE                                    # never mixed with the real thing
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: must be at least 1")
+    if args.target and args.claim != "transfer":
+        raise UserError(f"--target: only transfer fine-tunes on other images, not {args.claim}")
     if args.threads < 0 or args.size < 8 or args.size % 8:
         raise UserError(f"--threads {args.threads}, --size {args.size}: threads must be at least "
                         "0, the size a multiple of 8")

@@ -23,7 +23,7 @@ from functools import partial
 
 import finetune
 import train
-from claims.bench import NEVER, Bench, format_distances, format_table
+from claims.bench import NEVER, Bench, format_distances, format_spread, format_table
 
 SCALES = {
     "smoke": dict(steps=6, minutes=1, model="tiny", train=["--batch", 4], n=10, batch=10),
@@ -68,19 +68,29 @@ ARMS = {
 def run_ablate(args):
     """what each part of the recipe is worth"""
     longer = PHOTOGRAPHS if args.scale == "cpu" and args.data != "faces" else {}
-    bench = Bench("ablate", args, SCALES[args.scale] | longer)
-    wanted = [args.arm] if args.arm in ARMS else list(ARMS)
-    for name in ARMS:
-        train_recipe(bench, name, wanted)
-    if args.arm not in ARMS:
-        bench.all_trained()                                 # an unknown --arm is one line
-    images, _ = bench.split_images(gray=args.gray)
-    trained = [name for name in ARMS if (bench.folder / last_stage(name) / "last.pt").exists()]
-    cells = {name: bench.distances(images, last_stage(name), bench.scale["n"], steps=CALLS)
-             for name in trained}
-    bench.write("table.md", describe_arms(bench, cells))
-    rows = [(name, bench.draw(last_stage(name), 10, steps=CALLS)) for name in trained]
-    bench.save_sheet("samples.png", rows, [f"noise {i}" for i in range(1, 11)])
+    first = Bench("ablate", args, SCALES[args.scale] | longer)
+    for bench in first.benches():
+        for name in ARMS:
+            train_recipe(bench, name)
+    first.all_trained()                                     # an unknown --arm is one line
+    benches = first.benches()
+    trained = [name for name in ARMS if all(is_trained(bench, name) for bench in benches)]
+    if not trained:
+        return
+    cells = {}
+    for bench in benches:
+        images, _ = bench.split_images(gray=args.gray)
+        for name in trained:
+            cell = bench.distances(images, last_stage(name), bench.scale["n"], steps=CALLS)
+            cells.setdefault(name, []).append(cell)
+    first.write("table.md", describe_arms(benches, cells))
+    rows = [(name, first.draw(last_stage(name), 10, steps=CALLS)) for name in trained]
+    first.save_sheet("samples.png", rows, [f"noise {i}" for i in range(1, 11)])
+
+
+def is_trained(bench, name):
+    """Whether an arm is at its end."""
+    return (bench.folder / last_stage(name) / "last.pt").exists()
 
 
 def network_flags(bench, arm):
@@ -111,29 +121,27 @@ def last_stage(name):
     return f"{name}-last" if ARMS[name].share else name
 
 
-def train_recipe(bench, name, wanted):
-    """Both stages of an arm, unless it is not among the `wanted` ones."""
+def train_recipe(bench, name):
+    """Both stages of an arm."""
     arm, last = ARMS[name], last_stage(name)
-    if name not in wanted:
-        bench.arms += [name]
-        return
     flags = [*network_flags(bench, arm), *arm.flags, "--sample-every", NEVER]
     steps = [partial(count_steps_of, bench, arm, stage) for stage in (0, 1)]
     if last == name:
         bench.train_arm(name, train.main, *flags, "--steps", steps[1])
     else:
-        bench.train_arm(name, train.main, *flags, "--mask", arm.mask, "--steps", steps[0])
+        bench.train_arm(name, train.main, *flags, "--mask", arm.mask, "--steps", steps[0],
+                        before=(last,))
         bench.train_arm(last, finetune.main, "--from", bench.folder / name, *arm.flags,
                         "--sample-every", NEVER, "--steps", steps[1], before=(name,))
 
 
-def describe_arms(bench, cells):
-    """The ablation's table, as text. cells: {arm: distances}"""
-    args, scale = bench.args, bench.scale
+def describe_arms(benches, cells):
+    """The ablation's table, as text. cells: {arm: distances, one a seed}"""
+    bench, args, scale = benches[0], benches[0].args, benches[0].scale
     floor = format_distances(next(iter(cells.values())), 1)
     head = (f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} samples "
-            f"of {CALLS} calls, seed {args.seed}, floor {floor}. {scale['minutes']} minutes of "
-            "training an arm.")
+            f"of {CALLS} calls, {args.seeds} seed(s) from {args.seed}, floor {floor}. "
+            f"{scale['minutes']} minutes of training an arm.")
     rows = []
     for name, cell in cells.items():
         arm, last = ARMS[name], last_stage(name)
@@ -141,9 +149,10 @@ def describe_arms(bench, cells):
         what = ["DiT's blocks,"] * arm.dit + [f"{arm.optimizer}, {arm.mask} hidden,",
                                               f"{arm.share:.2g} of the time", *arm.flags]
         steps = [bench.log(stage, "step") for stage in dict.fromkeys((name, last))]
+        losses = [b.log(last, "val_loss") for b in benches]
         rows.append([name, " ".join(map(str, what)), f"{pace[0]:.3f}, {pace[1]:.3f}",
                      " + ".join(f"{step:.0f}" for step in steps),
-                     f"{bench.log(last, 'val_loss'):.4f}", format_distances(cell)])
+                     format_spread(losses, 4), format_distances(cell)])
     columns = ["arm", "what it is", "seconds a step, masked and all", "steps", "val_loss",
                "distances"]
     return f"{head}\n\n{format_table(columns, rows)}\n"

@@ -17,6 +17,7 @@ import csv
 import json
 import shutil
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -44,6 +45,18 @@ class Bench:
         self.file = self.folder / "cells.json"
         self.cells = self.read_cells()
         self.loaded, self.arms = {}, []
+        self.first, self.prefix = self, ""                  # the bench of the first seed
+
+    def benches(self):
+        """A bench for each of --seeds: this one, then one a seed in a folder below it. They
+        share what a step costs; their arms are called seed-1/NAME, and so on."""
+        benches = [self]
+        for seed in range(self.args.seed + 1, self.args.seed + self.args.seeds):
+            args = Namespace(**vars(self.args) | dict(seed=seed))
+            bench = Bench(f"{self.folder.name}/seed-{seed}", args, self.scale)
+            bench.first, bench.prefix = self, f"seed-{seed}/"
+            benches.append(bench)
+        return benches
 
     # --- arms
 
@@ -54,8 +67,8 @@ class Bench:
         flags: one that is a function is called only now.
         before: the arms that cannot do without this one.
         -> its folder"""
-        self.arms.append(name)
-        if self.args.arm in (None, name, *before):
+        self.first.arms.append(self.prefix + name)
+        if self.args.arm in (None, *(self.prefix + wanted for wanted in (name, *before))):
             flags = call_flags(flags)
             title = f"{self.folder / name}: {command.__module__}.py {' '.join(flags)}"
             print(f"\n=== {title}", flush=True)
@@ -81,6 +94,8 @@ class Bench:
         networks: {name: flags of train.py}. visits: how often each is timed, in turn.
         -> {name: seconds}; the fastest of all visits counts, since all else that a machine
         does can only slow it down. The smoke scale knows no clock."""
+        if self.first is not self:
+            return self.first.seconds_per_step(networks, visits)
         if "steps" in self.scale:
             return dict.fromkeys(networks, 60 / self.scale["steps"])
         times = {name: [] for name in networks}
@@ -123,14 +138,16 @@ class Bench:
             print(f"{key}: {value}  ({time.monotonic() - begun:.0f} s)", flush=True)
         return self.cells[key]
 
-    def split_images(self, data=None, size=None, gray=False, labels=False, targets=None):
+    def split_images(self, data=None, size=None, gray=False, labels=False, targets=None,
+                     val="auto"):
         """The images as an arm's own command splits them.
 
         data, size: None means the command line's. gray, labels, targets: as in load_images.
+        val: the arm's --val.
         -> training Images, held-out Images"""
         images = load_images(data or self.args.data, size or self.args.size, gray, labels,
                              seed=self.args.seed, targets=targets)
-        return holdout(images, "auto", seed=self.args.seed, targets=targets)
+        return holdout(images, val, seed=self.args.seed, targets=targets)
 
     def model(self, path):
         """The averaged model of a run or checkpoint, loaded once."""
@@ -158,15 +175,22 @@ class Bench:
 
     def measure_distances(self, images, path, n, how):
         """What `distances` remembers."""
+        return self.compare(self.draw(path, n, **how), images)
+
+    def compare(self, pictures, images):
+        """Distances of pictures, uint8 (n, C, H, W), to 2 n of some images, always the same
+        ones. -> {proxy: [value, floor]}"""
         order = torch.randperm(len(images), generator=seeded(self.args.seed, 100))
-        reference, _ = images.take(order[:2 * n])
-        result = proxy_distances(self.draw(path, n, **how), reference)
+        reference, _ = images.take(order[:2 * len(pictures)])
+        result = proxy_distances(pictures, reference)
         return {name: [round(float(v), 5) for v in pair] for name, pair in result.items()}
 
     # --- files
 
     def write(self, name, text):
         """A file of the claim's folder, also printed."""
+        if self.args.scale == "smoke":
+            text = f"Smoke scale: this shows that the claim runs, and nothing else.\n\n{text}"
         with replacing(self.folder / name) as file:
             file.write(text.encode())
         print(f"\n{text}\nwrote {self.folder / name}")
@@ -196,9 +220,20 @@ def count_calls(count):
     return f"{count} call{'s' * (count > 1)}"
 
 
-def format_distances(cell, which=0):
-    """A cell of `Bench.distances` as text. which: 0 the values, 1 their floors."""
-    return " / ".join(f"{cell[name][which]:.3g}" for name in PROXY_ORDER)
+def format_spread(values, digits=3):
+    """One number a seed as text: their mean, and half of their range if it has one."""
+    mean = f"{sum(values) / len(values):.{digits}g}"
+    spread = (max(values) - min(values)) / 2
+    return mean if len(values) == 1 else f"{mean} ± {spread:.2g}"
+
+
+def format_distances(cells, which=0):
+    """Cells of `Bench.distances` as text.
+
+    cells: one, or a list of them, one a seed. which: 0 the values, 1 their floors."""
+    cells = cells if isinstance(cells, list) else [cells]
+    return " / ".join(format_spread([cell[name][which] for cell in cells])
+                      for name in PROXY_ORDER)
 
 
 def format_table(head, rows):

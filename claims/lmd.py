@@ -1,67 +1,81 @@
 """[LMD] A rising mask against a fixed one, in latents.
 
 The claim (LMD, arXiv 2312.07971). When hidden latents are to be reconstructed, a hidden
-share that rises as training goes on learns more than a fixed one in the same time.
+share that rises as training goes on learns as much as a fixed one in a third of the time or
+less.
 
-Arms. `fixed` hides 0.75 of the tokens all the time. `cosine` starts at 0.15 and rises to
-0.75. Both work in the latents of one autoencoder, which is trained when the first arm wants
-it. `generator` is a denoiser in the same latents, trained on a quarter of the tokens, and
-`generator-whole` its fine-tuning on all of them.
+Arms. `fixed-0.75` and `fixed-0.15` hide a fixed share of the tokens; `piecewise` and
+`cosine` start at 0.15 and rise to 0.75. All work in the latents of one autoencoder, which
+is trained when the first arm wants it.
 
-Measured. The held-out error of reconstruction at four fixed ratios, at every fifth of the
-time, beside that of the mean image.
+Measured. At every fifth of the time: the held-out error of hidden latents at four fixed
+ratios, beside that of the mean image, and the PSNR of pictures with 0.75 hidden. Of images
+with classes, also the accuracy of a linear classifier on what two encoders see.
 
-Fairness. Equal time, not equal steps: a ramp's steps cost more while more is visible.
+Fairness. Equal time, not equal steps: a ramp's steps cost more while more is visible. Three
+fixed ratios are timed alone at the start. What a step costs in between is interpolated, and
+from then on a minute is a number of steps. Leave the machine quiet for that.
 """
+import time
 from functools import partial
 
-import finetune
+import numpy as np
+import torch
+
 import train
 import vae
-from claims.bench import Bench, call_flags, format_table
-from plumbing.checkpoint import read_checkpoint
-from plumbing.images import choose_subset, grid, to_float
+from claims.bench import NEVER, Bench, call_flags, format_table
+from mask import ratio_at
+from plumbing.console import UserError
+from plumbing.images import choose_subset, to_float
 from plumbing.sheets import save_picture
-from restore import (
-    draw_reconstruction, mean_image_error, reconstruct, reconstruction_errors,
-)
+from probe import probe_accuracy
+from restore import draw_reconstruction, mean_image_error, reconstruct, reconstruction_errors
 
+# fifths: of the time, at which an arm is measured.
 SCALES = {
     "smoke": dict(steps=8, minutes=1, vae=["--steps", 4], model="tiny", train=["--batch", 4],
-                  batch=8),
-    "cpu": dict(minutes=10, vae=["--minutes", 10], model="tiny", train=["--batch", 64], batch=64),
+                  fifths=[2, 5]),
+    "cpu": dict(minutes=10, vae=["--minutes", 10], model="tiny", train=[],
+                fifths=[1, 2, 3, 4, 5]),
     "gpu": dict(minutes=60, vae=["--minutes", 60], model="base", train=["--batch", 256],
-                batch=256),
+                fifths=[1, 2, 3, 4, 5]),
 }
-ARMS = {"fixed": [], "cosine": ["--mask-from", 0.15, "--ramp", "cosine"]}
-GUESS = ["--objective", "reconstruct", "--decoder", 4, "--mask", 0.75]
-RATIO_COLUMNS = {"0.15": "ratio 0.15", "0.4": "0.4", "0.55": "0.55", "0.75": "0.75"}
+ARMS = {                                                    # name -> ramp, from, to
+    "fixed-0.75": ("constant", 0.75, 0.75),
+    "fixed-0.15": ("constant", 0.15, 0.15),
+    "piecewise": ("piecewise", 0.15, 0.75),
+    "cosine": ("cosine", 0.15, 0.75),
+}
+PROBED = ("fixed-0.75", "cosine")
+TIMED = (0.15, 0.45, 0.75)                                  # hidden shares that are timed
+RATIOS = ("0.15", "0.4", "0.55", "0.75")                    # the cells' keys
+SHOWN = 256                                                 # pictures of a mean PSNR
+NO_CLASSES = "not probed: these images have no classes"
 
 
 def run_lmd(args):
     """a rising mask against a fixed one, in latents [LMD]"""
-    bench = Bench("lmd", args, SCALES[args.scale])
-    train_reconstructions(bench)
-    train_latent_generator(bench)
-    if not bench.all_trained():
+    first = Bench("lmd", args, SCALES[args.scale])
+    for bench in first.benches():
+        for name in ARMS:
+            train_reconstruction(bench, name)
+    if not first.all_trained():
         return
-    images, held_out = bench.split_images(gray=args.gray)
-    rows = []
-    for name in ARMS:
-        rows += measure_reconstructions(bench, name, held_out)
-    table = format_table(["arm", "minutes", "step", *RATIO_COLUMNS.values()], rows)
-    mean = bench.measure_once("the mean image", measure_mean_image, bench, images, held_out)
-    bench.write("table.md", "Held-out error of hidden latents in units of the data's variance "
-                f"(1: an all-zero guess; {mean:.4f}: the mean of the training images), "
-                f"{args.data}, seed {args.seed}.\n\n{table}\n")
-    x = to_float(held_out.take(choose_subset(len(held_out), 4))[0])
-    for name in ARMS:
-        done = reconstruct(bench.model(name), x, 0.75)
-        save_picture(draw_reconstruction(done), bench.folder / f"{name}.png")
-    faces = grid(bench.draw("generator-whole", 16, steps=10))
-    save_picture(faces, bench.folder / "faces.png")
-    print(f"wrote {', '.join(f'{name}.png' for name in (*ARMS, 'faces'))} in {bench.folder}")
+    for bench in first.benches():                           # a table for each seed
+        images, held_out = bench.split_images(gray=args.gray)
+        rows = [measure_fifth(bench, name, fifth, held_out)
+                for name in ARMS for fifth in bench.scale["fifths"]]
+        mean = bench.measure_once("the mean image", measure_mean_image, bench, images, held_out)
+        bench.write("table.md", describe_reconstructions(bench, rows, mean))
+        x = to_float(held_out.take(choose_subset(len(held_out), 4))[0])
+        for name in ARMS:
+            done = reconstruct(bench.model(name), x, 0.75)
+            save_picture(draw_reconstruction(done), bench.folder / f"{name}.png")
+        print(f"wrote {', '.join(f'{name}.png' for name in ARMS)} in {bench.folder}")
 
+
+# --- training -----------------------------------------------------------------------------
 
 def photo_flags(args):
     """What the autoencoder and all arms are told about the images."""
@@ -70,7 +84,7 @@ def photo_flags(args):
 
 def train_autoencoder(bench):
     """Train the claim's autoencoder unless that was done. -> its file"""
-    args, weights = bench.args, bench.folder / "vae.pt"
+    args, weights = bench.args, bench.first.folder / "vae.pt"
     if not weights.exists():
         vae.main(call_flags([*photo_flags(args), *bench.scale["vae"], "--seed", args.seed,
                              "--device", args.device, "--out", weights]))
@@ -79,62 +93,124 @@ def train_autoencoder(bench):
 
 def lmd_flags(bench):
     """The flags that all arms share."""
-    space = ["--space", "latent", "--vae", partial(train_autoencoder, bench),
-             "--latents", bench.folder / "latents", "--patch", 2]
-    return [*photo_flags(bench.args), *space, "--model", bench.scale["model"],
-            *bench.scale["train"]]
+    return [*photo_flags(bench.args), "--space", "latent",
+            "--vae", partial(train_autoencoder, bench),
+            "--latents", bench.first.folder / "latents", "--patch", 2, "--workers", 0,
+            "--objective", "reconstruct", "--decoder", 4, "--model", bench.scale["model"],
+            *bench.scale["train"], "--sample-every", NEVER]
 
 
-def length_flags(bench, share=1):
-    """A share of the time. The smoke scale counts steps and knows no shares."""
-    if "steps" in bench.scale:
-        return ["--steps", bench.scale["steps"]]
-    return ["--minutes", bench.scale["minutes"] * share]
+def mean_step(bench, name, progress=1.0):
+    """Mean seconds a step of an arm, from its start to a progress in (0, 1]."""
+    networks = {f"ratio {ratio}": [*lmd_flags(bench), "--mask", ratio] for ratio in TIMED}
+    paces = list(bench.seconds_per_step(networks, visits=2).values())
+    ramp, low, high = ARMS[name]
+    places = progress * (torch.arange(200) + 0.5) / 200
+    ratios = [ratio_at(ramp, p, low, high) for p in places.tolist()]
+    return float(np.interp(ratios, TIMED, paces).mean())
 
 
-def count_fifth(bench):
-    """How many steps the arm `fixed` takes in a fifth of the time."""
-    seconds = bench.seconds_per_step({"fixed": [*lmd_flags(bench), *GUESS]})["fixed"]
-    return max(1, round(12 * bench.scale["minutes"] / seconds))
+def count_fifth(bench, name, fifths=1):
+    """How many steps an arm takes in so many fifths of its steps."""
+    return fifths * max(1, round(12 * bench.scale["minutes"] / mean_step(bench, name)))
 
 
-def train_reconstructions(bench):
-    """Train both arms, with a checkpoint every fifth of the time."""
-    fifth = partial(count_fifth, bench)
-    for name, flags in ARMS.items():
-        bench.train_arm(name, train.main, *lmd_flags(bench), *GUESS, *flags, *length_flags(bench),
-                        "--save-every", fifth, "--sample-every", fifth)
+def train_reconstruction(bench, name):
+    """Train an arm, with a checkpoint every fifth of its steps."""
+    ramp, low, high = ARMS[name]
+    rising = ["--ramp", ramp, "--mask-from", low] if low < high else []
+    bench.train_arm(name, train.main, *lmd_flags(bench), "--mask", high, *rising,
+                    "--save-every", partial(count_fifth, bench, name),
+                    "--steps", partial(count_fifth, bench, name, 5))
 
 
-def train_latent_generator(bench):
-    """Train a denoiser on a quarter of the tokens, then half as long on all."""
-    bench.train_arm("generator", train.main, *lmd_flags(bench), "--mask", 0.75,
-                    *length_flags(bench), before=("generator-whole",))
-    bench.train_arm("generator-whole", finetune.main, "--from", bench.folder / "generator",
-                    *length_flags(bench, 1 / 2))
-
+# --- numbers ------------------------------------------------------------------------------
 
 def measure_mean_image(bench, images, held_out):
     """What it costs to guess the mean of the training images. All arms have one space."""
-    return round(mean_image_error(bench.model("fixed"), images, held_out), 5)
+    return round(mean_image_error(bench.model("fixed-0.75"), images, held_out), 5)
 
 
 def measure_errors(bench, path, held_out):
-    """Errors of a checkpoint at every ratio, its minutes and its step."""
-    errors = reconstruction_errors(bench.model(path), held_out)
-    checkpoint = read_checkpoint(bench.folder / path)
-    minutes = round(checkpoint["seconds"] / 60, 2)
-    return ({f"{ratio:g}": round(error, 5) for ratio, error in errors.items()}
-            | dict(minutes=minutes, step=checkpoint["step"]))
+    """Errors of a checkpoint at every ratio, and the PSNR of its pictures."""
+    model = bench.model(path)
+    errors = reconstruction_errors(model, held_out)
+    x = to_float(held_out.take(choose_subset(len(held_out), SHOWN))[0])
+    done = reconstruct(model, x, 0.75)
+    psnr = {name: round(done[name].mean().item(), 3) for name in ("psnr", "ceiling_psnr")}
+    return {f"{ratio:g}": round(error, 5) for ratio, error in errors.items()} | psnr
 
 
-def measure_reconstructions(bench, name, held_out):
-    """An arm's errors over time -> rows of the table, one a checkpoint."""
-    rows = []
-    folder = bench.folder / name
-    for path in [*sorted(folder.glob("0*.pt")), folder / "last.pt"]:
-        arm = f"{name}/{path.name}"
-        cell = bench.measure_once(f"{arm}, images drawn", measure_errors, bench, arm, held_out)
-        errors = [f"{cell[ratio]:.4f}" for ratio in RATIO_COLUMNS]
-        rows.append([name, f"{cell['minutes']:.1f}", cell["step"], *errors])
-    return rows
+def measure_fifth(bench, name, fifth, held_out):
+    """An arm after so many fifths of its steps -> a row of the table."""
+    step = count_fifth(bench, name, fifth)
+    path = f"{name}/{step:06d}.pt"
+    cell = bench.measure_once(path, measure_errors, bench, path, held_out)
+    minutes = step * mean_step(bench, name, fifth / 5) / 60
+    return [name, f"{minutes:.1f}", step, *(f"{cell[ratio]:.4f}" for ratio in RATIOS),
+            f"{cell['psnr']:.2f}"]
+
+
+def measure_encoding(bench):
+    """Images a second through the autoencoder's encoder."""
+    model, (images, _) = bench.model("fixed-0.75"), bench.split_images(gray=bench.args.gray)
+    x = to_float(images.take(choose_subset(len(images), 256))[0]).to(model.device)
+    begun = time.monotonic()
+    for part in x.split(64):
+        model.space.encode(part)
+    return round(len(x) / (time.monotonic() - begun), 1)
+
+
+def measure_probe(bench, name):
+    """Accuracies of linear classifiers (probe.py), or why there are none."""
+    try:
+        images, held_out = bench.split_images(gray=bench.args.gray, labels=True)
+    except UserError:
+        return NO_CLASSES
+    accuracy = probe_accuracy(bench.model(name), images, held_out, seed=bench.args.seed,
+                              folder=bench.folder / "probe-latents")
+    return ", ".join(f"{kind} {share:.1%}" for kind, share in accuracy.items())
+
+
+# --- the table ----------------------------------------------------------------------------
+
+def find_speed_up(rows, ratio):
+    """The time of `fixed-0.75` over the time in which `cosine` is as good at a ratio.
+    -> the factor, 0 if it never is"""
+    column = 3 + RATIOS.index(ratio)
+    minutes = {name: [float(row[1]) for row in rows if row[0] == name] for name in PROBED}
+    errors = {name: [float(row[column]) for row in rows if row[0] == name] for name in PROBED}
+    fixed, rising = PROBED
+    goal = min(errors[fixed])
+    if goal < min(errors[rising]):
+        return 0.0
+    reached = next(i for i, error in enumerate(errors[rising]) if error <= goal)
+    return minutes[fixed][errors[fixed].index(goal)] / minutes[rising][reached]
+
+
+def describe_reconstructions(bench, rows, mean):
+    """The claim's tables of one seed, as text."""
+    args, cell = bench.args, bench.cells[f"fixed-0.75/{count_fifth(bench, 'fixed-0.75', 5):06d}.pt"]
+    table = format_table(["arm", "minutes", "step", *(f"error at {ratio}" for ratio in RATIOS),
+                          "PSNR at 0.75, dB"], rows)
+    batch = bench.log("cosine", "images") / bench.log("cosine", "step")
+    speeds = ", ".join(f"{name} {batch / mean_step(bench, name):.0f}" for name in ARMS)
+    encoding = bench.measure_once("encoded images a second", measure_encoding, bench)
+    probes = [[name, bench.measure_once(f"{name}: probe", measure_probe, bench, name)]
+              for name in PROBED]
+    factors = {ratio: find_speed_up(rows, ratio) for ratio in RATIOS}
+    speed_up = ", ".join(f"{factor:.2g} at {ratio}" for ratio, factor in factors.items())
+    verdict = "**Holds here**" if min(factors.values()) >= 3 else "**Does not hold here**"
+    parts = [
+        "Held-out error of hidden latents in units of the data's variance (1: an all-zero guess; "
+        f"{mean:.4f}: the mean of the training images), {args.data}, seed {args.seed}. The "
+        f"autoencoder's own PSNR is {cell['ceiling_psnr']:.2f} dB.",
+        table,
+        f"Images a second in training: {speeds}. The autoencoder encodes {encoding:g} a second, "
+        "once.",
+        "Linear classifiers on the encoder's features, held-out accuracy:",
+        format_table(["arm", "accuracy"], probes),
+        f"{verdict}: against `fixed-0.75`, `cosine` is so many times faster (0: never as good): "
+        f"{speed_up}. The claim is 3.",
+    ]
+    return "\n\n".join(parts) + "\n"

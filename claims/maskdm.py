@@ -1,109 +1,259 @@
-"""[MaskDM] A tenth of the tokens against all of them.
+"""[MaskDM] A quarter of the tokens against all of them, at several lengths of training.
 
-The claim (MaskDM, arXiv 2306.11363). A network that is trained on a tenth of the patches,
-and then for a short time on all of them, is as good at the same time of training.
+The claim (MaskDM, arXiv 2306.11363). A network that is trained on few of the patches, and
+then on all of them, is as good as one that always saw all of them, in a fourth of the time
+(the first version of the paper, at 256 px).
 
-Arms. `all-tokens` and `masked` (a tenth of the tokens, in blocks of 2 x 2) have two thirds
-of the time at a constant rate. Then each has a last third on all tokens at half the rate,
-falling: `all-tokens-last` and `masked-last`.
+Arms. `masked` hides three quarters of the tokens, `all-tokens` none. Each runs once at a
+constant rate. At half of each length an end branches off: on all tokens, at a falling rate,
+for the other half. So `masked-15` has seen 7.5 minutes of few tokens and 7.5 of all. The
+same once more with smaller patches (`-fine`): the more tokens, the more a mask saves.
 
-Measured. Distances to training images after a third, two thirds and all of the time, and
-the held-out loss at the end.
+Measured. Distances to training images at the end of each length. The speed-up is the time
+of `all-tokens` to its own best distance over the time in which `masked` is as good,
+interpolated in the logarithm of time.
 
 Fairness. Equal time: each network is timed alone at the start, and from then on a minute is
-a number of steps. Leave the machine quiet for that. Data, network, batch, rates and seed
-are equal.
+a number of steps. Leave the machine quiet for that. Each arm chooses its rate from the same
+three, by the held-out loss of a short run. Data, network, batch and seed are equal.
 """
 from functools import partial
 
+import numpy as np
+
 import finetune
 import train
-from claims.bench import NEVER, Bench, format_distances, format_table
+from claims.bench import (
+    NEVER, PROXY_ORDER, Bench, format_distances, format_spread, format_table)
 
+# lengths, fine, sweep: minutes of an arm, of an arm with small patches, of a short run.
+# rates: of both stages.
 SCALES = {
-    "smoke": dict(steps=6, minutes=1, model="tiny", train=["--batch", 4], n=10, batch=10),
-    "cpu": dict(minutes=9, model="tiny", train=["--batch", 64], n=250, batch=25),
-    "gpu": dict(minutes=120, model="small", train=["--batch", 256], n=10_000, batch=250),
+    "smoke": dict(steps=4, lengths=[0.5, 1], fine=[1], sweep=0.5, rates=[2e-3], model="tiny",
+                  train=["--batch", 4], small=["--patch", 2], n=10, batch=10),
+    "cpu": dict(lengths=[7.5, 15, 30, 60], fine=[30], sweep=3, rates=[1e-3, 2e-3, 4e-3],
+                model="tiny", train=[], small=["--patch", 2], n=2000, batch=100),
+    "gpu": dict(lengths=[3.75, 7.5, 15], fine=[], sweep=1.5, rates=[5e-4, 1e-3, 2e-3],
+                model="small", train=["--batch", 256, "--patch", 2], small=[], n=10_000,
+                batch=250),
 }
-ARMS = {                                                    # name -> flags of its own
-    "all-tokens": [],
-    "masked": ["--mask", 0.9, "--policy", "block", "--block", 2],
-}
-TIMES = ("1/3", "2/3", "all")
+ARMS = {"all-tokens": [], "masked": ["--mask", 0.75]}       # name -> flags of its own
 CALLS = 10
+BY_LESS = 1.1                                               # a speed-up below it is none
 
 
 def run_maskdm(args):
-    """a tenth of the tokens against all of them [MaskDM]"""
-    bench = Bench("maskdm", args, SCALES[args.scale])
-    for name in ARMS:
-        train_in_thirds(bench, name)
-    if not bench.all_trained():
+    """few of the tokens against all of them, at several lengths of training [MaskDM]"""
+    first = Bench("maskdm", args, SCALES[args.scale])
+    benches = first.benches()
+    for bench in benches:
+        for fine in (False, True):
+            for arm in ARMS:
+                train_branches(bench, arm, fine)
+    if not first.all_trained():
         return
-    images, _ = bench.split_images(gray=args.gray)
-    points = {name: checkpoints_in_thirds(bench, name) for name in ARMS}
-    cells = {name: [bench.distances(images, path, bench.scale["n"], steps=CALLS) for path in paths]
-             for name, paths in points.items()}
-    bench.write("table.md", describe_thirds(bench, cells))
-    rows = [(f"{name},\n{when}", bench.draw(path, 10, steps=CALLS))
-            for name, paths in points.items() for when, path in zip(TIMES, paths)]
-    bench.save_sheet("samples.png", rows, [f"noise {i}" for i in range(1, 11)])
+    cells = {}
+    for bench in benches:
+        images, _ = bench.split_images(gray=args.gray)
+        for end in list_ends(first):
+            cell = bench.distances(images, end, bench.scale["n"], steps=CALLS)
+            cells.setdefault(end, []).append(cell)
+    first.write("table.md", describe_branches(benches, cells))
+    rows = [(f"{end.rpartition('-')[0]},\n{end.rpartition('-')[2]} minutes",
+             first.draw(end, 10, steps=CALLS)) for end in list_ends(first)]
+    first.save_sheet("samples.png", rows, [f"noise {i}" for i in range(1, 11)])
 
 
-def maskdm_flags(bench):
+# --- training -----------------------------------------------------------------------------
+
+def branch_lengths(bench, fine):
+    """The lengths in minutes, shortest first; each is a multiple of the first."""
+    return bench.scale["fine" if fine else "lengths"]
+
+
+def trunk_name(arm, fine):
+    """The run at a constant rate that all ends of an arm branch off from."""
+    return f"{arm}-fine" if fine else arm
+
+
+def end_name(arm, fine, minutes):
+    """The run that an arm of some length ends with."""
+    return f"{trunk_name(arm, fine)}-{minutes:g}"
+
+
+def list_ends(bench):
+    """The names of all runs that are compared."""
+    return [end_name(arm, fine, minutes) for fine in (False, True) for arm in ARMS
+            for minutes in branch_lengths(bench, fine)]
+
+
+def maskdm_flags(bench, fine):
     """The flags that both arms share."""
     args, scale = bench.args, bench.scale
     gray = ["--gray"] if args.gray else []
     return ["--data", args.data, "--size", args.size, *gray, "--model", scale["model"],
-            *scale["train"], "--lr", 2e-3, "--lr-end", 1, "--workers", 0]
+            *scale["train"], *(scale["small"] if fine else []), "--workers", 0]
 
 
-def maskdm_pace(bench):
-    """Seconds a step of each arm, timed once."""
-    common = maskdm_flags(bench)
-    networks = {name: [*common, *flags] for name, flags in ARMS.items()}
-    return bench.seconds_per_step(networks, visits=2)
+def maskdm_pace(bench, arm, fine):
+    """Seconds a step of an arm's network, timed once for all its lengths."""
+    networks = {trunk_name(name, fine): [*maskdm_flags(bench, fine), *flags]
+                for name, flags in ARMS.items()}
+    return bench.seconds_per_step(networks, visits=2)[trunk_name(arm, fine)]
 
 
-def count_third(bench, name, times=1):
-    """How many steps an arm takes in so many thirds of the time."""
-    seconds = maskdm_pace(bench)[name]
-    return times * max(1, round(20 * bench.scale["minutes"] / seconds))
+def count_half(bench, arm, fine, minutes):
+    """How many steps an arm takes in half of so many minutes. They are a multiple of the
+    first length's, so that the run of constant rate has a checkpoint there."""
+    unit = min([minutes, *branch_lengths(bench, fine)])
+    return round(minutes / unit) * max(1, round(30 * unit / maskdm_pace(bench, arm, fine)))
 
 
-def train_in_thirds(bench, name):
-    """Two thirds of the time at a constant rate, then the last third on all tokens,
-    falling."""
-    third = partial(count_third, bench, name)               # called when the arm is trained
-    length = ["--steps", partial(count_third, bench, name, 2),
-              "--save-every", third, "--sample-every", third]
-    bench.train_arm(name, train.main, *maskdm_flags(bench), *ARMS[name], *length,
-                    before=(f"{name}-last",))
-    bench.train_arm(f"{name}-last", finetune.main, "--from", bench.folder / name,
-                    "--lr", 1e-3, "--lr-end", 0.05, "--sample-every", NEVER,
-                    "--steps", partial(count_third, bench, "all-tokens"))
+def checkpoint_at(bench, arm, fine, minutes):
+    """The checkpoint that the end of a length starts from."""
+    step = count_half(bench, arm, fine, minutes)
+    return bench.folder / trunk_name(arm, fine) / f"{step:06d}.pt"
 
 
-def checkpoints_in_thirds(bench, name):
-    """An arm's checkpoints after a third, two thirds and all of the time."""
-    steps = [count_third(bench, name, times) for times in (1, 2)]
-    return [*(f"{name}/{step:06d}.pt" for step in steps), f"{name}-last/last.pt"]
+def rate_name(arm, rate):
+    """The short run that tries a rate, and the end of it that is measured."""
+    return f"{arm}-rate-{rate:g}", f"{arm}-rate-{rate:g}-end"
 
 
-def describe_thirds(bench, cells):
-    """The claim's table, as text. cells: {arm: [distances at each of TIMES]}"""
-    args, scale, pace = bench.args, bench.scale, maskdm_pace(bench)
-    floor = format_distances(cells["masked"][-1], 1)
-    head = (f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} samples "
-            f"of {CALLS} calls, seed {args.seed}, floor {floor}. "
-            f"{scale['minutes']} minutes of training an arm, the last third of both on all tokens "
-            "at a falling rate.")
+def choose_rate(bench, arm):
+    """The rate whose short run has the smallest held-out loss; the first seed's."""
+    if len(bench.scale["rates"]) == 1:
+        return bench.scale["rates"][0]
+    losses = {rate: bench.first.log(rate_name(arm, rate)[1], "val_loss")
+              for rate in bench.scale["rates"]}
+    return min(losses, key=losses.get)
+
+
+def train_rates(bench, arm, wanted):
+    """The short runs that choose an arm's rate. wanted: the arms that need it."""
+    if len(bench.scale["rates"]) == 1:
+        return
+    half = partial(count_half, bench, arm, False, bench.scale["sweep"])
+    last = partial(count_half, bench, "all-tokens", False, bench.scale["sweep"])
+    for rate in bench.scale["rates"]:
+        name, end = rate_name(arm, rate)
+        common = ["--lr", rate, "--sample-every", NEVER]
+        bench.train_arm(name, train.main, *maskdm_flags(bench, False), *ARMS[arm], *common,
+                        "--lr-end", 1, "--steps", half, before=(end, *wanted))
+        bench.train_arm(end, finetune.main, "--from", bench.folder / name, *common,
+                        "--steps", last, before=wanted)
+
+
+def train_branches(bench, arm, fine):
+    """An arm: the run at a constant rate, then an end for each length."""
+    lengths, trunk = branch_lengths(bench, fine), trunk_name(arm, fine)
+    if not lengths:
+        return
+    ends = [end_name(arm, fine, minutes) for minutes in lengths]
+    if bench.first is bench and not fine:
+        train_rates(bench, arm, (trunk, *ends))
+    common = ["--lr", partial(choose_rate, bench, arm), "--sample-every", NEVER]
+    halves = [partial(count_half, bench, arm, fine, minutes) for minutes in lengths]
+    bench.train_arm(trunk, train.main, *maskdm_flags(bench, fine), *ARMS[arm], *common,
+                    "--lr-end", 1, "--save-every", halves[0], "--steps", halves[-1], before=ends)
+    for end, minutes in zip(ends, lengths):
+        bench.train_arm(end, finetune.main,
+                        "--from", partial(checkpoint_at, bench, arm, fine, minutes), *common,
+                        "--steps", partial(count_half, bench, "all-tokens", fine, minutes))
+
+
+# --- the table ----------------------------------------------------------------------------
+
+def time_to_reach(lengths, distances, goal):
+    """After how many minutes a curve is at `goal`, interpolated in the logarithm of time.
+
+    lengths: minutes, rising. distances: at the end of each; the best so far counts.
+    -> minutes; the first length if the goal is reached there, inf if it is never reached"""
+    best = np.minimum.accumulate(distances)
+    if goal < best[-1]:
+        return np.inf
+    i = int(np.argmax(best <= goal))                        # the first length that is enough
+    if i == 0:
+        return float(lengths[0])
+    share = (best[i - 1] - goal) / (best[i - 1] - best[i])
+    return float(lengths[i - 1] * (lengths[i] / lengths[i - 1]) ** share)
+
+
+def measure_speed_up(lengths, baseline, method):
+    """The baseline's time to its own best distance over the method's time to it.
+    -> the factor, a lower bound if the method's first length is enough; 0 if it never gets
+    there"""
+    goal = min(baseline)
+    return time_to_reach(lengths, baseline, goal) / time_to_reach(lengths, method, goal)
+
+
+def list_speed_ups(benches, cells, fine):
+    """-> {proxy: a speed-up for each seed}"""
+    lengths = branch_lengths(benches[0], fine)
+    factors = {}
+    for proxy in PROXY_ORDER:
+        for seed in range(len(benches)):
+            curves = [[cells[end_name(arm, fine, minutes)][seed][proxy][0] for minutes in lengths]
+                      for arm in ARMS]
+            factors.setdefault(proxy, []).append(measure_speed_up(lengths, *curves))
+    return factors
+
+
+def judge_speed_up(factors):
+    """One sentence. factors: {proxy: a speed-up for each seed}, of several lengths."""
+    smallest = min(min(values) for values in factors.values())
+    largest = max(max(values) for values in factors.values())
+    if smallest >= BY_LESS:
+        return f"**Holds here**: masked training is {smallest:.1f} to {largest:.1f} times faster."
+    if largest < BY_LESS:
+        return "**Does not hold here**: masked training is not faster on any distance."
+    return ("**Depends on the distance and the seed**: masked training is between "
+            f"{smallest:.1f} and {largest:.1f} times as fast.")
+
+
+def describe_branches(benches, cells):
+    """The claim's table, as text. cells: {end: distances, one a seed}"""
+    bench, args = benches[0], benches[0].args
+    floor = format_distances(next(iter(cells.values())), 1)
     rows = []
-    for name, row in cells.items():
-        first, last = bench.log(name, "step"), bench.log(f"{name}-last", "step")
-        loss = bench.log(f"{name}-last", "val_loss")
-        rows.append([name, f"{pace[name]:.3f}", *map(format_distances, row),
-                     f"{first:.0f} + {last:.0f}", f"{loss:.4f}"])
-    columns = ["arm", "seconds a step", "1/3 of the time", "2/3", "all", "steps",
-               "val_loss at the end"]
-    return f"{head}\n\n{format_table(columns, rows)}\n"
+    for fine in (False, True):
+        for arm in ARMS:
+            rows += [describe_end(benches, arm, fine, minutes, cells)
+                     for minutes in branch_lengths(bench, fine)]
+    factors = list_speed_ups(benches, cells, False)
+    speed = ", ".join(f"{proxy} {format_spread(values)}" for proxy, values in factors.items())
+    parts = [
+        f"Distances to {args.data}, pixel / random-conv / swd (not FID), {bench.scale['n']} "
+        f"samples of {CALLS} calls, {args.seeds} seed(s) from {args.seed}, floor {floor}. The "
+        "second half of each length is on all tokens.",
+        format_table(["arm", "minutes", "seconds a step", "steps", "images seen", "val_loss",
+                      "distances"], rows),
+        *describe_rates(bench),
+        f"Speed-up to the best distance of all tokens (0: never as good): {speed}.",
+        judge_speed_up(factors),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_rates(bench):
+    """The table of the short runs, with its title; nothing if there is only one rate."""
+    rates = bench.scale["rates"]
+    if len(rates) == 1:
+        return []
+    rows = [[arm, *(f"{bench.log(rate_name(arm, rate)[1], 'val_loss'):.4f}" for rate in rates)]
+            for arm in ARMS]
+    return [f"The rate was chosen by val_loss after {bench.scale['sweep']} minutes:",
+            format_table(["arm", *(f"{rate:g}" for rate in rates)], rows)]
+
+
+def describe_end(benches, arm, fine, minutes, cells):
+    """A row of the table."""
+    bench, end = benches[0], end_name(arm, fine, minutes)
+    pace = maskdm_pace(bench, arm, fine)
+    last = bench.log(end, "step")
+    steps = f"{count_half(bench, arm, fine, minutes)} + {last:.0f}"
+    images = count_half(bench, arm, fine, minutes) * bench.log(end, "images") / last
+    losses = [b.log(end, "val_loss") for b in benches]
+    return [trunk_name(arm, fine), f"{minutes:g}", f"{pace:.3f}", steps,
+            f"{images + bench.log(end, 'images'):.3g}", format_spread(losses, 4),
+            format_distances(cells[end])]

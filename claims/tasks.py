@@ -1,150 +1,198 @@
-"""[DDM] Four image-conditioned tasks in ten network calls.
+"""[DDM] Four image-conditioned tasks in at most ten network calls.
 
-The claim (DDM, arXiv 2306.13720). The same ten analytic steps solve super-resolution,
-inpainting, edges and saliency, when the network is shown a condition beside the noise. And:
-super-resolution and inpainting learn faster from a masked, unconditional first stage.
+The claim (DDM, arXiv 2306.13720). The same analytic steps solve super-resolution,
+inpainting, edges and saliency in at most ten calls, when the network is shown a condition
+beside the noise.
 
-Arms. `masked` is that first stage, on a tenth of the tokens; its steps come on top, but
-serve every task. The `-tuned` arms start from it and take half of the steps,
-`superres-scratch` takes all. The `-whole` arms give the tuned ones a short last stage on
-all tokens. `edges-scratch` and the faces are learned so fast that a third of the steps will
-do.
+Arms. One a task. Each has half of its time on a quarter of the tokens and half on all of
+them (finetune.py). Super-resolution and inpainting are learned on photographs, edges and
+saliency on the drawn faces, whose maps are exact.
 
-Measured. The task's own scores on held-out images at 1 to 10 calls, beside what needs no
-network. Of photographs the edge map is the gradient of the condition itself. So there
-"without a network" is perfect by definition, and the error says how well a network can
-learn a formula.
+Measured. Distortion against realism, at 1 to 10 calls on held-out images. Distortion: the
+task's own scores, beside what needs no network. Realism, where the result is a picture: its
+distance to real training images. More calls show more detail and agree less with the truth:
+a perfect sample of all that is possible has twice the squared error of their mean, which is
+3 dB. So ten calls are an improvement when
 
-Fairness. All arms have one network, batch, learning rate and seed. Photographs are trained
-on a quarter of the tokens, faces at half the size on all of them.
+    the distance to real images is below that without a network and below one call's, and
+    PSNR is at most 3 dB below one call's.
+
+Fairness. Equal time: each network is timed alone at the start, and from then on a minute is
+a number of steps. Network, batch, rates and seed are equal.
 """
+from functools import partial
+
 import finetune
 import train
-from claims.bench import NEVER, Bench, count_calls, format_table
-from plumbing.images import choose_subset, seeded, to_float
+from claims.bench import (
+    NEVER, PROXY_ORDER, Bench, count_calls, format_distances, format_table)
+from plumbing.images import choose_subset, seeded, to_float, to_uint8
 from plumbing.machine import amp_type
 from restore import restore_pictures
 from tasks import TASKS, make_condition, place_side_by_side
 
-# pre, tune: steps of the masked first stage, and of a task from scratch.
+# minutes: of a task on photographs, and on the drawn faces.
 SCALES = {
-    "smoke": dict(pre=8, tune=10, model="tiny", train=["--batch", 4], n=4, calls=[1, 2, 5],
-                  batch=4),
-    "cpu": dict(pre=1500, tune=1500, model="tiny", train=["--batch", 64], n=256,
-                calls=[1, 2, 5, 10], batch=64),
-    "gpu": dict(pre=50_000, tune=20_000, model="small", train=["--batch", 256], n=1024,
-                calls=[1, 2, 5, 10, 20], batch=256),
+    "smoke": dict(steps=4, minutes=(1, 1), model="tiny", train=["--batch", 4], n=12,
+                  calls=[1, 2], batch=12),
+    "cpu": dict(minutes=(30, 10), model="tiny", train=[], n=1000, calls=[1, 2, 5, 10], batch=100),
+    "gpu": dict(minutes=(60, 15), model="small", train=["--batch", 256], n=1000,
+                calls=[1, 2, 5, 10, 20], batch=250),
 }
-FIRST, QUARTER = ["--mask", 0.9], ["--mask", 0.75]
+ARMS = ("superres", "inpaint", "edges", "saliency")
+HELD_OUT = 0.1                                              # at most 1,024 images
+STAGES = {"masked": ["--mask", 0.75], "whole": []}
+MOST_DB = 3.0                                               # see above
 ROWS = 4                                                    # of a picture
 
 
 def run_tasks(args):
     """super-resolution, inpainting, edges and saliency in ten calls [DDM]"""
-    bench = Bench("tasks", args, SCALES[args.scale])
-    arms = train_task_arms(bench)
-    if not bench.all_trained():
+    first = Bench("tasks", args, SCALES[args.scale])
+    for bench in first.benches():
+        for task in ARMS:
+            train_task(bench, task)
+    if not first.all_trained():
         return
-    rows = []
-    for name, task in arms.items():
-        truth, cond = hold_out_pairs(bench, name, task)
-        rows += measure_task(bench, name, task, truth, cond)
-        draw_task_arm(bench, name, truth, cond)
-    bench.write("table.md", describe_tasks(bench, rows))
+    for bench in first.benches():                           # a table for each seed
+        rows, verdicts = [], []
+        for task in ARMS:
+            pairs = hold_out_pairs(bench, task)
+            cells = measure_task(bench, task, pairs)
+            rows += task_rows(bench, task, cells)
+            verdicts += judge_task(task, cells)
+            draw_task(bench, task, pairs)
+        bench.write("table.md", describe_tasks(bench, rows, verdicts))
 
 
-def train_task_arms(bench):
-    """Train the first stage and every task. -> {arm: task}"""
-    args, scale, tune = bench.args, bench.scale, bench.scale["tune"]
-    gray = ["--gray"] if args.gray else []
-    network = ["--model", scale["model"], "--predict", "unit"]
-    photos = ["--data", args.data, "--size", args.size, *gray, *network]
-    faces = ["--data", "faces", "--size", args.size // 2, *network]
-    common = [*scale["train"], "--lr", 2e-3, "--save-every", NEVER, "--workers", 0]
-    arms = {}
+# --- training -----------------------------------------------------------------------------
 
-    def train_task(name, task, command, steps, *flags, before=()):
-        arms[name] = task
-        length = ["--steps", max(1, steps), "--sample-every", max(1, steps // 5)]
-        bench.train_arm(name, command, *flags, *common, "--task", task, *length, before=before)
-
-    wholes = ("superres-whole", "inpaint-whole")            # they need the stages before them
-    length = ["--steps", scale["pre"], "--sample-every", scale["pre"]]
-    bench.train_arm("masked", train.main, *photos, *common, *FIRST, *length,
-                    before=("superres-tuned", "inpaint-tuned", *wholes))
-    first = ["--from", bench.folder / "masked", *QUARTER]
-    train_task("superres-tuned", "superres", finetune.main, tune // 2, *first, before=wholes[:1])
-    train_task("superres-scratch", "superres", train.main, tune, *photos, *QUARTER)
-    train_task("inpaint-tuned", "inpaint", finetune.main, tune // 2, *first, before=wholes[1:])
-    for task, name in zip(("superres", "inpaint"), wholes):
-        tuned = ["--from", bench.folder / f"{task}-tuned"]
-        train_task(name, task, finetune.main, tune // 10, *tuned)
-    train_task("edges-scratch", "edges", train.main, tune // 3, *photos, *QUARTER)
-    for task in ("edges", "saliency"):
-        train_task(f"faces-{task}", task, train.main, tune // 3, *faces)
-    return arms
+def is_picture(task):
+    """Whether a task's result is a photograph, not a map."""
+    return TASKS[task].exact is None
 
 
-def hold_out_pairs(bench, name, task):
-    """Truth and condition of held-out images of an arm's own data.
+def source_of(bench, task):
+    """Where a task's images come from -> (data, size, gray)"""
+    args = bench.args
+    return (args.data, args.size, args.gray) if is_picture(task) else ("faces", 32, False)
 
-    -> truth (n, C, H, W), cond (n, C', H, W), both in [-1, 1]"""
-    args, is_face = bench.args, name.startswith("faces-")
-    data, size, gray = args.data, args.size, args.gray
-    if is_face:
-        data, size, gray = "faces", args.size // 2, False
+
+def task_flags(bench, task):
+    """The flags of both stages of a task."""
+    data, size, gray = source_of(bench, task)
+    return ["--data", data, "--size", size, *(["--gray"] if gray else []), "--val", HELD_OUT,
+            "--model", bench.scale["model"], *bench.scale["train"], "--predict", "unit",
+            "--task", task, "--workers", 0, "--sample-every", NEVER]
+
+
+def count_stage(bench, task, stage):
+    """How many steps a task takes in half of its time. Tasks of one source cost the
+    same."""
+    kind = "photographs" if is_picture(task) else "drawn faces"
+    model = "superres" if is_picture(task) else "edges"
+    networks = {f"{kind}, {name}": [*task_flags(bench, model), *flags]
+                for name, flags in STAGES.items()}
+    minutes = bench.scale["minutes"][not is_picture(task)]
+    return max(1, round(30 * minutes / bench.seconds_per_step(networks)[f"{kind}, {stage}"]))
+
+
+def train_task(bench, task):
+    """Half of the time on a quarter of the tokens, half on all of them."""
+    bench.train_arm(task, train.main, *task_flags(bench, task), *STAGES["masked"], "--steps",
+                    partial(count_stage, bench, task, "masked"), before=(f"{task}-whole",))
+    bench.train_arm(f"{task}-whole", finetune.main, "--from", bench.folder / task, "--steps",
+                    partial(count_stage, bench, task, "whole"), "--sample-every", NEVER)
+
+
+# --- numbers ------------------------------------------------------------------------------
+
+def hold_out_pairs(bench, task):
+    """Training images; truth and condition of held-out ones.
+
+    -> data.Images, truth (n, C, H, W), cond (n, C', H, W), both in [-1, 1]"""
+    data, size, gray = source_of(bench, task)
     exact = TASKS[task].exact if data == "faces" else None
-    _, images = bench.split_images(data, size, gray, targets=exact)
-    x, _ = images.take(choose_subset(len(images), bench.scale["n"], args.seed))
-    return make_condition(task, to_float(x), images.maps, g=seeded(args.seed, 101))
+    images, held_out = bench.split_images(data, size, gray, targets=exact, val=HELD_OUT)
+    x, _ = held_out.take(choose_subset(len(held_out), bench.scale["n"], bench.args.seed))
+    pair = make_condition(task, to_float(x), images.maps, g=seeded(bench.args.seed, 101))
+    return images, *pair
 
 
-def restore_with(bench, name, cond, calls):
-    """The results of an arm's model for some conditions, always of the same noise."""
-    loaded = bench.model(name)
+def restore_with(bench, task, cond, calls):
+    """The results of a task's model for some conditions, always of the same noise."""
+    loaded = bench.model(f"{task}-whole")
     amp = amp_type("auto", loaded.device)
     common = dict(seed=bench.args.seed, batch=bench.scale["batch"], amp=amp)
     return restore_pictures(loaded, cond, steps=calls, **common)
 
 
-def measure_task(bench, name, task, truth, cond):
-    """An arm's scores -> rows of the table, one a score."""
-    def measure(restore, *arguments):
-        result = restore(*arguments)
-        return {key: round(score(result, truth, cond), 4)
-                for key, score in TASKS[task].scores.items()}
+def score_pictures(bench, task, pairs, calls):
+    """The task's scores of its results; of pictures also their distances to real ones.
 
-    n = len(truth)
-    key = f"{name}, images drawn n={n}"
-    plain = bench.measure_once(f"{key} plain", measure, TASKS[task].plain, cond)
-    cells = [bench.measure_once(f"{key} steps={calls}",
-                                measure, restore_with, bench, name, cond, calls)
-             for calls in bench.scale["calls"]]
-    rows = []
-    for i, score in enumerate(plain):
-        scores = [f"{cell[score]:.3f}" for cell in cells]
-        rows.append([name if i == 0 else "", score, f"{plain[score]:.3f}", *scores])
-    return rows
+    pairs: from `hold_out_pairs`. calls: 0 for what needs no network.
+    -> {score: number, proxy: [value, floor]}"""
+    images, truth, cond = pairs
+    result = restore_with(bench, task, cond, calls) if calls else TASKS[task].plain(cond)
+    scores = {name: round(score(result, truth, cond), 4)
+              for name, score in TASKS[task].scores.items()}
+    if is_picture(task):
+        scores |= bench.compare(to_uint8(result), images)
+    return scores
 
 
-def describe_tasks(bench, rows):
+def measure_task(bench, task, pairs):
+    """-> {number of calls: what `score_pictures` says}, with 0 for no network"""
+    return {calls: bench.measure_once(f"{task} n={len(pairs[1])} calls={calls}",
+                                      score_pictures, bench, task, pairs, calls)
+            for calls in (0, *bench.scale["calls"])}
+
+
+# --- the table ----------------------------------------------------------------------------
+
+def task_rows(bench, task, cells):
+    """Rows of the table, one a score."""
+    rows = [[name, *(f"{cells[calls][name]:.3f}" for calls in cells)]
+            for name in TASKS[task].scores]
+    if is_picture(task):
+        floor = format_distances(cells[0], 1)
+        rows.append([f"distances (floor {floor})", *map(format_distances, cells.values())])
+    return [[task if i == 0 else "", *row] for i, row in enumerate(rows)]
+
+
+def judge_task(task, cells):
+    """A sentence about a task whose result is a picture, as a list; none about maps."""
+    if not is_picture(task):
+        return []
+    name = next(iter(TASKS[task].scores))
+    many = max(cells)
+    loss = cells[1][name] - cells[many][name]
+    closer = all(cells[many][proxy][0] < min(cells[0][proxy][0], cells[1][proxy][0])
+                 for proxy in PROXY_ORDER)
+    gain = cells[1][name] - cells[0][name]
+    verdict = "holds" if closer and loss <= MOST_DB and gain > 0 else "does not hold"
+    return [f"{task}: the claim **{verdict}** here. One call gains {gain:.1f} dB on no network; "
+            f"{many} calls lose {loss:.1f} dB of it and are "
+            f"{'closer' if closer else 'not closer on every distance'} to real images."]
+
+
+def describe_tasks(bench, rows, verdicts):
     """The claim's table, as text."""
     args, scale = bench.args, bench.scale
-    tune, calls = scale["tune"], [count_calls(count) for count in scale["calls"]]
-    head = (f"{args.data} and the built-in faces (at half the size), {args.size} px, {scale['n']} "
-            f"held-out images at most, seed {args.seed}; {tune} steps from scratch "
-            f"(edges, saliency: {tune // 3}), {tune // 2} when tuned from {scale['pre']} "
-            "masked steps.")
-    table = format_table(["arm", "score", "without a network", *calls], rows)
-    return f"{head}\n\n{table}\n"
+    calls = ["without a network", *map(count_calls, scale["calls"])]
+    head = (f"Super-resolution and inpainting on {args.data}, {args.size} px; edges and saliency "
+            f"on the drawn faces, 32 px. {scale['n']} held-out images at most, seed {args.seed}; "
+            f"{scale['minutes'][0]} and {scale['minutes'][1]} minutes of training. Distances to "
+            "training images are pixel / random-conv / swd (not FID).")
+    return "\n\n".join([head, format_table(["task", "score", *calls], rows), *verdicts]) + "\n"
 
 
-def draw_task_arm(bench, name, truth, cond):
-    """ARM.png: condition, results at every number of calls, truth of the first images."""
-    cond, truth = cond[:ROWS], truth[:ROWS]
+def draw_task(bench, task, pairs):
+    """TASK.png: condition, results at every number of calls, truth of the first images."""
+    truth, cond = (pictures[:ROWS] for pictures in pairs[1:])
     counts = bench.scale["calls"]
-    columns = [cond, *(restore_with(bench, name, cond, calls) for calls in counts), truth]
+    columns = [cond, *(restore_with(bench, task, cond, calls) for calls in counts), truth]
     pictures = place_side_by_side(*columns)                             # (B columns, 3, H, W)
-    rows = [(f"{name},\nimage {i}", some)
+    rows = [(f"{task},\nimage {i}", some)
             for i, some in enumerate(pictures.split(len(columns)), 1)]
-    bench.save_sheet(f"{name}.png", rows, ["condition", *map(count_calls, counts), "truth"])
+    bench.save_sheet(f"{task}.png", rows, ["condition", *map(count_calls, counts), "truth"])
