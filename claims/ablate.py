@@ -148,11 +148,13 @@ def describe_arms(benches, cells):
         pace = recipe_pace(bench, arm)
         what = ["DiT's blocks,"] * arm.dit + [f"{arm.optimizer}, {arm.mask} hidden,",
                                               f"{arm.share:.2g} of the time", *arm.flags]
-        steps = [bench.log(stage, "step") for stage in dict.fromkeys((name, last))]
+        stages = dict.fromkeys((name, last))
+        steps = [bench.log(stage, "step") for stage in stages]
         losses = [b.log(last, "val_loss") for b in benches]
         rows.append([name, " ".join(map(str, what)), f"{pace[0]:.3f}, {pace[1]:.3f}",
                      " + ".join(f"{step:.0f}" for step in steps),
+                     f"{bench.count_petaflop(*stages):.3g}",
                      format_spread(losses, 4), format_distances(cell)])
-    columns = ["arm", "what it is", "seconds a step, masked and all", "steps", "val_loss",
-               "distances"]
+    columns = ["arm", "what it is", "seconds a step, masked and all", "steps", "PFLOP",
+               "val_loss", "distances"]
     return f"{head}\n\n{format_table(columns, rows)}\n"

@@ -18,6 +18,7 @@ import json
 import shutil
 import time
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ from plumbing.console import UserError, replacing
 from plumbing.images import seeded, to_uint8
 from plumbing.machine import amp_type
 from plumbing.sheets import draw_sheet, save_picture
+from running.cost import training_flop
+from running.options import Options
+from running.setup import network_options
 from sample import load, sample
 
 NEVER = 10**9                   # for --save-every and --sample-every
@@ -120,6 +124,15 @@ class Bench:
         """The last value of a column of an arm's log."""
         with open(self.folder / name / "log.csv", newline="") as log:
             return [float(row[column]) for row in csv.DictReader(log) if row[column]][-1]
+
+    def count_petaflop(self, *names):
+        """10^15 floating-point operations of training, of some arms together."""
+        known, total = {f.name for f in fields(Options)}, 0
+        for name in names:
+            config = json.loads((self.folder / name / "config.json").read_text())
+            o = Options(**{key: value for key, value in config.items() if key in known})
+            total += training_flop(o, network_options)
+        return total / 1e15
 
     # --- numbers
 

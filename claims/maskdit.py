@@ -197,7 +197,8 @@ def describe_classes(benches, cells):
         steps = [bench.log(run, "step") for run in (name, f"{name}-last")]
         losses = [b.log(f"{name}-last", "val_loss") for b in benches]
         rows.append([name, " + ".join(f"{pace:.3f}" for pace in paces),
-                     " + ".join(f"{step:.0f}" for step in steps), format_spread(losses, 4),
+                     " + ".join(f"{step:.0f}" for step in steps),
+                     f"{bench.count_petaflop(name, f'{name}-last'):.3g}", format_spread(losses, 4),
                      format_distances(cells[name]), format_distances(cells[f"{name}-last"])])
     guided = [[run, format_distances(cells[run]),
                *(format_distances(cells[run, scale]) for scale in GUIDANCE)]
@@ -207,8 +208,8 @@ def describe_classes(benches, cells):
         f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} "
         f"class-conditional samples of {CALLS} calls, {args.seeds} seed(s) from {args.seed}, floor "
         f"{floor}. {scale['minutes']} minutes of training an arm.",
-        format_table(["arm", "seconds a step", "steps", "val_loss", "before the last stage",
-                      "after it"], rows),
+        format_table(["arm", "seconds a step", "steps", "PFLOP", "val_loss",
+                      "before the last stage", "after it"], rows),
         *describe_choices(bench),
         "Guidance:",
         format_table(["run", "none", *(f"{scale:g}" for scale in GUIDANCE)], guided),

@@ -226,8 +226,8 @@ def describe_branches(benches, cells):
         f"Distances to {args.data}, pixel / random-conv / swd (not FID), {bench.scale['n']} "
         f"samples of {CALLS} calls, {args.seeds} seed(s) from {args.seed}, floor {floor}. The "
         "second half of each length is on all tokens.",
-        format_table(["arm", "minutes", "seconds a step", "steps", "images seen", "val_loss",
-                      "distances"], rows),
+        format_table(["arm", "minutes", "seconds a step", "steps", "images seen", "PFLOP",
+                      "val_loss", "distances"], rows),
         *describe_rates(bench),
         f"Speed-up to the best distance of all tokens (0: never as good): {speed}.",
         judge_speed_up(factors),
@@ -254,6 +254,9 @@ def describe_end(benches, arm, fine, minutes, cells):
     steps = f"{count_half(bench, arm, fine, minutes)} + {last:.0f}"
     images = count_half(bench, arm, fine, minutes) * bench.log(end, "images") / last
     losses = [b.log(end, "val_loss") for b in benches]
+    # The trunk goes on to the longest length; this end has seen a part of it.
+    part = minutes / max(branch_lengths(bench, fine))
+    work = part * bench.count_petaflop(trunk_name(arm, fine)) + bench.count_petaflop(end)
     return [trunk_name(arm, fine), f"{minutes:g}", f"{pace:.3f}", steps,
-            f"{images + bench.log(end, 'images'):.3g}", format_spread(losses, 4),
+            f"{images + bench.log(end, 'images'):.3g}", f"{work:.3g}", format_spread(losses, 4),
             format_distances(cells[end])]

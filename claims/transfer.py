@@ -132,8 +132,10 @@ def describe_transfers(benches, cells):
     rows = []
     for end, what in ENDS.items():
         losses = [b.log(end, "val_loss") for b in benches]
-        rows.append([end, what, f"{bench.log(end, 'step'):.0f}", format_spread(losses, 4),
-                     format_distances(cells[end])])
+        first = end.removesuffix("-tenth")
+        work = bench.count_petaflop(*([first] if first in FIRST else []), end)
+        rows.append([end, what, f"{bench.log(end, 'step'):.0f}", f"{work:.3g}",
+                     format_spread(losses, 4), format_distances(cells[end])])
     gains = []
     for rival in ENDS:
         if rival != "masked-tenth":
@@ -144,8 +146,8 @@ def describe_transfers(benches, cells):
         f"{bench.scale['tune']}. Distances to {target_of(bench)}, pixel / random-conv / swd (not "
         f"FID), {bench.scale['n']} samples of {CALLS} calls, {args.seeds} seed(s) from "
         f"{args.seed}, floor {floor}.",
-        format_table(["arm", "what it is", "steps of its last stage", "val_loss", "distances"],
-                     rows),
+        format_table(["arm", "what it is", "steps of its last stage", "PFLOP", "val_loss",
+                      "distances"], rows),
         "By how many per cent `masked-tenth` is better (pixel / random-conv / swd):",
         format_table(["than", "%"], gains),
         judge_transfer(cells),

@@ -241,6 +241,29 @@ def describe_command(o, script, arguments, micro):
     return f"{GPUS} GPUs       {line}"
 
 
+def mean_cost(o, net, side):
+    """One image's way through a network, in the mean over the masks of a run.
+
+    side: of the grid of tokens. -> {part: multiply-adds}; {K: K D of every block}"""
+    shares = visible_shares(o, side * side)
+    costs = {k: forward_cost(net, side, side, k) for k in shares}
+    mean = {name: sum(costs[k][0][name] * share for k, share in shares.items()) / shares.total()
+            for name in NAMES}
+    return mean, {k: blocks for k, (_, blocks) in costs.items()}
+
+
+def training_flop(o, network_options):
+    """What a run computes: forward, backward and Muon.
+
+    o: Options with --steps. network_options: as in `describe_cost`. -> FLOP"""
+    net, space = build_without_numbers(o, network_options)
+    mean, _ = mean_cost(o, net, o.size // space.factor // o.patch)
+    step = (4 if o.checkpoint_blocks else 3) * o.batch * sum(mean.values())
+    if o.optimizer == "muon":
+        step += orthogonalisation_cost(net)
+    return 2 * o.steps * step
+
+
 def describe_cost(o, network_options, script, arguments):
     """What `python script arguments` would train and what it would take, as text.
 
@@ -248,22 +271,19 @@ def describe_cost(o, network_options, script, arguments):
     net, space = build_without_numbers(o, network_options)
     square = space.factor * o.patch                                   # pixels along a token's side
     side = o.size // space.factor // o.patch
-    shares = visible_shares(o, side * side)
-    costs = {k: forward_cost(net, side, side, k) for k in shares}
-    mean = {name: sum(costs[k][0][name] * share for k, share in shares.items()) / shares.total()
-            for name in NAMES}
+    mean, blocks = mean_cost(o, net, side)
     full = sum(forward_cost(net, side, side)[0].values())
     sizes = count_parameters(net)
     trained, fixed = sum(sizes.values()) / 1e6, count_positions(net, side * side) / 1e6
-    seen = ", ".join(map(str, sorted(shares)))
+    seen = ", ".join(map(str, sorted(blocks)))
     micro = o.micro_batch or max(1, o.batch // GPUS)
     return "\n".join([
         f"parameters   {trained:.2f} M are trained: {list_parts(sizes, 1e6)}",
         f"positions    {fixed:.2f} M more are fixed sines and cosines, which papers count: "
         f"{trained + fixed:.2f} M",
         f"tokens       {side * side} of {square} x {square} pixels, visible {seen}",
-        *describe_work(o, sum(mean.values()), full, len(shares) > 1, mean),
+        *describe_work(o, sum(mean.values()), full, len(blocks) > 1, mean),
         *describe_optimizer(o, net),
-        describe_memory(o, net, costs[max(shares)][1], micro),
+        describe_memory(o, net, blocks[max(blocks)], micro),
         describe_disk(o, net),
         describe_command(o, script, arguments, micro)])
