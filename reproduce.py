@@ -18,7 +18,8 @@ not what should.
     --scale cpu      the numbers of RESULTS.md, hours on two cores
     --scale gpu      the papers' sizes, for one GPU
     --arm NAME       train this arm and nothing else
-    --seeds N        so many seeds: a table has their means and half of their range
+    --seeds N        so many seeds: maskdm, transfer, maskdit and ablate have the mean and
+                     half of the range in their table, the others write a table a seed
 
 What is there already is not done again: kill it, start it again. Below
 runs/reproduce/CLAIM/ every arm is an ordinary run (log.csv, checkpoints: sample.py and

@@ -74,7 +74,8 @@ def run_ablate(args):
             train_recipe(bench, name)
     first.all_trained()                                     # an unknown --arm is one line
     benches = first.benches()
-    trained = [name for name in ARMS if all(is_trained(bench, name) for bench in benches)]
+    trained = [name for name in ARMS
+               if all(bench.is_finished(last_stage(name)) for bench in benches)]
     if not trained:
         return
     cells = {}
@@ -86,11 +87,6 @@ def run_ablate(args):
     first.write("table.md", describe_arms(benches, cells))
     rows = [(name, first.draw(last_stage(name), 10, steps=CALLS)) for name in trained]
     first.save_sheet("samples.png", rows, [f"noise {i}" for i in range(1, 11)])
-
-
-def is_trained(bench, name):
-    """Whether an arm is at its end."""
-    return (bench.folder / last_stage(name) / "last.pt").exists()
 
 
 def network_flags(bench, arm):

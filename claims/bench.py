@@ -21,6 +21,7 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import train
@@ -38,6 +39,7 @@ from sample import load, sample
 NEVER = 10**9                   # for --save-every and --sample-every
 PICTURE_SIDE = 96               # smaller pictures are enlarged to about so many pixels
 PROXY_ORDER = ("pixel", "random-conv", "swd")
+MARGIN = 0.05                   # distances this near, as shares, are equal: so far do seeds differ
 
 
 class Bench:
@@ -88,6 +90,30 @@ class Bench:
                             f"{', '.join(self.arms)}")
         return self.args.arm is None
 
+    def on_every_seed(self, *names):
+        """Arms under their names of every seed, for what serves all of them."""
+        return [bench.prefix + name for bench in self.benches() for name in names]
+
+    def is_finished(self, name):
+        """Whether an arm has made all its steps."""
+        config = self.folder / name / "config.json"
+        if not (config.exists() and (self.folder / name / "last.pt").exists()):
+            return False
+        return self.log(name, "step") >= json.loads(config.read_text())["steps"]
+
+    def choose_by_loss(self, runs):
+        """The choice whose short run, of the first seed, has the smallest held-out loss.
+
+        runs: {choice: arm}; a single one need not have run. UserError for an unfinished
+        one."""
+        if len(runs) == 1:
+            return next(iter(runs))
+        for name in runs.values():
+            if not self.first.is_finished(name):
+                raise UserError(f"{self.first.folder / name}: this run is not finished, and what "
+                                f"follows depends on it; --arm {name} continues it")
+        return min(runs, key=lambda choice: self.first.log(runs[choice], "val_loss"))
+
     def machine_flags(self):
         """What every command is told about the machine."""
         return ["--threads", self.args.threads, "--device", self.args.device]
@@ -105,7 +131,7 @@ class Bench:
         times = {name: [] for name in networks}
         for visit in range(1, visits + 1):
             for name, flags in networks.items():
-                key = f"{name}: seconds a step, visit {visit}"
+                key = f"{name}: seconds a step, visit {visit}, {' '.join(call_flags(flags))}"
                 times[name].append(self.measure_once(key, self.time_network, name, flags))
         return {name: min(seconds) for name, seconds in times.items()}
 
@@ -163,9 +189,9 @@ class Bench:
         return holdout(images, val, seed=self.args.seed, targets=targets)
 
     def model(self, path):
-        """The averaged model of a run or checkpoint, loaded once."""
+        """The averaged model of a run or checkpoint. The last one is kept in memory."""
         if path not in self.loaded:
-            self.loaded[path] = load(self.folder / path, device=self.args.device)
+            self.loaded = {path: load(self.folder / path, device=self.args.device)}
         return self.loaded[path]
 
     def draw(self, path, n, **how):
@@ -182,9 +208,14 @@ class Bench:
         images: data.Images. path: a run or a checkpoint of the claim.
         labels: (n,) class numbers. how: further arguments of `sample`; they name the cell.
         -> {proxy: [value, floor]}"""
-        key = f"{path} n={n} {' '.join(f'{name}={value}' for name, value in how.items())}"
+        words = [f"{name}={value}" for name, value in sorted(how.items())]
+        key = " ".join([self.name_model(path), f"n={n}", *words])
         how = how | dict(labels=labels)
         return self.measure_once(key, self.measure_distances, images, path, n, how)
+
+    def name_model(self, path):
+        """A run or checkpoint with its step: a run that has gone on is another model."""
+        return path if path.endswith(".pt") else f"{path} at {self.log(path, 'step'):.0f}"
 
     def measure_distances(self, images, path, n, how):
         """What `distances` remembers."""
@@ -215,6 +246,38 @@ class Bench:
         zoom = -(-PICTURE_SIDE // rows[0][1][0].shape[-1])
         save_picture(draw_sheet(rows, columns, zoom), self.folder / name)
         print(f"wrote {self.folder / name}")
+
+
+def time_to_reach(lengths, distances, goal):
+    """After how many minutes a curve is at `goal`, interpolated in the logarithm of time.
+
+    lengths: minutes, rising. distances: at the end of each; the best so far counts.
+    -> minutes; the first length if the goal is reached there, inf if it is never reached"""
+    best = np.minimum.accumulate(distances)
+    if goal < best[-1]:
+        return np.inf
+    i = int(np.argmax(best <= goal))                        # the first length that is enough
+    if i == 0:
+        return float(lengths[0])
+    share = (best[i - 1] - goal) / (best[i - 1] - best[i])
+    return float(lengths[i - 1] * (lengths[i] / lengths[i - 1]) ** share)
+
+
+def measure_speed_up(baseline, method):
+    """The baseline's time to its own best distance over the method's time to it.
+
+    Both: (lengths in minutes, distances).
+    -> the factor, a lower bound if the method's first length is enough; 0 if it never gets
+    there"""
+    goal = min(baseline[1])
+    return time_to_reach(*baseline, goal) / time_to_reach(*method, goal)
+
+
+def count_better(ours, theirs):
+    """On how many distances the first of two cells is clearly smaller, and larger."""
+    pairs = [(ours[proxy][0], theirs[proxy][0]) for proxy in PROXY_ORDER]
+    return (sum(a < (1 - MARGIN) * b for a, b in pairs),
+            sum((1 - MARGIN) * a > b for a, b in pairs))
 
 
 def call_flags(flags):

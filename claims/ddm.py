@@ -11,12 +11,13 @@ DDPM's by its ancestral sampler at up to 1000; every solver and grid at ten call
 ladder from DDPM to DDM that changes one thing at a time. Above 50 calls there are fewer
 samples; what is compared with those rows has as few.
 
-Fairness. All arms have the same images, network, batch, learning rate, seed and number of
-steps. They differ in schedule and prediction, and in nothing else.
+Fairness. All arms have the same images, network, batch, learning rate (train.py's), seed
+and number of steps. They differ in schedule and prediction, and in nothing else.
 """
 import train
 from claims.bench import (
-    NEVER, PROXY_ORDER, Bench, count_calls, format_distances, format_table, refuse_gray)
+    NEVER, PROXY_ORDER, Bench, count_better, count_calls, format_distances, format_table,
+    refuse_gray)
 
 # few: samples of a row of more than 50 calls, and of what it is compared with.
 SCALES = {
@@ -37,7 +38,7 @@ ARMS = {                                                    # name -> schedule, 
 }
 OURS, DDPM = "ddm-both", "vp-linear-eps"
 
-# --- samplers: name -> arguments of `sample`; their order is part of a cell's name --------
+# --- samplers: name -> arguments of `sample` ----------------------------------------------
 
 ANCESTRAL = dict(churn=1.0, time_grid="uniform", solver="analytic")
 DETERMINISTIC = dict(time_grid="uniform", solver="analytic")
@@ -124,11 +125,6 @@ def measure_slow_rows(bench, images):
                   for calls in counts} for row, (name, counts, how) in rows.items()}
 
 
-def is_better(ours, theirs):
-    """On how many distances the first cell is smaller."""
-    return sum(ours[proxy][0] < theirs[proxy][0] for proxy in PROXY_ORDER)
-
-
 # --- the tables ---------------------------------------------------------------------------
 
 def format_rows(rows, columns):
@@ -141,10 +137,13 @@ def judge_few_calls(bench, slow):
     """One sentence about ten calls and two hundred. slow: from `measure_slow_rows`."""
     ten, many = ten_calls(bench.scale), bench.scale["long"][0]
     papers, best, ddpm = slow.values()
-    counts = [is_better(row[ten], ddpm[many]) for row in (papers, best)]
-    words = ["does not hold", "does not hold", "holds on two distances of three", "holds"]
-    return (f"{ten} calls against {many} of DDPM: with the paper's own sampler the claim "
-            f"**{words[counts[0]]}** here, with DPM++ on EDM's grid it **{words[counts[1]]}**.")
+    words = []
+    for row in (papers, best):
+        _, worse = count_better(row[ten], ddpm[many])
+        words.append(f"does not hold on {worse} of {len(PROXY_ORDER)} distances" if worse
+                     else "holds")
+    return (f"{ten} calls are as good as {many} of DDPM: with the paper's own sampler this "
+            f"**{words[0]}** here, with DPM++ on EDM's grid it **{words[1]}**.")
 
 
 def describe_samplers(bench, tables, slow):

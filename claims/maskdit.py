@@ -25,7 +25,8 @@ import torch
 import finetune
 import train
 from claims.bench import (
-    NEVER, PROXY_ORDER, Bench, format_distances, format_spread, format_table, refuse_gray)
+    NEVER, PROXY_ORDER, Bench, count_better, format_distances, format_spread, format_table,
+    refuse_gray)
 
 # minutes: of an arm. short: of a run that chooses a rate or a weight.
 SCALES = {
@@ -42,8 +43,9 @@ ARMS = {                                                    # name -> flags of i
     "half": HALF,                                           # and --recon, of the chosen weight
     "route": ["--mask", 0.5, "--economy", "route"],
 }
-# The same networks without a mask, for the last stage.
-UNMASKED = {"all-tokens": [], "half": ["--decoder", 2], "route": ["--economy", "route"]}
+# The same networks without a mask, for the last stage. Where all tokens are seen, there is
+# none to route: that is the network of `all-tokens`.
+UNMASKED = {"all-tokens": [], "half": ["--decoder", 2], "route": []}
 LAST = 1 / 4                                                # of the time, on all tokens
 CALLS = 10
 GUIDANCE = (1.5, 2.0, 3.0)
@@ -54,7 +56,7 @@ def run_maskdit(args):
     refuse_gray(args)
     first = Bench("maskdit", args, SCALES[args.scale])
     benches = first.benches()
-    train_weights(first)
+    train_choices(first)
     for bench in benches:
         for name in ARMS:
             train_both_stages(bench, name)
@@ -95,14 +97,6 @@ def count_timed_steps(bench, name, minutes, is_last=False):
     return max(1, round(60 * minutes / maskdit_pace(bench, name, is_last)))
 
 
-def choose_by_loss(bench, runs):
-    """The choice whose short run has the smallest held-out loss. runs: {choice: run}; a
-    single one was not run."""
-    if len(runs) == 1:
-        return next(iter(runs))
-    return min(runs, key=lambda choice: bench.first.log(runs[choice], "val_loss"))
-
-
 def weight_runs(bench):
     """{weight of the reconstruction: the short run that tries it}"""
     return {weight: f"half-recon-{weight:g}" for weight in bench.scale["recon"]}
@@ -113,42 +107,51 @@ def rate_runs(bench, name):
     return {rate: f"{name}-rate-{rate:g}" for rate in bench.scale["rates"]}
 
 
+def chosen_weight(bench, of_target=False):
+    """The reconstruction's weight; or its target, which a weight of 0 has not."""
+    weight = bench.choose_by_loss(weight_runs(bench))
+    if of_target:
+        return "noisy" if weight else "clean"
+    return weight
+
+
 def own_flags(bench, name):
     """An arm's flags. The reconstruction's weight is chosen when the arm is trained."""
     if name != "half":
         return ARMS[name]
-    return [*HALF, "--recon-target", "noisy",
-            "--recon", partial(choose_by_loss, bench, weight_runs(bench))]
+    return [*HALF, "--recon", partial(chosen_weight, bench),
+            "--recon-target", partial(chosen_weight, bench, True)]
 
 
-def train_weights(bench):
-    """Short runs of `half` with each weight of the reconstruction, at one rate."""
-    if len(weight_runs(bench)) == 1:
-        return
-    steps = partial(count_timed_steps, bench, "half", bench.scale["short"])
-    needed = ("half", "half-last", *rate_runs(bench, "half").values())
-    for weight, name in weight_runs(bench).items():
-        target = ["--recon-target", "noisy"] if weight else []
-        bench.train_arm(name, train.main, *maskdit_flags(bench), *HALF, "--recon", weight, *target,
-                        "--lr", bench.scale["rates"][len(bench.scale["rates"]) // 2],
-                        "--steps", steps, before=needed)
+def train_choices(bench):
+    """Short runs, of the first seed for all: `half` with each weight of the reconstruction,
+    then every arm with each rate."""
+    scale, rates = bench.scale, bench.scale["rates"]
+    common = [*maskdit_flags(bench), "--lr-end", 1]
+    needed = {name: bench.on_every_seed(name, f"{name}-last") for name in ARMS}
+    steps = {name: partial(count_timed_steps, bench, name, scale["short"]) for name in ARMS}
+    for weight, run in weight_runs(bench).items():
+        if len(scale["recon"]) > 1:
+            target = ["--recon-target", "noisy"] if weight else []
+            bench.train_arm(run, train.main, *common, *HALF, "--recon", weight, *target,
+                            "--lr", rates[len(rates) // 2], "--steps", steps["half"],
+                            before=(*rate_runs(bench, "half").values(), *needed["half"]))
+    for name in ARMS if len(rates) > 1 else ():
+        for rate, run in rate_runs(bench, name).items():
+            bench.train_arm(run, train.main, *common, *own_flags(bench, name), "--lr", rate,
+                            "--steps", steps[name], before=needed[name])
 
 
 def train_both_stages(bench, name):
-    """Short runs that choose the rate (the first seed's, for all), three quarters of the
-    time at it, a last quarter on all tokens."""
-    scale, last = bench.scale, f"{name}-last"
-    flags = [*maskdit_flags(bench), *own_flags(bench, name)]
-    if bench.first is bench and len(scale["rates"]) > 1:
-        for rate, run in rate_runs(bench, name).items():
-            bench.train_arm(run, train.main, *flags, "--lr", rate, before=(name, last), *[
-                "--steps", partial(count_timed_steps, bench, name, scale["short"])])
-    rate = partial(choose_by_loss, bench, rate_runs(bench, name))
-    bench.train_arm(name, train.main, *flags, "--lr", rate, "--lr-end", 1, "--steps", partial(
-        count_timed_steps, bench, name, (1 - LAST) * scale["minutes"]), before=(last,))
+    """Three quarters of the time at the chosen rate, a last quarter on all tokens."""
+    minutes, last = bench.scale["minutes"], f"{name}-last"
+    rate = partial(bench.choose_by_loss, rate_runs(bench, name))
+    bench.train_arm(name, train.main, *maskdit_flags(bench), *own_flags(bench, name), "--lr", rate,
+                    "--lr-end", 1, "--steps",
+                    partial(count_timed_steps, bench, name, (1 - LAST) * minutes), before=(last,))
     bench.train_arm(last, finetune.main, "--from", bench.folder / name, "--sample-every", NEVER,
-                    "--lr", partial(halve_rate, rate), "--steps", partial(
-                        count_timed_steps, bench, name, LAST * scale["minutes"], True))
+                    "--lr", partial(halve_rate, rate), "--steps",
+                    partial(count_timed_steps, bench, name, LAST * minutes, True))
 
 
 def halve_rate(rate):
@@ -175,16 +178,15 @@ def measure_classes(bench, images, path, how):
 
 def judge_half(cells):
     """One sentence. cells: {run: distances, one a seed}"""
-    pairs = [(ours[proxy][0], theirs[proxy][0])
-             for ours, theirs in zip(cells["half-last"], cells["all-tokens-last"])
-             for proxy in PROXY_ORDER]
-    better = sum(ours < theirs for ours, theirs in pairs)
-    if better == len(pairs):
-        return "**Holds here**: half of the tokens are better at equal time, on every distance."
-    if better == 0:
-        return "**Does not hold here**: all tokens are better at equal time, on every distance."
-    return (f"**Open here**: at equal time half of the tokens are better in {better} of "
-            f"{len(pairs)} comparisons (a distance and a seed each).")
+    counts = [count_better(*pair) for pair in zip(cells["half-last"], cells["all-tokens-last"])]
+    better, worse = (sum(count) for count in zip(*counts))
+    of = f"of {len(PROXY_ORDER) * len(counts)} comparisons (a distance and a seed each)"
+    if better and not worse:
+        return f"**Holds here**: at equal time half of the tokens are better in {better} {of}."
+    if worse and not better:
+        return f"**Does not hold here**: at equal time all tokens are better in {worse} {of}."
+    return (f"**No time is saved here**: at equal time half of the tokens are better in {better} "
+            f"and worse in {worse} {of}.")
 
 
 def describe_classes(benches, cells):

@@ -18,14 +18,14 @@ a perfect sample of all that is possible has twice the squared error of their me
     PSNR is at most 3 dB below one call's.
 
 Fairness. Equal time: each network is timed alone at the start, and from then on a minute is
-a number of steps. Network, batch, rates and seed are equal.
+a number of steps. Network, batch, rates (train.py's and finetune.py's) and seed are equal.
 """
 from functools import partial
 
 import finetune
 import train
 from claims.bench import (
-    NEVER, PROXY_ORDER, Bench, count_calls, format_distances, format_table)
+    NEVER, PROXY_ORDER, Bench, count_better, count_calls, format_distances, format_table)
 from plumbing.images import choose_subset, seeded, to_float, to_uint8
 from plumbing.machine import amp_type
 from restore import restore_pictures
@@ -42,7 +42,7 @@ SCALES = {
 ARMS = ("superres", "inpaint", "edges", "saliency")
 HELD_OUT = 0.1                                              # at most 1,024 images
 STAGES = {"masked": ["--mask", 0.75], "whole": []}
-MOST_DB = 3.0                                               # see above
+CALLS, MOST_DB = 10, 3.0                                    # see above
 ROWS = 4                                                    # of a picture
 
 
@@ -143,7 +143,8 @@ def score_pictures(bench, task, pairs, calls):
 
 def measure_task(bench, task, pairs):
     """-> {number of calls: what `score_pictures` says}, with 0 for no network"""
-    return {calls: bench.measure_once(f"{task} n={len(pairs[1])} calls={calls}",
+    key = f"{bench.name_model(f'{task}-whole')} n={len(pairs[1])}"
+    return {calls: bench.measure_once(f"{key} calls={calls}",
                                       score_pictures, bench, task, pairs, calls)
             for calls in (0, *bench.scale["calls"])}
 
@@ -165,10 +166,10 @@ def judge_task(task, cells):
     if not is_picture(task):
         return []
     name = next(iter(TASKS[task].scores))
-    many = max(cells)
+    many = CALLS if CALLS in cells else max(cells)
     loss = cells[1][name] - cells[many][name]
-    closer = all(cells[many][proxy][0] < min(cells[0][proxy][0], cells[1][proxy][0])
-                 for proxy in PROXY_ORDER)
+    closer = all(count_better(cells[many], cells[other])[0] == len(PROXY_ORDER)
+                 for other in (0, 1))
     gain = cells[1][name] - cells[0][name]
     verdict = "holds" if closer and loss <= MOST_DB and gain > 0 else "does not hold"
     return [f"{task}: the claim **{verdict}** here. One call gains {gain:.1f} dB on no network; "

@@ -12,14 +12,15 @@ in equal time on all of them. `masked-tenth` and `unmasked-tenth` go on with a t
 Measured. Distances to the training images of --target, all of them.
 
 Fairness. Equal time: each network is timed alone at the start, and from then on a minute is
-a number of steps. Leave the machine quiet for that. Network, batch, rates and seed are
-equal.
+a number of steps. Leave the machine quiet for that. Network, batch, rates (train.py's and
+finetune.py's) and seed are equal.
 """
 from functools import partial
 
 import finetune
 import train
-from claims.bench import NEVER, PROXY_ORDER, Bench, format_distances, format_spread, format_table
+from claims.bench import (
+    MARGIN, NEVER, PROXY_ORDER, Bench, format_distances, format_spread, format_table)
 from plumbing.console import UserError
 
 # pre, tune: minutes of the first stage and of the second.
@@ -116,10 +117,11 @@ def judge_transfer(cells):
     """One sentence about pre-training with masks."""
     worst = {rival: min(min(values) for values in list_gains(cells, rival).values())
              for rival in ENDS if rival not in ("masked-tenth", "all")}
-    if min(worst["tenth-short"], worst["tenth"]) <= 0:
+    clear = 100 * MARGIN                                    # per cent
+    if min(worst["tenth-short"], worst["tenth"]) < clear:
         return ("**Does not hold here**: on some distance or seed, a tenth from nothing is as good "
                 "as the masked model.")
-    if worst["unmasked-tenth"] <= 0:
+    if worst["unmasked-tenth"] < clear:
         return ("**Pre-training holds, the mask's part does not**: the masked model beats starting "
                 "from nothing, but not the unmasked model of equal time on every distance.")
     return "**Holds here**: the masked model beats starting from nothing and the unmasked model."

@@ -17,12 +17,14 @@ import claims.maskdm
 import claims.tasks
 import claims.transfer
 import data
+import finetune
 import reproduce
 import running.setup
 import train
 import vae
 import vit
 from plumbing.console import UserError
+from running.options import check, options_parser
 
 TINY = dict(width=32, depth=2, heads=2, decoder_width=32)
 TRAIN = ["--batch", 2]
@@ -168,22 +170,24 @@ def test_a_method_that_is_k_times_faster_has_a_speed_up_of_k(lengths, power, fac
     # Distances that fall with the logarithm of time are met exactly by the interpolation.
     curve = [10 - power * math.log(minutes) for minutes in lengths]
     faster = [10 - power * math.log(factor * minutes) for minutes in lengths]
-    found = claims.maskdm.measure_speed_up(lengths, curve, faster)
+    speed_up = claims.bench.measure_speed_up
+    found = speed_up((lengths, curve), (lengths, faster))
     largest = lengths[-1] / lengths[0]              # more than that, the curve cannot show
     assert found == pytest.approx(min(factor, largest), rel=1e-6)
-    assert claims.maskdm.measure_speed_up(lengths, curve, curve) == pytest.approx(1)
-    assert claims.maskdm.measure_speed_up(lengths, faster, curve) == 0      # never as good
+    assert speed_up((lengths, curve), (lengths, curve)) == pytest.approx(1)
+    assert speed_up((lengths, faster), (lengths, curve)) == 0               # never as good
 
 
 def test_a_curve_that_gets_worse_again_counts_by_its_best():
-    reach = claims.maskdm.time_to_reach
+    reach = claims.bench.time_to_reach
     assert reach([1, 2, 4, 8], [9, 5, 6, 4], 5) == 2
     assert reach([1, 2, 4, 8], [9, 5, 6, 4], 4.5) == pytest.approx(4 * 2 ** 0.5)
 
 
 def test_a_verdict_follows_its_numbers():
     one = {"pixel": [2.0, 2.5], "random-conv": [1.5], "swd": [1.2, 3.0]}
-    assert "Holds here" in claims.maskdm.judge_speed_up(one)
+    assert "less than claimed" in claims.maskdm.judge_speed_up(one)
+    assert "**Holds here**" in claims.maskdm.judge_speed_up(dict.fromkeys(one, [4.0, 9.0]))
     assert "Depends" in claims.maskdm.judge_speed_up(one | {"swd": [0.0, 3.0]})
     assert "Does not hold" in claims.maskdm.judge_speed_up(dict.fromkeys(one, [0.0, 1.0]))
     near, far = ({name: [value, 0] for name in one} for value in (1.0, 2.0))
@@ -192,12 +196,98 @@ def test_a_verdict_follows_its_numbers():
     assert "mask's part does not" in claims.transfer.judge_transfer(
         ends | {"masked-tenth": [near], "unmasked-tenth": [near]})
     assert "Does not hold" in claims.transfer.judge_transfer(ends)
-    runs = {"half-last": [near, far], "all-tokens-last": [far, near]}
-    assert "3 of 6" in claims.maskdit.judge_half(runs)
+    ends = {"half-last": [near, far], "all-tokens-last": [far, near]}
+    assert "better in 3 and worse in 3 of 6" in claims.maskdit.judge_half(ends)
+    assert "**Holds" in claims.maskdit.judge_half({"half-last": [near], "all-tokens-last": [far]})
+    assert "**Holds" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": 4.0})
+    assert "less than" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": 1.5})
+    assert "Does not" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": 0.0})
     ten = {0: far | {"PSNR": 25.0}, 1: far | {"PSNR": 27.0}, 10: near | {"PSNR": 24.5}}
     assert "**holds**" in claims.tasks.judge_task("superres", ten)[0]
     ten[10]["PSNR"] = 23.9                                      # more than 3 dB below one call
     assert "does not hold" in claims.tasks.judge_task("superres", ten)[0]
+
+
+def test_distances_that_seeds_may_change_are_no_difference():
+    def cell(value):
+        return dict.fromkeys(("pixel", "random-conv", "swd"), [value, 0.0])
+
+    count = claims.bench.count_better
+    assert [count(cell(v), cell(1.0)) for v in (0.9, 0.97, 1.03, 1.1)] == [
+        (3, 0), (0, 0), (0, 0), (0, 3)]
+
+
+class Measured(Exception):
+    """A claim has trained all its arms and wants to measure."""
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+@pytest.mark.parametrize("claim", reproduce.CLAIMS)
+def test_all_arms_of_the_real_scales_are_legal(claim, scale, tmp_path, monkeypatch):
+    """The smoke scale has other flags and times no network: here nothing is trained, but
+    every command of every arm is understood and checked."""
+    def measure(*args, **how):
+        raise Measured
+
+    seen = []
+
+    def tune(flags):
+        options_parser(finetune.TuneOptions, "", finetune.INHERITED).parse_args(flags)
+        seen.append(flags)
+
+    def make_autoencoder(flags):
+        vae.parser().parse_args(flags)
+        Path(flags[flags.index("--out") + 1]).touch()
+
+    monkeypatch.setattr(train, "train", lambda o, *rest, **how: check(o) or seen.append(o))
+    monkeypatch.setattr(finetune, "main", tune)
+    monkeypatch.setattr(vae, "main", make_autoencoder)
+    monkeypatch.setattr(claims.bench.Bench, "log", lambda bench, name, column: 1.0)
+    monkeypatch.setattr(claims.bench.Bench, "is_finished", lambda bench, name: True)
+    monkeypatch.setattr(claims.bench.Bench, "split_images", measure)
+    monkeypatch.setattr(claims.bench.Bench, "time_network", lambda bench, name, flags: (
+        train.main(claims.bench.call_flags([*flags, "--steps", 40])), 0.5)[1])
+    target = ["--target", "faces"] if claim == "transfer" else []
+    with pytest.raises(Measured):
+        reproduce.main([claim, "--scale", scale, "--seeds", "2", *target, "--out", str(tmp_path)])
+    assert len(seen) >= 8
+
+
+def test_a_choice_waits_for_its_short_runs(tmp_path):
+    args = reproduce.parser().parse_args(["ddm", "--out", str(tmp_path)])
+    bench = claims.bench.Bench("ddm", args, {})
+    for name, steps, loss in (("a", 5, 0.3), ("b", 4, 0.2)):
+        (bench.folder / name).mkdir()
+        (bench.folder / name / "last.pt").touch()
+        (bench.folder / name / "config.json").write_text('{"steps": 5}')
+        (bench.folder / name / "log.csv").write_text(f"step,val_loss\n{steps},{loss}\n")
+    assert bench.choose_by_loss({1: "no such run"}) == 1    # no choice, no run
+    with pytest.raises(UserError, match="b: this run is not finished.*--arm b continues it"):
+        bench.choose_by_loss({1: "a", 2: "b"})
+    (bench.folder / "b" / "log.csv").write_text("step,val_loss\n5,0.2\n")
+    assert bench.choose_by_loss({1: "a", 2: "b"}) == 2
+
+
+def test_a_run_that_goes_on_is_measured_anew(tiny_world, tmp_path, monkeypatch):
+    run_claim("ddm", "--out", str(tmp_path))
+    before = json.loads((tmp_path / "ddm" / "cells.json").read_text())
+    monkeypatch.setitem(claims.ddm.SCALES["smoke"], "steps", 3)
+    run_claim("ddm", "--out", str(tmp_path))
+    after = json.loads((tmp_path / "ddm" / "cells.json").read_text())
+    assert len(after) == 2 * len(before) and before.items() <= after.items()
+
+
+def test_a_stopped_autoencoder_is_no_autoencoder(tmp_path, monkeypatch):
+    def stopped(flags):
+        Path(flags[flags.index("--out") + 1]).touch()
+        return 130
+
+    monkeypatch.setattr(vae, "main", stopped)
+    args = reproduce.parser().parse_args(["lmd", "--scale", "smoke", "--out", str(tmp_path)])
+    bench = claims.bench.Bench("lmd", args, claims.lmd.SCALES["smoke"])
+    with pytest.raises(SystemExit) as caught:
+        claims.lmd.train_autoencoder(bench)
+    assert caught.value.code == 130 and not list(bench.folder.iterdir())
 
 
 def test_arms_differ_in_the_thing_under_test_and_in_nothing_else(finished):
