@@ -182,6 +182,8 @@ def judge_speed_up(factors):
     smallest = min(min(values) for values in factors.values())
     largest = max(max(values) for values in factors.values())
     span = f"masked training is {smallest:.1f} to {largest:.1f} times as fast (the paper: 4)."
+    if largest == 0:
+        return "**Does not hold here**: masked training is never as good as all tokens at best."
     if smallest >= CLAIMED:
         return f"**Holds here**: {span}"
     if smallest >= BY_LESS:

@@ -190,6 +190,7 @@ def test_a_verdict_follows_its_numbers():
     assert "**Holds here**" in claims.maskdm.judge_speed_up(dict.fromkeys(one, [4.0, 9.0]))
     assert "Depends" in claims.maskdm.judge_speed_up(one | {"swd": [0.0, 3.0]})
     assert "Does not hold" in claims.maskdm.judge_speed_up(dict.fromkeys(one, [0.0, 1.0]))
+    assert "never as good" in claims.maskdm.judge_speed_up(dict.fromkeys(one, [0.0]))
     near, far = ({name: [value, 0] for name in one} for value in (1.0, 2.0))
     ends = {end: [far] for end in claims.transfer.ENDS}
     assert "**Holds here**" in claims.transfer.judge_transfer(ends | {"masked-tenth": [near]})
