@@ -222,36 +222,73 @@ class Measured(Exception):
     """A claim has trained all its arms and wants to measure."""
 
 
-@pytest.mark.parametrize("scale", ["cpu", "gpu"])
-@pytest.mark.parametrize("claim", reproduce.CLAIMS)
-def test_all_arms_of_the_real_scales_are_legal(claim, scale, tmp_path, monkeypatch):
-    """The smoke scale has other flags and times no network: here nothing is trained, but
-    every command of every arm is understood and checked."""
-    def measure(*args, **how):
-        raise Measured
+@pytest.fixture
+def nothing_is_trained(monkeypatch):
+    """Commands only check their flags and leave the files of a finished run.
+    -> the folders of the runs, in their order"""
+    done = []
 
-    seen = []
+    def leave_run(folder, steps, save_every):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [*range(save_every, steps + 1, save_every), steps]
+        for name in ["last.pt", *(f"{step:06d}.pt" for step in kept)]:
+            (folder / name).touch()
+        (folder / "config.json").write_text(json.dumps(dict(steps=steps)))
+        (folder / "log.csv").write_text(f"step,val_loss\n{steps},1.0\n")
+        done.append(folder)
 
-    def tune(flags):
-        options_parser(finetune.TuneOptions, "", finetune.INHERITED).parse_args(flags)
-        seen.append(flags)
+    def pretend_training(o, *rest, **how):
+        check(o)
+        leave_run(o.out, o.steps, o.save_every)
 
-    def make_autoencoder(flags):
+    def pretend_tuning(flags):
+        given = vars(options_parser(finetune.TuneOptions, "", finetune.INHERITED).parse_args(flags))
+        assert Path(given["from_"]).exists(), given["from_"]
+        leave_run(given["out"], given["steps"], 10**9)
+
+    def pretend_autoencoder(flags):
         vae.parser().parse_args(flags)
         Path(flags[flags.index("--out") + 1]).touch()
 
-    monkeypatch.setattr(train, "train", lambda o, *rest, **how: check(o) or seen.append(o))
-    monkeypatch.setattr(finetune, "main", tune)
-    monkeypatch.setattr(vae, "main", make_autoencoder)
-    monkeypatch.setattr(claims.bench.Bench, "log", lambda bench, name, column: 1.0)
-    monkeypatch.setattr(claims.bench.Bench, "is_finished", lambda bench, name: True)
-    monkeypatch.setattr(claims.bench.Bench, "split_images", measure)
-    monkeypatch.setattr(claims.bench.Bench, "time_network", lambda bench, name, flags: (
-        train.main(claims.bench.call_flags([*flags, "--steps", 40])), 0.5)[1])
-    target = ["--target", "faces"] if claim == "transfer" else []
-    with pytest.raises(Measured):
-        reproduce.main([claim, "--scale", scale, "--seeds", "2", *target, "--out", str(tmp_path)])
-    assert len(seen) >= 8
+    def pretend_timing(bench, name, flags):
+        train.main(claims.bench.call_flags([*flags, "--steps", 40,
+                                            "--out", f"timing/{len(done)}"]))
+        return 0.5
+
+    def stop(*args, **how):
+        raise Measured
+
+    monkeypatch.setattr(train, "train", pretend_training)
+    monkeypatch.setattr(finetune, "main", pretend_tuning)
+    monkeypatch.setattr(vae, "main", pretend_autoencoder)
+    monkeypatch.setattr(claims.bench.Bench, "time_network", pretend_timing)
+    monkeypatch.setattr(claims.bench.Bench, "split_images", stop)
+    return done
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+@pytest.mark.parametrize("claim", reproduce.CLAIMS)
+def test_every_arm_of_the_real_scales_is_legal_and_trained_with_what_it_needs(
+        claim, scale, tmp_path, monkeypatch, nothing_is_trained):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, out="all"):
+        target = ["--target", "faces"] if claim == "transfer" else []
+        try:
+            reproduce.main([claim, "--scale", scale, "--seeds", "2", *target, *flags,
+                            "--out", str(tmp_path / out)])
+        except Measured:
+            pass
+
+    run()
+    folder = tmp_path / "all" / claim
+    arms = {str(path.relative_to(folder)) for path in nothing_is_trained if "timing" not in
+            path.parts}
+    assert len(arms) >= 8 and f"seed-1/{min(a for a in arms if '/' not in a)}" in arms
+    for i, arm in enumerate(sorted(arms)[::3] if scale == "cpu" else []):
+        run("--arm", arm, out=str(i))                           # from an empty folder
+        assert tmp_path / str(i) / claim / arm in nothing_is_trained
 
 
 def test_a_choice_waits_for_its_short_runs(tmp_path):
