@@ -36,6 +36,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import plumbing  # before torch: how its threads wait
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -27,6 +27,8 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import plumbing  # before torch: how its threads wait
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm

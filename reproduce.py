@@ -27,6 +27,8 @@ finetune.py work on it). cells.json holds every number measured so far; table.md
 pictures are made from it (claims/bench.py). Distances are fid.py's proxies: not FID, and
 only comparable at equal n.
 """
+import plumbing  # before torch: how its threads wait
+
 import torch
 
 from claims.ablate import run_ablate

@@ -49,6 +49,8 @@ import sys
 import time
 from dataclasses import replace
 
+import plumbing  # before torch: how its threads wait
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -33,6 +33,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
+import plumbing  # before torch: how its threads wait
+
 import torch
 from tqdm import tqdm
 

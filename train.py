@@ -25,6 +25,8 @@ import math
 import sys
 from contextlib import nullcontext
 
+import plumbing  # before torch: how its threads wait
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 

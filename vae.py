@@ -31,6 +31,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
+import plumbing  # before torch: how its threads wait
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange

@@ -59,6 +59,17 @@ def imported_modules(tree):
 
 # --- the arrows ---------------------------------------------------------------------------
 
+@pytest.mark.parametrize("name", ["sample", "restore", "fid", "vae", *COMMANDS, "reproduce"])
+def test_a_command_imports_plumbing_before_torch(name):
+    """It says how OpenMP's threads wait, and torch reads that when it is imported."""
+    while name != "plumbing":
+        imports = [n for n in TREES[name].body if isinstance(n, (ast.Import, ast.ImportFrom))]
+        modules = [n.names[0].name if isinstance(n, ast.Import) else n.module for n in imports]
+        name = next(m for m in modules if m.split(".")[0] not in sys.stdlib_module_names)
+        assert name in TREES or name == "plumbing", f"{name} comes first"
+
+
+
 def test_at_most_fifteen_modules_stand_in_the_root():
     names = [name for name in HOUSE if "." not in name and (ROOT / f"{name}.py").exists()]
     assert len(names) <= 15 and set(IDEAS + COMMANDS + ["reproduce"]) == set(names)
