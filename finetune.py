@@ -35,14 +35,14 @@ policy.
 """
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import train
 from plumbing.checkpoint import newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, run_command
 from running.options import (
-    Options, before_options, check_values, is_same_value, option, options_parser, resolve_options)
+    Options, check_values, is_same_value, option, options_parser, recorded_options, resolve_options)
 from running.recipes import recipe_options
 from sample import check_weights, require_same_meaning
 
@@ -130,9 +130,7 @@ INHERITED = dict.fromkeys(FIXED, always) | {
 def first_options(ckpt):
     """The options of the run that made a checkpoint. One that is younger than the run is
     what such runs did; the autoencoder is where it lies now."""
-    config = before_options(Options) | ckpt["config"] | dict(vae=ckpt["meta"]["vae"])
-    names = {f.name for f in fields(Options)}
-    o = Options(**{name: value for name, value in config.items() if name in names})
+    o = Options(**recorded_options(Options, ckpt["config"]) | dict(vae=ckpt["meta"]["vae"]))
     check_values(o)
     return o
 

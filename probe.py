@@ -38,7 +38,7 @@ from plumbing.checkpoint import newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, build_parser, parse_path, run_command
 from plumbing.downloads import list_published
 from plumbing.images import seeded, to_float
-from running.options import Options, before_options, is_same_value
+from running.options import Options, is_same_value, recorded_options
 from sample import build_model, load
 from spaces import encode_once
 
@@ -191,7 +191,7 @@ def inherit_probe_options(given, config):
     given: dict. config: a checkpoint's. Held-out images belong to their data: with other
     --data, --val is not the run's."""
     o = dict(weights="model", noise=None, fraction=1.0, vae=None, device="auto", threads=0)
-    was = before_options(Options) | config
+    was = recorded_options(Options, config)
     o |= {name: was[name] for name in INHERITED}
     if given.get("data", o["data"]) is None:
         raise UserError("--data PATH is needed: a paper's own weights do not name their images")

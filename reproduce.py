@@ -17,7 +17,7 @@ not what should.
     --scale smoke    does it run? minutes
     --scale cpu      the numbers of RESULTS.md, hours on two cores
     --scale gpu      the papers' sizes, for one GPU
-    --arm NAME       train this arm and nothing else
+    --arm NAME       train this arm, what it needs, and nothing else
     --seeds N        so many seeds: maskdm, transfer, maskdit and ablate have the mean and
                      half of the range in their table, the others write a table a seed
 
@@ -71,7 +71,8 @@ def parser():
     p.add_argument("--target", type=parse_path, default=None,
                    help="transfer: the images to fine-tune on, like --data")
     p.add_argument("--arm", default=None,
-                   help="train this arm and nothing else; all, and the measurements, if left out")
+                   help="train this arm, what it needs, and nothing else; all, and the "
+                        "measurements, if left out")
     p.add_argument("--seed", type=int, default=0, help="of training, noise and held-out images")
     p.add_argument("--seeds", type=int, default=1,
                    help="how many seeds, from --seed on, each with arms of its own")

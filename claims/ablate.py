@@ -69,21 +69,17 @@ def run_ablate(args):
     """what each part of the recipe is worth"""
     longer = PHOTOGRAPHS if args.scale == "cpu" and args.data != "faces" else {}
     first = Bench("ablate", args, SCALES[args.scale] | longer)
-    for bench in first.benches():
+    benches = first.benches
+    for bench in benches:
         for name in ARMS:
             train_recipe(bench, name)
     first.all_trained()                                     # an unknown --arm is one line
-    benches = first.benches()
     trained = [name for name in ARMS
                if all(bench.is_finished(last_stage(name)) for bench in benches)]
     if not trained:
         return
-    cells = {}
-    for bench in benches:
-        images, _ = bench.split_images(gray=args.gray)
-        for name in trained:
-            cell = bench.distances(images, last_stage(name), bench.scale["n"], steps=CALLS)
-            cells.setdefault(name, []).append(cell)
+    found = first.compare_seeds([last_stage(name) for name in trained], steps=CALLS)
+    cells = dict(zip(trained, found.values()))
     first.write("table.md", describe_arms(benches, cells))
     rows = [(name, first.draw(last_stage(name), 10, steps=CALLS)) for name in trained]
     first.save_sheet("samples.png", rows, [f"noise {i}" for i in range(1, 11)])
@@ -91,10 +87,9 @@ def run_ablate(args):
 
 def network_flags(bench, arm):
     """The flags of both stages that decide what a step costs."""
-    args, scale = bench.args, bench.scale
-    gray = ["--gray"] if args.gray else []
-    return ["--data", args.data, "--size", args.size, *gray, "--workers", 0, *scale["train"],
-            "--model", scale["model"] + "-dit" * arm.dit, "--optimizer", arm.optimizer]
+    model = bench.scale["model"] + "-dit" * arm.dit
+    return [*bench.image_flags(), "--workers", 0, *bench.scale["train"], "--model", model,
+            "--optimizer", arm.optimizer]
 
 
 def recipe_pace(bench, arm):

@@ -18,7 +18,7 @@ import json
 import shutil
 import time
 from argparse import Namespace
-from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from plumbing.images import seeded, to_uint8
 from plumbing.machine import amp_type
 from plumbing.sheets import draw_sheet, save_picture
 from running.cost import training_flop
-from running.options import Options
+from running.options import Options, recorded_options
 from running.setup import network_options
 from sample import load, sample
 
@@ -53,6 +53,7 @@ class Bench:
         self.loaded, self.arms = {}, []
         self.first, self.prefix = self, ""                  # the bench of the first seed
 
+    @cached_property
     def benches(self):
         """A bench for each of --seeds: this one, then one a seed in a folder below it. They
         share what a step costs; their arms are called seed-1/NAME, and so on."""
@@ -92,7 +93,7 @@ class Bench:
 
     def on_every_seed(self, *names):
         """Arms under their names of every seed, for what serves all of them."""
-        return [bench.prefix + name for bench in self.benches() for name in names]
+        return [bench.prefix + name for bench in self.benches for name in names]
 
     def is_finished(self, name):
         """Whether an arm has made all its steps."""
@@ -113,6 +114,11 @@ class Bench:
                 raise UserError(f"{self.first.folder / name}: this run is not finished, and what "
                                 f"follows depends on it; --arm {name} continues it")
         return min(runs, key=lambda choice: self.first.log(runs[choice], "val_loss"))
+
+    def image_flags(self):
+        """What every command is told about the images."""
+        gray = ["--gray"] if self.args.gray else []
+        return ["--data", self.args.data, "--size", self.args.size, *gray]
 
     def machine_flags(self):
         """What every command is told about the machine."""
@@ -153,11 +159,10 @@ class Bench:
 
     def count_petaflop(self, *names):
         """10^15 floating-point operations of training, of some arms together."""
-        known, total = {f.name for f in fields(Options)}, 0
+        total = 0
         for name in names:
             config = json.loads((self.folder / name / "config.json").read_text())
-            o = Options(**{key: value for key, value in config.items() if key in known})
-            total += training_flop(o, network_options)
+            total += training_flop(Options(**recorded_options(Options, config)), network_options)
         return total / 1e15
 
     # --- numbers
@@ -212,6 +217,18 @@ class Bench:
         key = " ".join([self.name_model(path), f"n={n}", *words])
         how = how | dict(labels=labels)
         return self.measure_once(key, self.measure_distances, images, path, n, how)
+
+    def compare_seeds(self, paths, data=None, **how):
+        """Distances of some runs of every seed to their training images.
+
+        data: of the images; None means the command line's. how: arguments of `sample`.
+        -> {path: [cell, one a seed]}"""
+        cells = {path: [] for path in paths}
+        for bench in self.benches:
+            images, _ = bench.split_images(data, gray=self.args.gray)
+            for path in paths:
+                cells[path].append(bench.distances(images, path, self.scale["n"], **how))
+        return cells
 
     def name_model(self, path):
         """A run or checkpoint with its step: a run that has gone on is another model."""
@@ -273,9 +290,18 @@ def measure_speed_up(baseline, method):
     return time_to_reach(*baseline, goal) / time_to_reach(*method, goal)
 
 
+def list_seeds(cells):
+    """Cells as a list, one a seed; a single one becomes a list."""
+    return cells if isinstance(cells, list) else [cells]
+
+
 def count_better(ours, theirs):
-    """On how many distances the first of two cells is clearly smaller, and larger."""
-    pairs = [(ours[proxy][0], theirs[proxy][0]) for proxy in PROXY_ORDER]
+    """In how many comparisons the first is clearly smaller, and clearly larger.
+
+    ours, theirs: cells of `Bench.distances`, one each or a list with one a seed; a distance
+    and a seed are one comparison."""
+    pairs = [(a[proxy][0], b[proxy][0]) for a, b in zip(list_seeds(ours), list_seeds(theirs))
+             for proxy in PROXY_ORDER]
     return (sum(a < (1 - MARGIN) * b for a, b in pairs),
             sum((1 - MARGIN) * a > b for a, b in pairs))
 
@@ -307,8 +333,7 @@ def format_distances(cells, which=0):
     """Cells of `Bench.distances` as text.
 
     cells: one, or a list of them, one a seed. which: 0 the values, 1 their floors."""
-    cells = cells if isinstance(cells, list) else [cells]
-    return " / ".join(format_spread([cell[name][which] for cell in cells])
+    return " / ".join(format_spread([cell[name][which] for cell in list_seeds(cells)])
                       for name in PROXY_ORDER)
 
 

@@ -66,12 +66,12 @@ def run_ddm(args):
     """ten analytic steps against DDPM's ancestral sampler at up to a thousand [DDM]"""
     refuse_gray(args)
     first = Bench("ddm", args, SCALES[args.scale])
-    for bench in first.benches():
+    for bench in first.benches:
         for name in ARMS:
             train_denoiser(bench, name)
     if not first.all_trained():
         return
-    for bench in first.benches():                           # a table for each seed
+    for bench in first.benches:                             # a table for each seed
         images, _ = bench.split_images()
         tables = measure_samplers(bench, images), measure_slow_rows(bench, images)
         bench.write("table.md", describe_samplers(bench, *tables))
@@ -80,10 +80,10 @@ def run_ddm(args):
 
 def train_denoiser(bench, name):
     """Train an arm."""
-    args, scale = bench.args, bench.scale
+    scale = bench.scale
     schedule, predict = ARMS[name]
-    bench.train_arm(name, train.main, "--data", args.data, "--size", args.size,
-                    "--model", scale["model"], *scale["train"], "--workers", 0,
+    bench.train_arm(name, train.main, *bench.image_flags(), "--model", scale["model"],
+                    *scale["train"], "--workers", 0,
                     "--sample-every", NEVER, "--schedule", schedule, "--predict", predict,
                     "--steps", scale["steps"])
 

@@ -32,7 +32,6 @@ from plumbing.images import choose_subset, to_float
 from plumbing.sheets import save_picture
 from probe import probe_accuracy
 from restore import draw_reconstruction, mean_image_error, reconstruct, reconstruction_errors
-from sample import load
 
 # fifths: of its steps, at which an arm is measured.
 SCALES = {
@@ -59,17 +58,18 @@ CLAIMED = 3                                                 # times as fast
 def run_lmd(args):
     """a rising mask against a fixed one, in latents [LMD]"""
     first = Bench("lmd", args, SCALES[args.scale])
-    for bench in first.benches():
+    for bench in first.benches:
         for name in ARMS:
             train_reconstruction(bench, name)
     if not first.all_trained():
         return
-    for bench in first.benches():                           # a table for each seed
+    for bench in first.benches:                             # a table for each seed
         images, held_out = bench.split_images(gray=args.gray)
         rows = [measure_fifth(bench, name, fifth, held_out)
                 for name in ARMS for fifth in bench.scale["fifths"]]
         mean = bench.measure_once("the mean image", measure_mean_image, bench, images, held_out)
-        bench.write("table.md", describe_reconstructions(bench, rows, mean))
+        speed = bench.measure_once("encoded images a second", measure_encoding, bench, images)
+        bench.write("table.md", describe_reconstructions(bench, rows, mean, speed))
         x = to_float(held_out.take(choose_subset(len(held_out), 4))[0])
         for name in ARMS:
             done = reconstruct(bench.model(name), x, 0.75)
@@ -79,19 +79,15 @@ def run_lmd(args):
 
 # --- training -----------------------------------------------------------------------------
 
-def photo_flags(args):
-    """What the autoencoder and all arms are told about the images."""
-    return ["--data", args.data, "--size", args.size, *(["--gray"] if args.gray else [])]
-
-
 def train_autoencoder(bench):
     """Train the claim's autoencoder unless that was done, with the first seed. -> its file
 
     What another seed holds out, this one has mostly trained on; all arms alike."""
     args, weights = bench.first.args, bench.first.folder / "vae.pt"
     if not weights.exists():
-        status = vae.main(call_flags([*photo_flags(args), *bench.scale["vae"], "--seed", args.seed,
-                                      "--device", args.device, "--out", weights]))
+        status = vae.main(call_flags([*bench.image_flags(), *bench.scale["vae"],
+                                      "--seed", args.seed, "--device", args.device,
+                                      "--out", weights]))
         if status:                                          # a signal: these weights are half done
             weights.unlink()
             raise SystemExit(status)
@@ -100,7 +96,7 @@ def train_autoencoder(bench):
 
 def lmd_flags(bench):
     """The flags that all arms share."""
-    return [*photo_flags(bench.args), "--space", "latent",
+    return [*bench.image_flags(), "--space", "latent",
             "--vae", partial(train_autoencoder, bench),
             "--latents", bench.first.folder / "latents", "--patch", 2, "--workers", 0,
             "--objective", "reconstruct", "--decoder", 4, "--model", bench.scale["model"],
@@ -140,7 +136,7 @@ def measure_mean_image(bench, images, held_out):
 
 def measure_errors(bench, path, held_out):
     """Errors of a checkpoint at every ratio, and the PSNR of its pictures."""
-    model = load(bench.folder / path, device=bench.args.device)
+    model = bench.model(path)
     errors = reconstruction_errors(model, held_out)
     x = to_float(held_out.take(choose_subset(len(held_out), SHOWN))[0])
     done = reconstruct(model, x, 0.75)
@@ -158,9 +154,9 @@ def measure_fifth(bench, name, fifth, held_out):
             f"{cell['psnr']:.2f}"]
 
 
-def measure_encoding(bench):
+def measure_encoding(bench, images):
     """Images a second through the autoencoder's encoder."""
-    model, (images, _) = bench.model("fixed-0.75"), bench.split_images(gray=bench.args.gray)
+    model = bench.model("fixed-0.75")
     x = to_float(images.take(choose_subset(len(images), 256))[0]).to(model.device)
     begun = time.monotonic()
     for part in x.split(64):
@@ -211,16 +207,16 @@ def judge_ramp(factors):
             f"0: never as good): {found}.")
 
 
-def describe_reconstructions(bench, rows, mean):
-    """The claim's tables of one seed, as text."""
+def describe_reconstructions(bench, rows, mean, encoding):
+    """The claim's tables of one seed, as text. mean: the mean image's error. encoding:
+    images a second."""
     args, cell = bench.args, bench.cells[f"fixed-0.75/{count_fifth(bench, 'fixed-0.75', 5):06d}.pt"]
     table = format_table(["arm", "minutes", "step", *(f"error at {ratio}" for ratio in RATIOS),
                           "PSNR at 0.75, dB"], rows)
     batch = bench.log("cosine", "images") / bench.log("cosine", "step")
     speeds = ", ".join(f"{name} {batch / mean_step(bench, name):.0f}" for name in ARMS)
-    encoding = bench.measure_once("encoded images a second", measure_encoding, bench)
-    probes = [[name, bench.measure_once(f"{name}: probe", measure_probe, bench, name)]
-              for name in PROBED]
+    probes = [[name, bench.measure_once(f"{bench.name_model(name)}: probe",
+                                        measure_probe, bench, name)] for name in PROBED]
     parts = [
         "Held-out error of hidden latents in units of the data's variance (1: an all-zero guess; "
         f"{mean:.4f}: the mean of the training images), {args.data}, seed {args.seed}. The "

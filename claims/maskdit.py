@@ -55,7 +55,7 @@ def run_maskdit(args):
     """half of the tokens and a light decoder against all of them [MaskDiT]"""
     refuse_gray(args)
     first = Bench("maskdit", args, SCALES[args.scale])
-    benches = first.benches()
+    benches = first.benches
     train_choices(first)
     for bench in benches:
         for name in ARMS:
@@ -76,8 +76,7 @@ def run_maskdit(args):
 
 def maskdit_flags(bench):
     """The flags that all arms share."""
-    args, scale = bench.args, bench.scale
-    return ["--data", args.data, "--size", args.size, "--model", scale["model"], *scale["train"],
+    return [*bench.image_flags(), "--model", bench.scale["model"], *bench.scale["train"],
             "--labels", "--schedule", "edm", "--predict", "unit", "--time-sampling", "lognormal",
             "--workers", 0, "--sample-every", NEVER]
 
@@ -178,9 +177,8 @@ def measure_classes(bench, images, path, how):
 
 def judge_half(cells):
     """One sentence. cells: {run: distances, one a seed}"""
-    counts = [count_better(*pair) for pair in zip(cells["half-last"], cells["all-tokens-last"])]
-    better, worse = (sum(count) for count in zip(*counts))
-    of = f"of {len(PROXY_ORDER) * len(counts)} comparisons (a distance and a seed each)"
+    better, worse = count_better(cells["half-last"], cells["all-tokens-last"])
+    of = f"of {len(PROXY_ORDER) * len(cells['half-last'])} comparisons (a distance and a seed each)"
     if better and not worse:
         return f"**Holds here**: at equal time half of the tokens are better in {better} {of}."
     if worse and not better:

@@ -45,7 +45,7 @@ CLAIMED, BY_LESS = 4, 1.1                                   # a speed-up below 1
 def run_maskdm(args):
     """few of the tokens against all of them, at several lengths of training [MaskDM]"""
     first = Bench("maskdm", args, SCALES[args.scale])
-    benches = first.benches()
+    benches = first.benches
     for arm in ARMS:
         train_rates(first, arm)
     for bench in benches:
@@ -54,12 +54,7 @@ def run_maskdm(args):
                 train_branches(bench, arm, fine)
     if not first.all_trained():
         return
-    cells = {}
-    for bench in benches:
-        images, _ = bench.split_images(gray=args.gray)
-        for end in list_ends(first):
-            cell = bench.distances(images, end, bench.scale["n"], steps=CALLS)
-            cells.setdefault(end, []).append(cell)
+    cells = first.compare_seeds(list_ends(first), steps=CALLS)
     first.write("table.md", describe_branches(benches, cells))
     rows = [(f"{end.rpartition('-')[0]},\n{end.rpartition('-')[2]} minutes",
              first.draw(end, 10, steps=CALLS)) for end in list_ends(first)]
@@ -91,10 +86,9 @@ def list_ends(bench):
 
 def maskdm_flags(bench, fine):
     """The flags that both arms share."""
-    args, scale = bench.args, bench.scale
-    gray = ["--gray"] if args.gray else []
-    return ["--data", args.data, "--size", args.size, *gray, "--model", scale["model"],
-            *scale["train"], *(scale["small"] if fine else []), "--workers", 0]
+    scale = bench.scale
+    return [*bench.image_flags(), "--model", scale["model"], *scale["train"],
+            *(scale["small"] if fine else []), "--workers", 0]
 
 
 def maskdm_pace(bench, arm, fine):
@@ -198,11 +192,10 @@ def judge_fine(benches, cells):
     sentences = []
     for minutes in branch_lengths(benches[0], True):
         theirs, ours = (cells[end_name(arm, True, minutes)] for arm in ARMS)
-        counts = [count_better(*pair) for pair in zip(ours, theirs)]
-        better, worse = (sum(count) for count in zip(*counts))
+        better, worse = count_better(ours, theirs)
         sentences.append(
             f"With small patches, after {minutes:g} minutes: masked training is clearly better in "
-            f"{better} and clearly worse in {worse} of {len(PROXY_ORDER) * len(counts)} "
+            f"{better} and clearly worse in {worse} of {len(PROXY_ORDER) * len(ours)} "
             "comparisons (a distance and a seed each).")
     return sentences
 

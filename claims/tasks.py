@@ -49,12 +49,12 @@ ROWS = 4                                                    # of a picture
 def run_tasks(args):
     """super-resolution, inpainting, edges and saliency in ten calls [DDM]"""
     first = Bench("tasks", args, SCALES[args.scale])
-    for bench in first.benches():
+    for bench in first.benches:
         for task in ARMS:
             train_task(bench, task)
     if not first.all_trained():
         return
-    for bench in first.benches():                           # a table for each seed
+    for bench in first.benches:                             # a table for each seed
         rows, verdicts = [], []
         for task in ARMS:
             pairs = hold_out_pairs(bench, task)

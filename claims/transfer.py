@@ -52,17 +52,12 @@ def run_transfer(args):
         raise UserError("--target: transfer needs a second set of images to fine-tune on, such as "
                         "faces for the built-in ones; --data is the set to pre-train on")
     first = Bench("transfer", args, SCALES[args.scale])
-    benches = first.benches()
+    benches = first.benches
     for bench in benches:
         train_transfers(bench)
     if not first.all_trained():
         return
-    cells = {}
-    for bench in benches:
-        images, _ = bench.split_images(data=target_of(bench), gray=args.gray)
-        for end in ENDS:
-            cell = bench.distances(images, end, bench.scale["n"], steps=CALLS)
-            cells.setdefault(end, []).append(cell)
+    cells = first.compare_seeds(ENDS, target_of(first), steps=CALLS)
     first.write("table.md", describe_transfers(benches, cells))
     rows = [(end, first.draw(end, 10, steps=CALLS)) for end in ENDS]
     first.save_sheet("samples.png", rows, [f"noise {i}" for i in range(1, 11)])

@@ -185,6 +185,12 @@ def list_parts(counts, unit):
     return ", ".join(f"{name} {counts[name] / unit:.4g}" for name in NAMES if counts.get(name))
 
 
+def training_flop_per_add(o):
+    """FLOP of training for each multiply-add of a forward pass: forward, twice as much
+    backward, and once more forward with --checkpoint-blocks."""
+    return 2 * (4 if o.checkpoint_blocks else 3)
+
+
 def describe_work(o, total, full, is_ramp, mean):
     """Two lines of --dry-run: one forward pass, and training. total, full: multiply-adds
     per image with the masks of the run and with all tokens. mean: `total` by parts."""
@@ -193,7 +199,7 @@ def describe_work(o, total, full, is_ramp, mean):
         forward += " in the mean"
     if full != total:
         forward += f", {full / 1e9:.4g} with all tokens, as in a call of sampling"
-    flop = 2 * (4 if o.checkpoint_blocks else 3)            # of training, for each multiply-add
+    flop = training_flop_per_add(o)
     parts = list_parts({name: flop * adds for name, adds in mean.items()}, 1e9)
     return [forward, f"training     {flop * total / 1e9:.4g} GFLOP per image: {parts}"]
 
@@ -258,10 +264,10 @@ def training_flop(o, network_options):
     o: Options with --steps. network_options: as in `describe_cost`. -> FLOP"""
     net, space = build_without_numbers(o, network_options)
     mean, _ = mean_cost(o, net, o.size // space.factor // o.patch)
-    step = (4 if o.checkpoint_blocks else 3) * o.batch * sum(mean.values())
+    step = training_flop_per_add(o) * o.batch * sum(mean.values())
     if o.optimizer == "muon":
-        step += orthogonalisation_cost(net)
-    return 2 * o.steps * step
+        step += 2 * orthogonalisation_cost(net)
+    return o.steps * step
 
 
 def describe_cost(o, network_options, script, arguments):

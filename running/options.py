@@ -497,17 +497,15 @@ def check_same_run(options, given, out, ckpt):
            f"become longer")
 
 
-def before_options(options):
-    """What a run did that is older than some of the options. -> {name: value}"""
-    return {f.name: f.metadata["before"] for f in dataclasses.fields(options)}
+def recorded_options(options, config):
+    """What a run did, by its config. Of options younger than the run: what such runs did;
+    one that is gone now is left out. options: a class. -> {name: value}"""
+    return {f.name: config.get(f.name, f.metadata["before"]) for f in dataclasses.fields(options)}
 
 
 def continue_options(options, given, out, ckpt):
     """The options of the run in `out`, with what `given` may change."""
-    names = {f.name for f in dataclasses.fields(options)}
-    kept = before_options(options)                                  # of a run that is older
-    kept |= {k: v for k, v in ckpt["config"].items() if k in names}  # one that is gone now is left
-    kept["vae"] = ckpt["meta"]["vae"]
+    kept = recorded_options(options, ckpt["config"]) | dict(vae=ckpt["meta"]["vae"])
     if given.get("steps") is not None:                              # a number replaces the clock
         kept["minutes"] = None
     changed = {k: v for k, v in given.items() if k in MAY_CHANGE}

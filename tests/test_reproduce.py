@@ -136,7 +136,7 @@ def test_every_seed_has_arms_of_its_own_and_all_share_what_a_step_costs(tmp_path
         args = reproduce.parser().parse_args(["ddm", "--seed", "3", "--out", str(tmp_path), *flags])
         first = claims.bench.Bench("ddm", args, {})
         first.time_network = lambda name, flags: 0.25
-        for bench in first.benches():
+        for bench in first.benches:
             bench.train_arm("arm", command, "--x", bench.seconds_per_step({"net": []})["net"])
         return first
 
