@@ -106,7 +106,8 @@ def has_no_condition(was, now):
 
 
 # These cannot change: the weights would mean something else.
-FIXED = ("objective", "predict", "space", "model", "patch", "skips", "decoder", "economy")
+FIXED = ("objective", "predict", "precondition", "space", "model", "patch", "skips", "decoder",
+         "economy")
 
 # option -> whether it is inherited: a function of the first stage's options (was) and of
 # this stage's (now: as they are if all in this table is inherited).

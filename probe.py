@@ -131,6 +131,8 @@ def probe_accuracy(
     -> {"trained", "untrained", "pixels", "chance": accuracy in [0, 1]}"""
     torch.manual_seed(seed)
     fresh = build_model(model.meta)[0].to(model.device).eval()
+    if fresh.guess is not None:                             # measured, not trained
+        fresh.guess.load_state_dict(model.net.guess.state_dict())
     parts = [images, held_out]
     if model.space.name == "latent" and folder:
         parts, space = encode_once(parts, model.space, folder, False, model.device)

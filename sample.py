@@ -558,6 +558,10 @@ def check_names(meta):
         if name not in registry:
             raise UserError(f"the checkpoint's {field} is {name}; this program knows "
                             f"{', '.join(registry)}")
+    guess = meta["model"].get("guess")
+    if guess not in (None, meta["predict"]):
+        raise UserError(f"the checkpoint's guess is one of {guess}, its network predicts "
+                        f"{meta['predict']}")
 
 
 def check_sizes(schedule, sizes, weights):

@@ -237,7 +237,9 @@ class Prediction:
     has_image = False
 
     def target(self, x0, eps, a, b, schedule):
-        """The fields that the network learns -> list of `heads` fields (B, C, H, W)."""
+        """The fields that the network learns, linear in x0 and eps.
+
+        -> list of `heads` fields (B, C, H, W)"""
         raise NotImplementedError
 
     def split(self, fields, xt, a, b, schedule):

@@ -31,7 +31,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from losses import OBJECTIVES
-from mask import draw
+from mask import draw, patchify
 from plumbing.console import UserError, run_command
 from plumbing.images import choose_subset, seeded, to_float
 from plumbing.machine import amp_type, start_machine
@@ -41,10 +41,10 @@ from running.cost import describe_cost
 from running.journal import Journal
 from running.options import Options, check, options_parser, resolve_options
 from running.setup import (
-    STAGES, absolute_path, compile_blocks, describe_data, describe_model, load_first_stage,
-    load_optimizers, load_run_images, mask_ratio, network_options, open_space, read_state,
-    require_hidden_tokens, require_output_outside, require_same_data, require_same_view,
-    shard_indices, split_batch, step_cost)
+    STAGES, absolute_path, compile_blocks, describe_data, describe_model, keeps_unit,
+    load_first_stage, load_optimizers, load_run_images, mask_ratio, network_options, open_space,
+    read_state, require_hidden_tokens, require_output_outside, require_same_data,
+    require_same_view, shard_indices, split_batch, step_cost, take_measured)
 from sample import build_schedule, load_weights
 from schedules import times
 from spaces import encode_once
@@ -98,11 +98,14 @@ class Setup:
             (self.images, self.held_out), self.space = encode_once(
                 [self.images, self.held_out], self.space, o.latents, o.flip,
                 self.machine.device, o.workers)
+        self.measured = None                    # some of the data, where it has to be measured
         if self.ckpt:
             self.meta = self.ckpt["meta"] | dict(vae=absolute_path(o.vae))
         else:
+            if not keeps_unit(o, self.first):
+                self.measured = take_measured(o, self.images, self.space, self.machine.device)
             self.meta = describe_model(o, self.images, self.space, self.first, self.stage,
-                                       self.machine.device)
+                                       self.measured)
             self.meta |= dict(shards=self.machine.world * self.shards, data=self.data)
         self.schedule = build_schedule(self.meta)
         # A reconstruction has no time: t = 0, where x_t is the image.
@@ -168,6 +171,8 @@ class Learner:
         if setup.first:
             weights, meta = setup.first
             load_first_stage(self.net, weights, meta["classes"], setup.classes)
+        if self.net.guess is not None and setup.measured is not None:
+            self.net.guess.fit(patchify(setup.measured, self.o.patch).flatten(0, 1))
         self.net.checkpoint_blocks = self.o.checkpoint_blocks
         self.net.to(self.machine.device)
         # The average is a model of its own: it is what gets sampled.

@@ -15,6 +15,8 @@ zero. The small sizes have them with three later changes (RotaryBlock).
     u = decoder(u, c)                                  2306.09305): light blocks, all tokens
     out = head(u)                        (B, C_out, H, W)
 
+With a PatchGuess the network is given each patch along the data's principal axes, and out
+is the best linear guess about a patch from itself plus what the network adds.
 Dropping is one token economy of three (ECONOMIES). Hidden tokens may instead take a shorter
 route (TREAD, 2501.04765), or leave late, after a light mixer has seen them (MicroDiT,
 2407.15811). The mask says which tokens those are. It is a value drawn outside, whatever is
@@ -36,6 +38,7 @@ Run `python vit.py` to see which token is in which block, with each economy.
 import math
 import re
 import textwrap
+from contextlib import nullcontext
 from functools import lru_cache, partial
 
 import torch
@@ -46,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 from mask import Mask, draw, patchify, unpatchify
 from plumbing.faces import draw_faces
 from plumbing.sheets import draw_sheet
-from schedules import SCHEDULES, per_image, to_float64
+from schedules import PREDICTIONS, SCHEDULES, per_image, to_float64
 
 
 # --- positions and time: sines and cosines ------------------------------------------------
@@ -357,6 +360,82 @@ class DeferEconomy(Economy):
 ECONOMIES = {"drop": DropEconomy(), "route": RouteEconomy(), "defer": DeferEconomy()}
 
 
+# --- what the network need not learn ------------------------------------------------------
+
+def full_precision(device):
+    """The block in which autocast is off; it does not know the meta device."""
+    is_meta = device.type == "meta"
+    return nullcontext() if is_meta else torch.autocast(device.type, enabled=False)
+
+
+class PatchGuess(nn.Module):
+    """The best linear guess about a patch from itself: the network adds the rest.
+
+    U are the principal axes of the data's patches, mu their mean, s_i the standard
+    deviation along axis i. Each axis is data with a unit of its own, so it has the angle
+    of schedule.angle, with s_i for data_std. A noisy patch is turned by it:
+
+        theta_i = arctan(b / (a s_i))
+        w       = U^T (x_t - a mu) / sqrt(a^2 s^2 + b^2)       variance 1 on every axis
+        x0      = mu + U s (cos theta w + sin theta f)
+        eps     =      U   (sin theta w - cos theta f)
+
+    The network is given w and answers f, which has variance 1, too. f = 0 is the best
+    linear guess (Wiener's filter). This is EDM's preconditioning (2206.00364) with a
+    variance for each axis instead of one for all values: fine detail, which has little
+    variance, is then quiet from the start. Each head has an f of its own.
+
+    It looks at one patch at a time, so nothing of a hidden patch gets into a visible one.
+    predict: a name in PREDICTIONS. area: pixels of a patch. Shapes: f (B, K, heads P)."""
+
+    def __init__(self, schedule, predict, area, channels):
+        super().__init__()
+        self.schedule, self.prediction = schedule, PREDICTIONS[predict]
+        self.area, self.channels = area, channels
+        self.register_buffer("axes", torch.eye(area * channels))            # U: a column is an axis
+        self.register_buffer("spread", torch.ones(area * channels))         # s
+        self.register_buffer("mean", torch.zeros(area * channels))          # mu
+
+    def fit(self, u):
+        """Measure patches of the data, u (n, P). One more, as large as the mean patch in
+        every direction, is taken for granted: so few patches leave no axis empty."""
+        u, n = u.double(), len(u)
+        variances, axes = torch.linalg.eigh(torch.cov(u.T, correction=0))
+        variances = (n * variances + variances.mean()) / (n + 1)
+        self.axes.copy_(axes)
+        self.spread.copy_(variances.clamp(min=1e-6).sqrt())
+        self.mean.copy_(u.mean(0))
+
+    def coefficients(self, t):
+        """a, b at times t, each (B, 1, 1) or (1, 1, 1), float32."""
+        t = to_float64(t)
+        return [per_image(f(t), self.mean[None, None]) for f in (self.schedule.a, self.schedule.b)]
+
+    def whiten(self, x, t):
+        """Patches x (B, N, P) of x_t -> w (B, N, P)."""
+        a, b = self.coefficients(t)
+        with full_precision(x.device):
+            return (x - a * self.mean) @ self.axes / torch.hypot(a * self.spread, b)
+
+    def complete(self, f, w, t):
+        """The network's answer f (B, K, heads P) beside w (B, K, P), as the fields of the
+        prediction -> (B, K, heads P). DDM's slopes are heads that stay as they are."""
+        a, b = self.coefficients(t)
+        norm = torch.hypot(a * self.spread, b)
+        cos, sin = a * self.spread / norm, b / norm
+        heads = list(f.unflatten(-1, (self.area, -1, self.channels)).unbind(-2))
+        zero = torch.zeros_like(self.mean)
+        from_mean = self.prediction.target(self.mean, zero, a, b, self.schedule)
+        with full_precision(w.device):
+            for i in range(self.prediction.heads):
+                own = heads[i].flatten(-2)                                              # (B, K, P)
+                x0, eps = self.spread * (cos * w + sin * own), sin * w - cos * own
+                # Every target is linear in x0 and eps, so it may be turned as a whole.
+                field = self.prediction.target(x0, eps, a, b, self.schedule)[i] @ self.axes.T
+                heads[i] = (field + from_mean[i]).view_as(heads[i])
+        return torch.stack(heads, -2).flatten(-3)
+
+
 # --- the whole network --------------------------------------------------------------------
 
 class ViT(nn.Module):
@@ -380,6 +459,7 @@ class ViT(nn.Module):
         economy="drop",           # a name in ECONOMIES
         block="dit",              # a name in BLOCKS
         clock="angle",            # a name in CLOCKS
+        guess=None,               # a prediction, for which a PatchGuess begins; None: no guess
     ):
         super().__init__()
         self.schedule, self.clock = schedule, CLOCKS[clock]
@@ -412,6 +492,7 @@ class ViT(nn.Module):
         last = decoder_width if decoder else width
         self.head_ada = nn.Linear(width, 2 * last)
         self.head = nn.Linear(last, area * channels * heads_out)
+        self.guess = PatchGuess(schedule, guess, area, channels) if guess else None
         self.initialise()
 
     def initialise(self):
@@ -504,6 +585,16 @@ class ViT(nn.Module):
             u = m.scatter(u, fill=self.mask_token)                                      # (B, N, D')
         return self.run_blocks(self.decoder, u + place.embed(u.shape[2]), c, place)
 
+    def add_guess(self, out, x, t, m):
+        """The head's output (B, K or N, P'') with the linear guess of each patch that was
+        seen. A decoder's answer for the others stays as it is: nothing of them is known."""
+        if m is not None and out.shape[1] < x.shape[1]:
+            return self.guess.complete(out, m.gather(x), t)
+        whole = self.guess.complete(out, x, t)
+        if m is None or self.economy.hidden_seen:
+            return whole
+        return torch.where(m.visible[:, :, None], whole, out)
+
     def forward(self, zt, t, y=None, m=None, cond=None):
         """The network's output for noisy images.
 
@@ -514,7 +605,10 @@ class ViT(nn.Module):
         -> (B, C_out, H, W), float32, zero at dropped patches unless there is a decoder"""
         B, _, H, W = zt.shape
         h, w = H // self.p, W // self.p
-        x = patchify(per_image(self.schedule.input_scale(t), zt) * zt, self.p)           # (B, N, P)
+        if self.guess is None:
+            x = patchify(per_image(self.schedule.input_scale(t), zt) * zt, self.p)       # (B, N, P)
+        else:
+            x = self.guess.whiten(patchify(zt, self.p), t)
         if self.embed_cond is not None:
             cond = patchify(cond, self.p)                                               # (B, N, P')
         place = Places(h, w, zt.device)
@@ -524,6 +618,8 @@ class ViT(nn.Module):
             u = self.decode(u, c, place, m)                                             # (B, N, D')
         shift, scale = self.head_ada(F.silu(c)).chunk(2, -1)
         out = self.head(modulate(u, shift, scale)).float()                        # (B, K or N, P'')
+        if self.guess is not None:
+            out = self.add_guess(out, x, t, m)
         if out.shape[1] < h * w:
             out = m.scatter(out)                                                       # (B, N, P'')
         return unpatchify(out, self.p, h, w)

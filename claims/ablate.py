@@ -54,6 +54,7 @@ ARMS = {
     "all-tokens": Arm(mask=0.0, share=0.0),
     "two-thirds-masked": Arm(share=2 / 3),
     "one-third-masked": Arm(share=1 / 3),
+    "no-guess": Arm(flags=("--precondition", "none")),
     "rate-x2": Arm(flags=("--lr", 4e-3)),
     "rate-x0.5": Arm(flags=("--lr", 1e-3)),
     "uniform-times": Arm(flags=("--time-sampling", "uniform")),
@@ -61,7 +62,7 @@ ARMS = {
     "lognormal-times": Arm(flags=("--time-sampling", "lognormal")),
     # the recipe before: .9 hidden for two thirds of the time
     "before": Arm(mask=0.9, share=2 / 3, optimizer="adamw", dit=True,
-                  flags=("--time-sampling", "uniform")),
+                  flags=("--time-sampling", "uniform", "--precondition", "none")),
 }
 
 

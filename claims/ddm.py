@@ -12,7 +12,8 @@ ladder from DDPM to DDM that changes one thing at a time. Above 50 calls there a
 samples; what is compared with those rows has as few.
 
 Fairness. All arms have the same images, network, batch, learning rate (train.py's), seed
-and number of steps. They differ in schedule and prediction, and in nothing else.
+and number of steps. They differ in schedule and prediction, and in nothing else. Their
+heads are the papers', without a guess about patches (PatchGuess in vit.py).
 """
 import train
 from claims.bench import (
@@ -85,7 +86,7 @@ def train_denoiser(bench, name):
     bench.train_arm(name, train.main, *bench.image_flags(), "--model", scale["model"],
                     *scale["train"], "--workers", 0,
                     "--sample-every", NEVER, "--schedule", schedule, "--predict", predict,
-                    "--steps", scale["steps"])
+                    "--precondition", "none", "--steps", scale["steps"])
 
 
 # --- numbers ------------------------------------------------------------------------------

@@ -93,6 +93,11 @@ def is_widths(value):
     return isinstance(value, (list, tuple)) and 1 <= len(value) <= 8 and all(map(is_side, value))
 
 
+def is_name_or_none(value):
+    """a name or None"""
+    return value is None or is_name(value)
+
+
 def is_positive_number(value):
     """a positive number"""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
@@ -143,7 +148,7 @@ NETWORK = {
     "channels": is_side, "heads_out": is_side, "patch": is_side, "width": is_side,
     "depth": is_side, "heads": is_side, "skips": is_flag, "decoder": is_count,
     "decoder_width": is_side, "classes": is_count, "cond_channels?": is_count,
-    "economy?": is_name, "block?": is_name, "clock?": is_name}
+    "economy?": is_name, "block?": is_name, "clock?": is_name, "guess?": is_name_or_none}
 
 
 AUTOENCODER = {

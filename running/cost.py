@@ -41,7 +41,7 @@ from spaces import SPACES
 from vit import Block, ViT
 
 GPUS = 8                                                       # of the machine that is described
-NAMES = ("mixer", "encoder", "decoder", "attention")           # the parts, in reading order
+NAMES = ("mixer", "encoder", "decoder", "attention", "guess")  # the parts, in reading order
 PARTS = {"mixer": "mixer", "enter": "mixer", "connect": "decoder", "connect_ada": "decoder",
          "mask_token": "decoder", "decoder": "decoder"}        # by the name of a layer
 
@@ -85,8 +85,9 @@ def forward_cost(net, h, w, visible=None):
     """Count one image's way through a network on the meta device.
 
     h, w: the grid of tokens. visible: how many are seen (None: no mask).
-    -> {part: multiply-adds}, with "attention" for the products of tokens with tokens; and
-    the list of K D of every block, in the order in which they run."""
+    -> {part: multiply-adds}, with "attention" for the products of tokens with tokens and
+    "guess" for those of a PatchGuess; and the list of K D of every block, in the order in
+    which they run."""
     adds, blocks, handles = Counter(), [], []
 
     def count_pairs(block, given, out):
@@ -111,6 +112,11 @@ def forward_cost(net, h, w, visible=None):
         net(image, torch.zeros(1), y, m, cond)
     for handle in handles:
         handle.remove()
+    if net.guess is not None:
+        tokens, P = h * w, len(net.guess.mean)
+        answered = tokens if net.decoder is not None or visible is None else visible
+        answered = tokens if net.economy.all_scored else answered
+        adds["guess"] = (tokens + answered * net.guess.prediction.heads) * P * P
     return adds, blocks
 
 

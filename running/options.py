@@ -118,6 +118,9 @@ class Options:
         explain=True)
     predict: str = option(
         "noise", "both", "what the network predicts", choices=PREDICTIONS, explain=True)
+    precondition: str = option(
+        "noise", "patch", "what the network adds to: the best linear guess about each patch from "
+        "itself, or nothing", choices=("patch", "none"), before="none")
     weighting: str = option(
         "noise", "plain", "weights of the two heads of --predict both", choices=WEIGHTS,
         explain=True)

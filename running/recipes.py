@@ -30,6 +30,7 @@ RECIPES = {
             mask=0.9, policy="block", block=4,
             schedule="vp-cosine", predict="eps",                # cosine betas, noise prediction,
             time_sampling="uniform",                            # no weights
+            precondition="none",
             optimizer="adamw",
             batch=256, lr=2e-4, warmup=0, lr_end=1.0,           # constant rate
             steps=200_000,                                      # of the released checkpoint
@@ -49,7 +50,7 @@ RECIPES = {
             # target as released (ours: read from the raw output)
             recon_target="noisy",
             # ln sigma ~ N(-1.2, 1.2^2); sigma_data 0.5 there, measured here
-            schedule="edm", predict="unit", time_sampling="lognormal",
+            schedule="edm", predict="unit", time_sampling="lognormal", precondition="none",
             optimizer="adamw",
             batch=1024, lr=1e-4, warmup=0, lr_end=1.0,          # 128 x 8 GPUs, constant rate
             steps=2_000_000,
@@ -69,6 +70,7 @@ RECIPES = {
             mask=0.75, mask_from=0.15, ramp="cosine",           # the schedule left active in the
             policy="patch",                                     # release
             objective="reconstruct",                            # its only loss: no noise, no time
+            precondition="none",
             # ours: the patches themselves, of which a picture can be made. LMD whitens each
             # patch (--recon-target whitened)
             recon_target="clean",
@@ -83,6 +85,7 @@ RECIPES = {
             model="base", patch=2,
             # constant h, two heads, weights on; no LPIPS here
             schedule="ddm", predict="both", weighting="ddm", time_sampling="uniform",
+            precondition="none",
             optimizer="adamw",
             # 128 x 2; down to 5e-6 (ours along a cosine, there a power of 0.96)
             batch=256, lr=1e-4, warmup=0, lr_end=0.05, steps=800_000,

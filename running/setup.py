@@ -188,18 +188,31 @@ def network_options(o, channels, space, classes):
 
     channels: of the images. space: with .channels and .factor. classes: how many. ->
     dict"""
+    is_guessed = o.precondition == "patch" and o.objective == "denoise"
     return dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].head_count(o.predict),
                 patch=o.patch, skips=o.skips, decoder=o.decoder, economy=o.economy,
-                classes=classes, **MODELS[o.model],
+                classes=classes, guess=o.predict if is_guessed else None, **MODELS[o.model],
                 cond_channels=TASKS[o.task].channels(channels) * space.factor ** 2)
 
 
-def measure_std(o, images, space, device):
-    """Root mean square of what diffusion runs on: of the images, or of their latents or
-    maps."""
+def take_measured(o, images, space, device):
+    """Some of what diffusion runs on, to be measured: images, or their latents or maps ->
+    (n, C, H, W), on the CPU."""
     some, _ = images.take(choose_subset(len(images), 1024, o.seed))
     some, _ = make_condition(o.task, to_float(some), images.maps, g=seeded(o.seed, 8))
-    return space.encode(some.to(device)).cpu().double().square().mean().sqrt().item()
+    return space.encode(some.to(device)).cpu()
+
+
+def measure_std(z):
+    """The root mean square of all values."""
+    return z.double().square().mean().sqrt().item()
+
+
+def keeps_unit(o, first):
+    """Whether a second stage keeps what its first one measured of the data: unless it goes
+    from pictures to maps or back. first: (weights, meta), or None."""
+    return bool(first) and (
+        TASKS[first[1].get("task", "generate")].exact == TASKS[o.task].exact)
 
 
 def describe_model(
@@ -208,17 +221,11 @@ def describe_model(
     space,          # the space of the diffusion
     first,          # (weights, meta) of a first stage, or None
     stage,          # "train" or "finetune"
-    device,         # where the space's encoder runs
+    measured,       # from `take_measured`; None: the first stage's unit is kept
 ):
     """All that a reader of the checkpoint needs to build its model again. -> dict, the
     `meta`"""
-    task = TASKS[o.task]
-    # A second stage keeps its first one's unit, unless it goes from pictures to maps or
-    # back.
-    if first and TASKS[first[1].get("task", "generate")].exact == task.exact:
-        data_std = first[1]["data_std"]
-    else:
-        data_std = measure_std(o, images, space, device)
+    data_std = first[1]["data_std"] if measured is None else measure_std(measured)
     classes = list(images.classes) if o.labels else []
     network = network_options(o, images.channels, space, len(classes))
     if first:

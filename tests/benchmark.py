@@ -56,7 +56,7 @@ def make_step(args, device, ratio, dtype):
     torch.manual_seed(0)
     schedule = replace(SCHEDULES["ddm"], data_std=0.5)
     side = args.size // args.patch
-    net = ViT(schedule, patch=args.patch, **MODELS[args.model]).to(device)
+    net = ViT(schedule, patch=args.patch, guess="unit", **MODELS[args.model]).to(device)
     if args.compile:
         for block in net.blocks:
             block.compile(dynamic=False)

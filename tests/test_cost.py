@@ -19,6 +19,7 @@ for name in ECONOMIES:
     if name != "drop":
         VARIANTS[name] = dict(economy=name)
         VARIANTS[name + "+decoder"] = dict(economy=name, decoder=1)
+VARIANTS |= {f"{name}+guess": options | dict(guess="both") for name, options in VARIANTS.items()}
 SMALL = dict(channels=3, heads_out=2, patch=2, width=32, depth=4, heads=2, decoder_width=32)
 DIT = dict(channels=4, heads_out=2, patch=2, classes=1001, **MODELS["xl"])   # learns variances
 MASKDIT = dict(channels=4, patch=2, classes=1000, decoder=8, **MODELS["xl"])
@@ -50,6 +51,9 @@ def test_the_count_is_torchs_own(variant, visible):
     weights = sum(e.weight.numel() for e in (net.embed, net.embed_cond) if e is not None)
     # nobody asks for the gradient of image, condition and clock
     unasked = net.embed_time[0].weight.numel() + tokens * weights
+    if net.guess is not None:                   # nor that of a guess but for the network's answer
+        adds, own = forward_cost(on_meta(**options), 4, 4, visible)[0]["guess"], 16 * 12 * 12
+        unasked += adds + own
     assert counter.get_total_flops() == 3 * forward - 2 * unasked
 
 

@@ -228,7 +228,8 @@ def test_the_datas_size_is_that_of_all_classes():
         [torch.full((1000, 3, 8, 8), value, dtype=torch.uint8) for value in (118, 255)])
     images = data.Images(8, 3, torch.zeros(2000, dtype=torch.int64), [], pixels)
     o = train.Options(size=8)
-    std = running.setup.measure_std(o, images, train.open_space(o, 3), torch.device("cpu"))
+    some = running.setup.take_measured(o, images, train.open_space(o, 3), torch.device("cpu"))
+    std = running.setup.measure_std(some)
     exact = data.to_float(pixels).double().square().mean().sqrt().item()
     assert std == pytest.approx(exact, rel=0.05)
 

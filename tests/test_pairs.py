@@ -26,6 +26,7 @@ AXES = {
         (0.9, 0.9), (0.25, 0.75), (0.5, 0.0)
     ], "schedule": list(SCHEDULES), "predict": list(PREDICTIONS), "weighting": list(WEIGHTS),
     "time": list(TIMES), "space": list(spaces.SPACES), "skips": [False, True],
+    "guess": [False, True],
     "objective": list(OBJECTIVES), "decoder": [0, 2], "economy": list(ECONOMIES),
     "recon": [None, *RECON_TARGETS], "classes": [0, 3], "task": list(TASKS), "grid": list(GRIDS),
     "churn": [0.0, 0.5, 1.0], "solver": list(SOLVERS),
@@ -35,15 +36,16 @@ AXES = {
 def allowed(run):
     """What means something: two-headed weights need two heads, reconstruction a decoder and
     tokens that were dropped, the objective of reconstruction also something hidden, a
-    target without noise and no task beside it, churn the analytic step; long skips join
-    blocks that see the same tokens."""
+    target without noise, no task beside it and no guess about noisy patches, churn the
+    analytic step; long skips join blocks that see the same tokens."""
     alone = run["objective"] == "reconstruct"
     return ((run["weighting"] == "plain" or run["predict"] == "both")
             and (run["recon"] is None or run["decoder"] > 0)
             and ((run["recon"] is None and not alone) or run["economy"] == "drop")
             and not (run["skips"] and not ECONOMIES[run["economy"]].skips)
             and (not alone or (run["decoder"] > 0 and run["recon"] != "noisy"
-                               and run["ratio"][1] > 0 and run["task"] == "generate"))
+                               and run["ratio"][1] > 0 and run["task"] == "generate"
+                               and not run["guess"]))
             and (run["churn"] == 0 or run["solver"] == "analytic"))
 
 
@@ -104,6 +106,7 @@ def one_run(run):
               classes=run["classes"],
               cond_channels=task.channels(2) * space.factor**2,
               economy=run["economy"],
+              guess=run["predict"] if run["guess"] else None,
               )
     objective = OBJECTIVES[run["objective"]](schedule, run["predict"], 2, run["weighting"],
                                              0.1 if run["recon"] else 0.0, run["recon"] or "clean",

@@ -135,6 +135,22 @@ def test_the_command_measures_any_checkpoint_beside_what_knows_nothing(run, obje
         1] > 60  # the mean colour survives the mean over tokens
 
 
+def test_the_untrained_network_is_given_what_the_trained_one_is(colours, run, monkeypatch):
+    """The axes of the data's patches are measured, not trained."""
+    built, real = [], probe.build_model
+
+    def watch(*arguments):
+        built.append(real(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr(probe, "build_model", watch)
+    model = load(run("denoise"), device="cpu")
+    probe.probe_accuracy(model, *[load_images(colours, 16, labels=True)] * 2)
+    ours, fresh = model.net.guess.state_dict(), built[0][0].guess.state_dict()
+    assert ours.keys() == fresh.keys() and ours
+    assert all(torch.equal(ours[name], fresh[name]) for name in ours)
+
+
 def test_in_latents_both_networks_share_one_cache(colours, capsys):
     import vae
     vae.main([

@@ -150,7 +150,9 @@ def test_a_tampered_checkpoint_works_or_is_one_line(tmp_path, count, seed):
     ("config", "beta1", 0, None), ("meta", "shards", "DELETE", None),
     (None, "optimizer", [torch.zeros(4, 4)], "optimizer must be"),
     (None, "rng", torch.get_rng_state().to_sparse(), "rng must be"),
-    ("state", "exp_avg", None, "not that of this network")])
+    ("state", "exp_avg", None, "not that of this network"),
+    ("network", "guess", "unit", "guess is one of unit"), ("network", "guess", 3, "guess must be"),
+    ("network", "guess", None, "not those of the network")])
 def test_what_the_generator_found_is_one_line_or_works(tmp_path, monkeypatch, where, key, value,
                                                        word):
     """A size between the tokens, an integer that torch cannot hold, 0 for 0.0, a long
@@ -166,6 +168,8 @@ def test_what_the_generator_found_is_one_line_or_works(tmp_path, monkeypatch, wh
     owner = ckpt[where] if where in ckpt else ckpt
     if where == "state":                                    # of the optimizer's third parameter
         owner = ckpt["optimizer"][0]["state"][2]
+    if where == "network":
+        owner = ckpt["meta"]["model"]
     if value == "DELETE":
         del owner[key]
     else:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import vit
-from mask import draw
-from schedules import SCHEDULES
+from mask import draw, patchify, unpatchify
+from schedules import PREDICTIONS, SCHEDULES
 from vit import (
-    BLOCKS, ECONOMIES, MODELS, Block, Places, ViT, attend, positions, rotate, route_span,
-    trace_tokens)
+    BLOCKS, ECONOMIES, MODELS, Block, PatchGuess, Places, ViT, attend, positions, rotate,
+    route_span, trace_tokens)
 
 VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2),
             "skips+decoder": dict(skips=True, decoder=1), "classes": dict(classes=3),
@@ -25,6 +25,8 @@ for name in [b for b in BLOCKS if b != "dit"]:
     VARIANTS |= {f"{name} {more}": dict(block=name) | options for more, options in (
         ("plain", {}), ("skips", dict(skips=True)), ("decoder", dict(decoder=2)),
         ("route", dict(economy="route")), ("defer", dict(economy="defer", decoder=1)))}
+VARIANTS |= {f"guess {name}": VARIANTS[name] | dict(guess="both")
+             for name in ("plain", "decoder", "classes", "condition", "route", "defer+decoder")}
 every = pytest.mark.parametrize("variant", VARIANTS)
 SEES_HIDDEN = {v: ECONOMIES[options.get("economy", "drop")].hidden_seen
                for v, options in VARIANTS.items()}
@@ -40,6 +42,8 @@ def awake(**options):
     with torch.no_grad():
         for q in net.parameters():
             q.add_(0.05 * torch.randn_like(q))
+    if net.guess is not None:
+        net.guess.fit(0.2 + torch.randn(500, 12) @ torch.randn(12, 12) / 8)
     return net
 
 
@@ -366,6 +370,65 @@ def test_gradients_first_reach_each_part_at_the_stated_step(decoder, economy):
     if decoder:
         assert first["connect.weight"] == first["decoder.0.ada.weight"] == 1
         assert first["decoder.0.qkv.weight"] == 2
+
+
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_guess_is_the_best_linear_one_and_leaves_a_rest_of_variance_1(name, predict):
+    """On data and noise whose covariance is known exactly: n orthogonal columns.
+
+    What the guess leaves is not correlated with the patch. With the true rest it is the
+    target, whatever the prediction; DDM's slopes stay as they are."""
+    torch.manual_seed(0)
+    n, P, schedule = 4000, 12, SCHEDULES[name]
+    free = torch.randn(n, 2 * P, dtype=torch.float64)
+    exact = torch.linalg.qr(free - free.mean(0)).Q * n ** 0.5
+    exact = exact - exact.mean(0)
+    mixed = torch.eye(P) + torch.randn(P, P, dtype=torch.float64) / 8
+    x0 = (exact[:, :P] @ mixed / 3 + 0.2).float()[None]
+    eps = exact[:, P:].float()[None]
+    guess, t = PatchGuess(schedule, predict, 4, 3), torch.tensor([0.6])
+    guess.fit(x0[0])
+    a, b = guess.coefficients(t)
+    w = guess.whiten(a * x0 + b * eps, t)
+    along = (x0 - guess.mean) @ guess.axes / guess.spread
+    angle = torch.atan2(b, a * guess.spread)
+    f = (along - angle.cos() * w) / angle.sin()
+    for part in (w, f):
+        assert torch.allclose(part[0].T @ part[0] / n, torch.eye(P), atol=5e-3)
+    assert (w[0].T @ f[0] / n).abs().max() < 5e-3
+    heads, slopes = PREDICTIONS[predict].heads, torch.randn(1, n, len(schedule.slopes) * P)
+    parts = [f] * heads + list(slopes.split(P, -1) if schedule.slopes else ())
+    out = guess.complete(as_heads(parts), w, t)
+    wanted = PREDICTIONS[predict].target(x0, eps, a, b, schedule)
+    assert torch.allclose(out, as_heads([*wanted, *parts[heads:]]), atol=2e-4, rtol=1e-4)
+
+
+def as_heads(fields):
+    """Fields (B, K, P) of 3 channels, as the head of a network gives them."""
+    return torch.stack([field.unflatten(-1, (-1, 3)) for field in fields], -2).flatten(-3)
+
+
+def test_a_new_network_with_a_guess_answers_the_guess():
+    """Its head is zero. Without one it answers zero."""
+    options = dict(channels=3, heads_out=2, patch=2, width=32, depth=3, heads=2)
+    net = ViT(SCHEDULES["ddm"], guess="both", **options)
+    net.guess.fit(0.2 + torch.randn(500, 12) @ torch.randn(12, 12) / 8)
+    zt, t, _, _ = inputs(net)
+    x = patchify(zt, 2)
+    rest = torch.zeros(2, 16, 24)
+    wanted = net.guess.complete(rest, net.guess.whiten(x, t), t)
+    assert torch.equal(net(zt, t), unpatchify(wanted, 2, 4, 4)) and (wanted != 0).all()
+    assert (ViT(SCHEDULES["ddm"], **options)(zt, t) == 0).all()
+
+
+def test_few_patches_leave_no_axis_empty():
+    """Two patches span one direction; what they do not show may still be."""
+    guess = PatchGuess(SCHEDULES["ddm"], "unit", 4, 3)
+    guess.fit(torch.stack([torch.zeros(12), torch.ones(12)]))
+    assert guess.spread.min() > 0.1 and guess.spread.max() < 2
+    guess.fit(torch.zeros(5, 12))                           # all of one colour
+    assert guess.spread.min() > 0 and torch.isfinite(guess.axes).all()
 
 
 SPLITS = [(e, d, s, name)
