@@ -40,8 +40,8 @@ def validate(
     It is |x0_hat - x0|^2 in units of what the best multiple of x_t leaves unknown there,
     b^2 data_std^2 / V, averaged over `levels` equal steps of angle. An untrained `unit`
     model has 1, other predictions start above; with a PatchGuess (vit.py) all start below.
-    It compares mask ratios, and predictions too, for x0_hat comes after `split`. Of few images each is seen at several levels, so
-    that every level has an answer. -> float"""
+    It compares mask ratios, and predictions too, for x0_hat comes after `split`. Of few
+    images each is seen at several levels, so that every level has an answer. -> float"""
     schedule, space, task = model.schedule, model.space, model.meta.get("task", "generate")
     top = schedule.angle(schedule.start_time(model.predict))
     ts = schedule.time_at((torch.arange(levels, dtype=torch.float64) + 0.5) / levels * top)
