@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from losses import build_objective  # noqa: E402  (found from the line above)
 from mask import draw  # noqa: E402
-from plumbing.machine import pick_device  # noqa: E402
+from plumbing.machine import amp_type, pick_device  # noqa: E402
 from running.options import Options  # noqa: E402
 from schedules import SCHEDULES, times  # noqa: E402
 from train import build_optimizer  # noqa: E402
@@ -135,11 +135,15 @@ def parser():
 def main():
     args = parser().parse_args()
     device = pick_device(args.device)
-    rows = [(dtype, ratio) for dtype in DTYPES for ratio in RATIOS]
+    dtypes = DTYPES
+    if amp_type("auto", device) is None:
+        print("without bfloat16, which this machine has no fast products for")
+        dtypes = (torch.float32,)
+    rows = [(dtype, ratio) for dtype in dtypes for ratio in RATIOS]
     steps = [make_step(args, device, ratio, dtype) for dtype, ratio in rows]
     flops = [count_flops(step) for step in steps]
     medians = dict(zip(rows, time_steps(steps, args.repeats, device)))
-    speed = {dtype: measure_peak(dtype, device) for dtype in DTYPES}
+    speed = {dtype: measure_peak(dtype, device) for dtype in dtypes}
     speeds = ", ".join(f"{v / 1e9:.0f} GFLOP/s {str(dtype)[6:]}" for dtype, v in speed.items())
     alone = [statistics.median(step.measure_optimizer() for _ in range(args.repeats))
              for step in steps]
