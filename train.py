@@ -92,20 +92,22 @@ class Setup:
     def prepare(self):
         """What may take long. In latent space: run the encoder once, now, and train on what
         it said (a task's condition is made of pixels: there it runs at every step). Then
-        measure the data, which gives the schedule its unit."""
-        o = self.o
+        measure the data, which gives the schedule its unit.
+
+        -> what was measured (n, C, H, W), or None where a checkpoint or a first stage
+        tells. It may be large, so it is handed on and not kept."""
+        o, measured = self.o, None
         if o.space == "latent" and o.cache_latents and o.task == "generate":
             (self.images, self.held_out), self.space = encode_once(
                 [self.images, self.held_out], self.space, o.latents, o.flip,
                 self.machine.device, o.workers)
-        self.measured = None                    # some of the data, where it has to be measured
         if self.ckpt:
             self.meta = self.ckpt["meta"] | dict(vae=absolute_path(o.vae))
         else:
             if not keeps_unit(o, self.first):
-                self.measured = take_measured(o, self.images, self.space, self.machine.device)
+                measured = take_measured(o, self.images, self.space, self.machine.device)
             self.meta = describe_model(o, self.images, self.space, self.first, self.stage,
-                                       self.measured)
+                                       measured)
             self.meta |= dict(shards=self.machine.world * self.shards, data=self.data)
         self.schedule = build_schedule(self.meta)
         # A reconstruction has no time: t = 0, where x_t is the image.
@@ -113,6 +115,7 @@ class Setup:
         self.objective = OBJECTIVES[o.objective](
             self.schedule, o.predict, o.patch, weighting=o.weighting, recon=o.recon,
             recon_target=o.recon_target, all_scored=ECONOMIES[o.economy].all_scored)
+        return measured
 
     def ratio(self, progress):
         """The share of hidden tokens at a progress in [0, 1]."""
@@ -161,18 +164,18 @@ class Learner:
     """What a step changes: network, average, optimizers and the scaler of float16.
 
     learner(zt, t, y, m, cond) is the network in mixed precision, with gradients that are
-    averaged over all processes. step: number of steps so far. skipped: how many were not
-    finite."""
+    averaged over all processes. measured: from `setup.prepare`. step: number of steps so
+    far. skipped: how many were not finite."""
 
-    def __init__(self, setup):
+    def __init__(self, setup, measured):
         self.o, self.machine, self.dtype = setup.o, setup.machine, setup.dtype
         torch.manual_seed(self.o.seed)                      # of the first weights
         self.net = ViT(setup.schedule, **setup.meta["model"])
         if setup.first:
             weights, meta = setup.first
             load_first_stage(self.net, weights, meta["classes"], setup.classes)
-        if self.net.guess is not None and setup.measured is not None:
-            self.net.guess.fit(patchify(setup.measured, self.o.patch).flatten(0, 1))
+        if self.net.guess is not None and measured is not None:
+            self.net.guess.fit(patchify(measured, self.o.patch).flatten(0, 1))
         self.net.checkpoint_blocks = self.o.checkpoint_blocks
         self.net.to(self.machine.device)
         # The average is a model of its own: it is what gets sampled.
@@ -333,8 +336,7 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
         return None
     setup = Setup(o, ckpt, first, stage)
     with Journal(setup) as journal:
-        setup.prepare()
-        learner = Learner(setup)
+        learner = Learner(setup, setup.prepare())
         plan = make_plan(setup)
         journal.begin(learner, plan, learning_rate)
         batches = setup.batches(learner.step)

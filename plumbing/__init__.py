@@ -11,8 +11,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # A step of training on a CPU takes gigabytes and gives them back. GNU's malloc returns
 # large blocks to the system at once, which fills them with zeros before it lends them
-# again: up to half of a step's time. These two settings keep them in the process. Who has
-# set malloc up by hand (MALLOC_..., GLIBC_TUNABLES) is left alone.
+# again: up to a fifth of a step's CPU time. These two settings keep them in the process.
+# Who has set malloc up by hand (MALLOC_..., GLIBC_TUNABLES) is left alone.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                       # malloc.h
 
 

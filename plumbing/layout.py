@@ -54,8 +54,8 @@ def is_plan(value):
     return value is None or (is_count(value) and value > 0)
 
 
-def is_path(value):
-    """a path or nothing"""
+def is_name_or_none(value):
+    """a text or nothing"""
     return value is None or is_name(value)
 
 
@@ -91,11 +91,6 @@ def is_few(value):
 def is_widths(value):
     """a list of 1 to 8 whole numbers from 1 to 16384"""
     return isinstance(value, (list, tuple)) and 1 <= len(value) <= 8 and all(map(is_side, value))
-
-
-def is_name_or_none(value):
-    """a name or None"""
-    return value is None or is_name(value)
 
 
 def is_positive_number(value):
@@ -140,7 +135,7 @@ CHECKPOINT = {
 META = {
     "stage": is_name, "objective?": is_name, "recon_target?": is_name, "ratio?": is_share,
     "schedule": is_name, "predict": is_name, "space": is_name, "task?": is_name,
-    "channels": is_side, "size": is_side, "classes": is_names, "vae": is_path,
+    "channels": is_side, "size": is_side, "classes": is_names, "vae": is_name_or_none,
     "vae_sha": is_name, "data_std": is_size, "model": is_dict, "plan": is_plan,
     "progress?": is_share, "skipped": is_count, "shards?": is_count, "data?": is_data}
 
