@@ -18,6 +18,7 @@ not what should.
     --scale cpu      the numbers of RESULTS.md, hours on two cores
     --scale gpu      the papers' sizes, for one GPU
     --arm NAME       train this arm, what it needs, and nothing else
+    --compile        faster steps, for all networks alike
     --seeds N        so many seeds: maskdm, transfer, maskdit and ablate have the mean and
                      half of the range in their table, the others write a table a seed
 
@@ -78,6 +79,8 @@ def parser():
                    help="how many seeds, from --seed on, each with arms of its own")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile all networks: faster steps, as train.py has it")
     p.add_argument("--out", type=parse_path, default=REAL,
                    help="the claim's files go to a folder of its name here")
     return p

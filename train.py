@@ -34,7 +34,7 @@ from losses import OBJECTIVES
 from mask import draw, patchify
 from plumbing.console import UserError, run_command
 from plumbing.images import choose_subset, seeded, to_float
-from plumbing.machine import amp_type, start_machine
+from plumbing.machine import amp_type, require_compiler, start_machine
 from plumbing.muon import Muon
 from plumbing.plan import Plan
 from running.cost import describe_cost
@@ -73,6 +73,8 @@ class Setup:
         self.machine = start_machine(o.device, o.threads)
         self.micro, self.shards = split_batch(o, self.machine.world)
         self.dtype = amp_type(o.amp, self.machine.device)
+        if o.compile:
+            require_compiler(self.machine.device)
 
         require_output_outside(o)
         self.images, self.held_out = load_run_images(o, self.machine)

@@ -122,7 +122,8 @@ class Bench:
 
     def machine_flags(self):
         """What every command is told about the machine."""
-        return ["--threads", self.args.threads, "--device", self.args.device]
+        compiled = ["--compile"] if self.args.compile else []
+        return ["--threads", self.args.threads, "--device", self.args.device, *compiled]
 
     def seconds_per_step(self, networks, visits=1):
         """How long a step of training takes. Run nothing beside it.

@@ -67,6 +67,17 @@ def amp_type(amp, device):
     return torch.bfloat16 if has_bf16 else None
 
 
+def require_compiler(device):
+    """UserError, before any work, unless torch.compile works on this device. It needs a C++
+    compiler, and Triton on a GPU."""
+    try:
+        torch.compile(lambda x: 2 * x.sin())(torch.zeros(8, device=device))
+    except RuntimeError as error:
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        raise UserError(f"--compile: torch cannot compile on this machine ({reason}); install a "
+                        "C++ compiler (g++), or leave --compile out") from error
+
+
 def count_cores():
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
