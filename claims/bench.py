@@ -175,6 +175,8 @@ class Bench:
     def measure_once(self, key, measure, *arguments):
         """The number (or numbers) called `key`: remembered, or measure(*arguments) now."""
         if key not in self.cells:
+            self.cells = self.read_cells()                  # another process may have it by now
+        if key not in self.cells:
             begun = time.monotonic()
             value = measure(*arguments)
             self.cells = self.read_cells() | {key: value}

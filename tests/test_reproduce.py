@@ -315,6 +315,13 @@ def test_a_run_that_goes_on_is_measured_anew(tiny_world, tmp_path, monkeypatch):
     assert len(after) == 2 * len(before) and before.items() <= after.items()
 
 
+def test_what_another_process_has_measured_meanwhile_is_not_measured_again(tmp_path):
+    args = reproduce.parser().parse_args(["ddm", "--out", str(tmp_path)])
+    one, other = (claims.bench.Bench("ddm", args, {}) for _ in range(2))
+    assert one.measure_once("a", lambda: 1) == 1
+    assert other.measure_once("a", lambda: 2) == 1
+
+
 def test_a_stopped_autoencoder_is_no_autoencoder(tmp_path, monkeypatch):
     def stopped(flags):
         Path(flags[flags.index("--out") + 1]).touch()
