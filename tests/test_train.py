@@ -376,7 +376,7 @@ def test_without_a_compiler_compile_is_one_line_before_any_work(photos, monkeypa
 @pytest.mark.parametrize("options", [["--mask", "0.5"], ["--mask", "0.5", "--decoder", "1"],
                                      ["--mask-from", "0.1", "--mask", "0.7", "--ramp", "linear"]])
 def test_a_compiled_run_takes_the_steps_of_an_ordinary_one(photos, options):
-    """Compiling needs a compiler, and a minute: processes of their own, one of them without."""
+    """Compiling needs a compiler, and a minute: processes of their own, one without one."""
     for name, more in (("plain", []), ("compiled", ["--compile"])):
         run = start(photos, *options, *more, "--amp", "off", "--steps", 4, "--out", f"runs/{name}")
         assert run.wait() == 0
