@@ -178,8 +178,8 @@ class Options:
         "run", None, "a paper's own settings at its own scale (running/recipes.py); any flag "
         "beside it wins", kind=str, choices=RECIPES)
     compile: bool = option(
-        "run", False, "torch.compile every block: up to a minute to start, then faster steps; on "
-        "CPUs it needs a C++ compiler")
+        "run", False, "torch.compile every block: a minute to start (several with a ramp), then "
+        "faster steps; on CPUs it needs a C++ compiler")
     checkpoint_blocks: bool = option(
         "run", False, "recompute blocks in the backward pass: less memory, a third slower")
     seed: int = option("run", 0, "seed of all random draws")
