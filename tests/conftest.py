@@ -1,4 +1,5 @@
 """The root on the import path, a deterministic hypothesis, slow sweeps behind --slow."""
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,10 @@ settings.register_profile("glimpse", deadline=None, derandomize=True, max_exampl
                                                  HealthCheck.too_slow])
 settings.load_profile("glimpse")
 torch.set_num_threads(1)                        # tests are small: a second thread only waits
+# Tests send these. A shell's background ignores the first, nohup the second.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser):
