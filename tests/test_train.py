@@ -363,9 +363,9 @@ def test_runs_that_save_at_once_do_not_trip_over_runs_latest(tmp_path):
 
 
 def test_without_a_compiler_compile_is_one_line_before_any_work(photos, monkeypatch):
-    def fail(function):
+    def fail(x):
         raise RuntimeError("No working C++ compiler found")
-    monkeypatch.setattr(torch, "compile", lambda function: lambda x: fail(function))
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
     with pytest.raises(UserError, match="--compile.*No working C.*compiler.*leave --compile out"):
         go(photos, "--compile", "--steps", 2, "--out", "runs/a")
     assert not Path("runs").exists()
@@ -376,13 +376,18 @@ def test_without_a_compiler_compile_is_one_line_before_any_work(photos, monkeypa
 @pytest.mark.parametrize("options", [["--mask", "0.5"], ["--mask", "0.5", "--decoder", "1"],
                                      ["--mask-from", "0.1", "--mask", "0.7", "--ramp", "linear"]])
 def test_a_compiled_run_takes_the_steps_of_an_ordinary_one(photos, options):
-    """Compiling needs a compiler, and a minute: processes of their own, one without one."""
+    """Compiling needs a compiler, and a minute."""
     for name, more in (("plain", []), ("compiled", ["--compile"])):
         run = start(photos, *options, *more, "--amp", "off", "--steps", 4, "--out", f"runs/{name}")
         assert run.wait() == 0
     plain, compiled = (read(f"runs/{name}/last.pt")["model"] for name in ("plain", "compiled"))
     for name, value in plain.items():
         assert torch.allclose(value, compiled[name], atol=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_torch_itself_without_a_compiler_is_one_line(photos):
     environment = os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": "fresh"}
     done = subprocess.run([sys.executable, train.__file__, "--data", photos, *TINY, "--compile",
                            "--steps", "2", "--out", "runs/none"], env=environment,
