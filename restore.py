@@ -131,7 +131,7 @@ def restore_pictures(model, cond, **how):
     """A task's results for conditions of one size, whatever size.
 
     cond (n, C', H, W) in [-1, 1]: as tasks.py makes it.
-    how: steps, seed, churn, ... of `sample`.
+    how: steps (the task's own number when left out), seed, churn, ... of `sample`.
     -> (n, C, H, W), maps (n, 1, H, W). What is known is kept: inpainting changes holes.
     UserError as `sample`."""
     H, W = cond.shape[2:]
@@ -142,6 +142,7 @@ def restore_pictures(model, cond, **how):
     task = TASKS[model.meta["task"]]
     if max(whole.shape[2:]) > side:
         model = replace(model, net=Tiled(model.net, side // f, how.get("batch", 64)))
+    how = dict(steps=task.calls) | how
     made = sample(model, len(cond), cond=fold_condition(whole, f), **how)
     return task.finish(made[:, :, :H, :W], cond)
 
@@ -518,7 +519,8 @@ def parser():
                         "stems, or that of a single picture, to be compared with")
     p.add_argument("--ratio", type=float, help="for reconstruct: the share of the tokens to hide; "
                                                "the training's when left out")
-    add_sampling_arguments(p, None, "how many pictures; all when left out", "restored.png")
+    add_sampling_arguments(p, None, "how many pictures; all when left out", "restored.png",
+                           steps=None)
     return p
 
 
@@ -659,6 +661,7 @@ def main(argv=None):
     if model.meta["objective"] == "reconstruct":
         return reconstruct_to_file(args, model)
     check_restoration(args, model.meta)
+    args.steps = args.steps or TASKS[model.meta["task"]].calls
     run = SamplingRun(args, model)
     n = restore_to_file(run)
     run.report(n, n)

@@ -671,8 +671,9 @@ def first_lines(functions):
     return " ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in functions.items())
 
 
-def add_sampling_arguments(p, n, n_help, out):
-    """What sample.py and restore.py share. n, n_help: of --n; out: the default of --out."""
+def add_sampling_arguments(p, n, n_help, out, steps=10):
+    """What sample.py and restore.py share. n, n_help: of --n. out, steps: the defaults of
+    --out and --steps; None: as many steps as the model's task wants."""
     refine = {name: solver.refine for name, solver in SOLVERS.items()}
     p.add_argument("--ckpt", type=parse_path,
                    help="a checkpoint or a run's folder; the newest run when left out")
@@ -681,7 +682,8 @@ def add_sampling_arguments(p, n, n_help, out):
     p.add_argument("--vae", type=parse_path,
                    help="the autoencoder of a model of latents, when it has moved")
     p.add_argument("--n", type=int, default=n, help=n_help)
-    p.add_argument("--steps", type=int, default=10, help="network calls per image")
+    own = "; left out: its task's own number" * (steps is None)
+    p.add_argument("--steps", type=int, default=steps, help=f"network calls per image{own}")
     p.add_argument("--churn", type=float, default=0.0,
                    help="share of fresh noise per step: 0 deterministic, 1 the posterior")
     p.add_argument("--time-grid", choices=["auto", *GRIDS], default="auto",
@@ -791,9 +793,9 @@ class SamplingRun:
         path = ", ".join(resolve_auto(args.solver, args.time_grid, args.churn, args.steps))
         passes = (f", {self.passes / n:g} passes (a guided call takes two, each tile of a large "
                   "picture its own)") if extra else ""
-        print(f"wrote {n} images to {args.out}: {calls} network calls each ({path} grid){passes}, "
-              f"seed {self.seed}, {args.weights} weights of step {self.model.meta['step']}"
-              f"{self.name_class()}")
+        print(f"wrote {n} images to {args.out}: {calls} network call{'s' * (calls > 1)} each "
+              f"({path} grid){passes}, seed {self.seed}, {args.weights} weights of step "
+              f"{self.model.meta['step']}{self.name_class()}")
 
     def name_class(self):
         """Which class was drawn, as the end of a line; nothing when none was asked for."""

@@ -290,6 +290,7 @@ class Task:
     x (B, C, S, S) in [-1, 1]: pictures.  given (B, 1, S, S) or None: their maps.  g: the
     generator of what a task draws.  cond (B, C', S, S): a condition."""
     zoom = 1             # side of the result over the side of the picture that a user gives
+    calls = 10           # network calls of a result, where a command is not told
     exact = None         # name of the built-in faces' map, for tasks that predict a map
     needs_map = False    # whether a picture without a map is of no use for training
     plain = None         # a method: cond -> a result without any network, to compare with

@@ -110,7 +110,7 @@ def evaluate_task(
     x, y = held_out.take(chosen)
     truth, cond = make_condition(name, to_float(x), held_out.maps, g=seeded(3))
     labels = y if model.meta["classes"] else None
-    result = restore_pictures(model, cond, steps=10, labels=labels, amp=dtype)
+    result = restore_pictures(model, cond, labels=labels, amp=dtype)
     save_picture(grid(place_side_by_side(cond[:12], result[:12], truth[:12]), 9), path)
     parts = []
     for key, score in task.scores.items():
@@ -118,4 +118,5 @@ def evaluate_task(
         if task.plain:
             text += f" (without a network {score(task.plain(cond), truth, cond):.3f})"
         parts.append(text)
-    tqdm.write("  ".join([*parts, f"{len(chosen)} held-out images, 10 calls"]))
+    calls = f"{task.calls} call{'s' * (task.calls > 1)}"
+    tqdm.write("  ".join([*parts, f"{len(chosen)} held-out images, {calls}"]))

@@ -407,6 +407,20 @@ def test_your_own_hole_is_a_transparent_part_or_a_mask_and_the_rest_survives(
         restore.main(["--input", "plain", "--holes", "holes", "--out", "four"])
 
 
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_task_has_a_number_of_calls_of_its_own(calls, few_faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TASKS["superres"], "calls", calls)
+    train.main([*FLAGS, "--task", "superres", "--out", "run"])
+    word = "call" + "s" * (calls > 1)
+    assert f"held-out images, {calls} {word}\n" in capsys.readouterr().out
+    Image.new("RGB", (8, 8)).save("small.png")
+    restore.main(["--input", "small.png"])
+    assert f" {calls} network {word} each " in capsys.readouterr().out
+    restore.main(["--input", "small.png", "--steps", "2"])
+    assert " 2 network calls each " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments, why",
                          [(["--task", "edges", "--input", "x"], "was trained for"),
                           ([], "give the pictures"), (["--input", "nowhere"], "no such file"),
