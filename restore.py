@@ -185,8 +185,8 @@ class PassBar:
         self.bar.update(len(out))
         if self.tells:
             seconds = (time.monotonic() - self.begun) * self.total / len(out)
-            self.say(f"as long as the first took, about {describe_duration(seconds)} for all "
-                     "of them")
+            self.say(f"about {describe_duration(seconds)} for all of them, if each takes as long "
+                     "as the first")
             self.tells = False
 
 

@@ -290,7 +290,8 @@ class Task:
     x (B, C, S, S) in [-1, 1]: pictures.  given (B, 1, S, S) or None: their maps.  g: the
     generator of what a task draws.  cond (B, C', S, S): a condition."""
     zoom = 1             # side of the result over the side of the picture that a user gives
-    calls = 10           # network calls of a result, where a command is not told
+    calls = 1            # network calls where --steps is left out: one gives the mean of all
+                         # that is possible, more give detail that may be wrong
     exact = None         # name of the built-in faces' map, for tasks that predict a map
     needs_map = False    # whether a picture without a map is of no use for training
     plain = None         # a method: cond -> a result without any network, to compare with
@@ -362,6 +363,7 @@ class Inpainting(Task):
 
 class Edges(Task):
     """a map of the edges in a picture"""
+    calls = 2                                                  # the smallest errors of a map
     exact = "edges"
     scores = {"edge F within 1 px": score_edges, "MAE": score_mae}
 

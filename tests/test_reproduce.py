@@ -218,6 +218,15 @@ def test_distances_that_seeds_may_change_are_no_difference():
         (3, 0), (0, 0), (0, 0), (0, 3)]
 
 
+def test_a_distance_below_its_floor_is_as_good_as_its_floor():
+    def cell(value):
+        return dict.fromkeys(("pixel", "random-conv", "swd"), [value, 1.0])
+
+    count = claims.bench.count_better
+    assert [count(cell(v), cell(w)) for v, w in ((0.5, 0.9), (0.9, 0.5), (0.5, 2.0), (2.0, 0.5))
+            ] == [(0, 0), (0, 0), (3, 0), (0, 3)]
+
+
 class Measured(Exception):
     """A claim has trained all its arms and wants to measure."""
 
