@@ -173,8 +173,8 @@ def judge_task(task, cells):
     closer = all(better > 0 and not worse for better, worse in counts)
     gain = cells[1][name] - cells[0][name]
     verdict = "holds" if closer and loss <= MOST_DB and gain > 0 else "does not hold"
-    return [f"{task}: by its numbers the claim **{verdict}** here. One call gains {gain:.1f} dB on no network; "
-            f"{many} calls lose {loss:.1f} dB of it and are "
+    return [f"{task}: by its numbers the claim **{verdict}** here. One call gains {gain:.1f} dB "
+            f"on no network; {many} calls lose {loss:.1f} dB of it and are "
             f"{'' if closer else 'not '}closer to real images than both. Look for seams and for "
             f"wrong detail in {task}.png."]
 
