@@ -60,7 +60,7 @@ from tqdm import tqdm
 from losses import build_reconstruction, image_unit, normalise_patches
 from mask import Mask, draw, patchify, unpatchify
 from plumbing.checkpoint import VERSION
-from plumbing.console import UserError, build_parser, parse_path, run_command
+from plumbing.console import UserError, build_parser, count_nouns, parse_path, run_command
 from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.inputs import UserPictures
 from plumbing.sheets import draw_sheet
@@ -173,8 +173,8 @@ class PassBar:
         self.bar = tqdm(total=total, desc=title, unit="pass",
                         disable=pictures == tiles == 1 or None)
         if self.tells:
-            count = f"{pictures} picture{'s' * (pictures > 1)}"
-            self.say(f"{count}, {total} passes of the network; the largest is {tiles} tiles a call")
+            self.say(f"{count_nouns(pictures, 'picture')}, {total} passes of the network; "
+                     f"the largest is {tiles} tiles a call")
 
     def say(self, text):
         """A line that does not disturb the bar."""

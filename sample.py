@@ -39,7 +39,8 @@ import torch
 from tqdm import tqdm
 
 from plumbing.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
-from plumbing.console import UserError, build_parser, describe_error, parse_path, run_command
+from plumbing.console import (
+    UserError, build_parser, count_nouns, describe_error, parse_path, run_command)
 from plumbing.downloads import is_published
 from plumbing.images import seeded, to_uint8
 from plumbing.layout import is_share
@@ -793,7 +794,7 @@ class SamplingRun:
         path = ", ".join(resolve_auto(args.solver, args.time_grid, args.churn, args.steps))
         passes = (f", {self.passes / n:g} passes (a guided call takes two, each tile of a large "
                   "picture its own)") if extra else ""
-        print(f"wrote {n} images to {args.out}: {calls} network call{'s' * (calls > 1)} each "
+        print(f"wrote {n} images to {args.out}: {count_nouns(calls, 'network call')} each "
               f"({path} grid){passes}, seed {self.seed}, {args.weights} weights of step "
               f"{self.model.meta['step']}{self.name_class()}")
 

@@ -27,7 +27,7 @@ import torch
 import train
 from data import holdout, load_images
 from fid import proxy_distances
-from plumbing.console import UserError, replacing
+from plumbing.console import UserError, count_nouns, replacing
 from plumbing.images import seeded, to_uint8
 from plumbing.machine import amp_type
 from plumbing.sheets import draw_sheet, save_picture
@@ -323,7 +323,7 @@ def refuse_gray(args):
 
 def count_calls(count):
     """A number of network calls in words."""
-    return f"{count} call{'s' * (count > 1)}"
+    return count_nouns(count, "call")
 
 
 def format_spread(values, digits=3):

@@ -99,6 +99,11 @@ def safe_screens():
 
 # --- what is typed ------------------------------------------------------------------------
 
+def count_nouns(number, noun):
+    """A number with its noun: 1 call, 2 calls."""
+    return f"{number} {noun}{'s' * (number > 1)}"
+
+
 def parse_int(text):
     """A whole number as people write it. Python would also take 1_000 and other digits."""
     if not re.fullmatch(r"[+-]?[0-9]+", text):

@@ -19,6 +19,7 @@ import math
 import torch
 from tqdm import tqdm
 
+from plumbing.console import count_nouns
 from plumbing.images import choose_subset, grid, seeded, to_float, to_uint8
 from plumbing.sheets import save_picture
 from restore import reconstruct, reconstruction_errors, restore_pictures, stack_reconstruction
@@ -118,5 +119,5 @@ def evaluate_task(
         if task.plain:
             text += f" (without a network {score(task.plain(cond), truth, cond):.3f})"
         parts.append(text)
-    calls = f"{task.calls} call{'s' * (task.calls > 1)}"
+    calls = count_nouns(task.calls, "call")
     tqdm.write("  ".join([*parts, f"{len(chosen)} held-out images, {calls}"]))
