@@ -156,7 +156,7 @@ def build_optimizer(net, o):
     optimizers = [torch.optim.AdamW(rest, lr=o.lr, betas=(float(o.beta1), float(o.beta2)),
                                     weight_decay=o.wd, fused=fused)]
     if matrices:
-        half = amp_type(o.amp, device) == torch.bfloat16    # else Newton-Schulz in float32
+        half = amp_type(o.amp, device) == torch.bfloat16    # else Muon in float32 too
         optimizers.append(Muon(matrices, lr=MUON_RATE * o.lr, weight_decay=o.wd,
                                dtype=torch.bfloat16 if half else torch.float32))
     return optimizers

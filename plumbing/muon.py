@@ -6,12 +6,17 @@ averaged gradient U S V^T by U V^T: every direction moves by the same length.
 
     B = momentum B + (1 - momentum) G        the average of the gradients G
     M = momentum B + (1 - momentum) G        Nesterov: look ahead once more
-    X = M / |M|, and then five times         Newton-Schulz: X becomes about U V^T
+    X = M / |M|, and then three times        X becomes about U V^T
         X = a X + (b A + c A A) X,  A = X X^T
     W = (1 - rate decay) W - rate sqrt(max(1, rows / columns)) X
 
+The last line but one takes every singular value s to a s + b s^3 + c s^5 and leaves U and
+V as they are. Jordan uses one polynomial five times, whose slope at 0 is the largest. Polar
+Express (Amsel et al. 2025, arXiv 2505.16932) has another one each time: the one that comes
+nearest to 1 on all values that are still possible. So three are enough (RESULTS.md).
+
 It is for the matrices of the blocks. Vectors, embeddings and the head keep AdamW, and so do
-the matrices that make shifts, scales and gates: they are the largest, and Newton-Schulz on
+the matrices that make shifts, scales and gates: they are the largest, and to orthogonalise
 them would cost a third more.
 torch.optim.Muon takes one matrix after the other and always works in bfloat16, which a CPU
 without AVX512-BF16 does 20 to 30 times slower than float32. Here matrices of one shape are
@@ -21,29 +26,44 @@ Shapes: k matrices of one shape, m x n.
 """
 import torch
 
-A, B, C = 3.4445, -4.7750, 2.0315               # the largest slope at 0: see the post above
+# a, b and c of each time. The first is the best for values from .005 to 1, the next for
+# what that one makes of them, and so on. All three bring such values to .5 to 1.5.
+POLYNOMIALS = (
+    (8.298703, -24.430498, 18.090304),
+    (3.915221, -2.921130, 0.559223),
+    (3.174604, -2.380433, 0.497826),
+)
 
 
-def orthogonalise(stack, steps=5, dtype=torch.float32, eps=1e-7):
-    """Matrices (k, m, n) with their singular values brought near 1, to about .7 to 1.2."""
+def orthogonalise(stack, polynomials=POLYNOMIALS, dtype=torch.float32, eps=1e-7):
+    """Matrices (k, m, n) with their singular values brought near 1: to .5 to 1.5. Those
+    below .005 of their matrix's norm stay smaller."""
     is_tall = stack.shape[1] > stack.shape[2]
     X = (stack.mT if is_tall else stack).to(dtype)
     X = X / torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
-        gram = X @ X.mT                                                                 # (k, m, m)
-        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), X, beta=A)
+    for a, b, c in polynomials:
+        gram = X @ X.mT                                                 # A: (k, m, m)
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
     return (X.mT if is_tall else X).to(stack.dtype)
 
 
 class Muon(torch.optim.Optimizer):
     """The optimizer of the equations above.
 
-    params: matrices. lr: the rate. weight_decay: decay. steps: of Newton-Schulz. dtype: the
-    type of Newton-Schulz, float32 or bfloat16."""
+    params: matrices. lr: the rate. weight_decay: decay. polynomials: (a, b, c) of each
+    time. dtype: the type of X, float32 or bfloat16."""
 
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, steps=5, dtype=torch.float32):
+    def __init__(
+        self,
+        params,
+        lr,
+        weight_decay=0.0,
+        momentum=0.95,
+        polynomials=POLYNOMIALS,
+        dtype=torch.float32,
+    ):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.steps, self.dtype = steps, dtype
+        self.polynomials, self.dtype = polynomials, dtype
 
     @torch.no_grad()
     def step(self):
@@ -67,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[q]["momentum_buffer"] for q in matrices]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, buffers, momentum)
-        update = orthogonalise(torch.stack(ahead), self.steps, self.dtype)
+        update = orthogonalise(torch.stack(ahead), self.polynomials, self.dtype)
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         scale = max(1.0, rows / columns) ** 0.5
         torch._foreach_add_(matrices, list(update.unbind()), alpha=-lr * scale)

@@ -10,7 +10,7 @@ what it was given, so no formula here has to know about masks, economies or deco
     attention    2 K^2 D             q k^T, then the weights times v, for K tokens
     training     2 x 3 x them        FLOP: a multiply-add is two, a backward pass costs two
                                      forward passes (blocks recomputed: 4 instead of 3)
-    Muon         5 (2 m^2 n + m^3)   multiply-adds for each m x n matrix of a block, m <= n
+    Muon         3 (2 m^2 n + m^3)   multiply-adds for each m x n matrix of a block, m <= n
     parameters   4 + 4 + 8 + 4 + 4   bytes each: weight, gradient, AdamW's moments, average,
                                      DDP's bucket; + 2 for a 16-bit copy; - 4 with Muon
     activations  (4 x 4 + 16 h) K D  bytes per block, h = 2 or 4: four float32 values (both
@@ -34,6 +34,7 @@ from torch import nn
 from data import load_images
 from mask import Mask, visible_count
 from plumbing.downloads import DOWNLOADS, is_published
+from plumbing.muon import POLYNOMIALS
 from plumbing.sources import class_folders, open_images
 from running.setup import mask_ratio
 from schedules import SCHEDULES
@@ -120,10 +121,10 @@ def forward_cost(net, h, w, visible=None):
     return adds, blocks
 
 
-def orthogonalisation_cost(net, steps=5):
-    """Multiply-adds of Newton-Schulz in a step of Muon, whatever the batch."""
+def orthogonalisation_cost(net):
+    """Multiply-adds of the matrix products in a step of Muon, whatever the batch."""
     sides = [sorted(q.shape) for q in net.block_matrices()]
-    return steps * sum(2 * m * m * n + m**3 for m, n in sides)
+    return len(POLYNOMIALS) * sum(2 * m * m * n + m**3 for m, n in sides)
 
 
 def count_moments(net, optimizer):

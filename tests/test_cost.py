@@ -175,7 +175,7 @@ def test_the_disk_that_checkpoints_take_is_told_before_and_keep_keeps_it_small()
     assert "of them" not in running.cost.describe_disk(Options(minutes=4.0), net)
 
 
-def test_what_newton_schulz_takes_is_torchs_own_count():
+def test_what_muon_takes_is_torchs_own_count():
     from plumbing.muon import orthogonalise
     net = on_meta(**SMALL)
     with FlopCounterMode(display=False) as counter:
