@@ -73,8 +73,6 @@ class Setup:
         self.machine = start_machine(o.device, o.threads)
         self.micro, self.shards = split_batch(o, self.machine.world)
         self.dtype = amp_type(o.amp, self.machine.device)
-        if o.compile:
-            require_compiler(self.machine.device)
 
         require_output_outside(o)
         self.images, self.held_out = load_run_images(o, self.machine)
@@ -86,6 +84,8 @@ class Setup:
         self.side = o.size // self.space.factor // o.patch          # h = w, in tokens
         require_hidden_tokens(o, self.side ** 2)
         require_same_view(self.machine, len(self.images), ckpt["step"] if ckpt else 0)
+        if o.compile:
+            require_compiler(self.machine.device)
 
         self.classes = list(self.images.classes) if o.labels else []
         self.encoding_space = self.space        # self.space may become one of kept latents

@@ -368,6 +368,8 @@ def test_without_a_compiler_compile_is_one_line_before_any_work(photos, monkeypa
     monkeypatch.setattr(torch, "compile", lambda function: fail)
     with pytest.raises(UserError, match="--compile.*No working C.*compiler.*leave --compile out"):
         go(photos, "--compile", "--steps", 2, "--out", "runs/a")
+    with pytest.raises(UserError, match="--out"):           # what takes no time is refused first
+        go(photos, "--compile", "--steps", 2, "--out", f"{photos}/run")
     assert not Path("runs").exists()
 
 
