@@ -5,8 +5,9 @@ that was trained on a tenth of the tokens has never seen a whole image. A short 
 all tokens visible teaches it how the parts belong together. The first stage's weights are
 loaded into a new network with a new optimizer and a new average, and train.py's own loop
 runs on. MaskDM starts from the raw weights (`--weights model`), not from their average.
-This stage has a warm-up and a decay of its own. On the built-in faces a peak of 2e-3 ended
-better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
+This stage has a warm-up of its own, and the decay, which the first one leaves to it. On the
+built-in faces a peak of 2e-3 ended better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a
+large model at 256 px.
 
     # the newest run, all tokens visible
     python train.py --mask 0.75 --minutes 3 && python finetune.py --minutes 3

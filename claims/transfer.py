@@ -29,7 +29,8 @@ SCALES = {
     "cpu": dict(pre=20, tune=10, model="tiny", train=[], n=2000, batch=100),
     "gpu": dict(pre=60, tune=15, model="small", train=["--batch", 256], n=10_000, batch=250),
 }
-FIRST = {"masked": ["--mask", 0.75], "unmasked": []}        # name -> flags of its own
+# name -> flags of its own. Neither decays: the second stage does.
+FIRST = {"masked": ["--mask", 0.75, "--lr-end", 1], "unmasked": ["--lr-end", 1]}
 TENTH = ["--fraction", 0.1]
 SCRATCH = {                                                 # from nothing: flags, whole time?
     "tenth-short": (TENTH, False),

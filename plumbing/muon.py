@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         params,
         lr,
         weight_decay=0.0,
-        momentum=0.95,
+        momentum=0.9,
         polynomials=POLYNOMIALS,
         dtype=torch.float32,
     ):

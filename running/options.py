@@ -162,7 +162,9 @@ class Options:
     warmup: int = option(
         "optimisation", 200, "steps of linear warm-up, at most a tenth of the run")
     lr_end: float = option(
-        "optimisation", 0.05, "the cosine decay ends at this share of --lr; 1 keeps it constant")
+        "optimisation", None, "the cosine decay ends at this share of --lr, 1 keeps it constant; "
+        "left out: 1 where tokens stay hidden, since finetune.py goes on from there, else 0.05",
+        kind=float, before=0.05)
     beta1: float = option("optimisation", 0.9, "AdamW: decay of the gradient's mean")
     beta2: float = option("optimisation", 0.99, "AdamW: decay of the gradient's mean square")
     wd: float = option("optimisation", 0.01, "weight decay")
@@ -431,7 +433,7 @@ def check_optimisation(o):
     refuse(o.warmup < 0 or not 0 <= o.wd < math.inf, "--warmup and --wd must be at least 0")
     refuse(not (0 <= o.ema < 1 and 0 <= o.beta1 < 1 and 0 <= o.beta2 < 1),
            "--ema, --beta1 and --beta2 must be in [0, 1)")
-    refuse(not 0 <= o.lr_end <= 1, "--lr-end must be in [0, 1]")
+    refuse(not 0 <= (o.lr_end or 0) <= 1, "--lr-end must be in [0, 1]")
 
 
 def check_run(o):

@@ -8,7 +8,7 @@ from plumbing.muon import POLYNOMIALS, Muon, orthogonalise
 from schedules import SCHEDULES
 from vit import ViT
 
-JORDAN = 5 * ((3.4445, -4.7750, 2.0315),)       # torch.optim.Muon's, five times the same
+JORDAN = 5 * ((3.4445, -4.7750, 2.0315),)       # five times the same, as in torch.optim.Muon
 sides = st.integers(2, 40)
 
 
@@ -66,8 +66,8 @@ def take_steps(build, count=5):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-3), (torch.float32, 2e-2)])
 def test_it_is_torchs_muon_to_rounding(dtype, tolerance):
     """torch's works in bfloat16: in float32 the two agree to its rounding."""
-    ours = take_steps(
-        lambda q: Muon(q, lr=0.02, weight_decay=0.1, polynomials=JORDAN, dtype=dtype))
+    jordans = dict(momentum=0.95, polynomials=JORDAN)
+    ours = take_steps(lambda q: Muon(q, lr=0.02, weight_decay=0.1, dtype=dtype, **jordans))
     theirs = take_steps(lambda q: torch.optim.Muon(q, lr=0.02, weight_decay=0.1))
     for a, b in zip(ours, theirs):
         assert (a - b).abs().max() < tolerance
