@@ -6,14 +6,15 @@ averaged gradient U S V^T by U V^T: every direction moves by the same length.
 
     B = momentum B + (1 - momentum) G        the average of the gradients G
     M = momentum B + (1 - momentum) G        Nesterov: look ahead once more
-    X = M / |M|, and then three times        X becomes about U V^T
+    X = M / (1.01 |M|), then three times     X becomes about U V^T
         X = a X + (b A + c A A) X,  A = X X^T
     W = (1 - rate decay) W - rate sqrt(max(1, rows / columns)) X
 
 The last line but one takes every singular value s to a s + b s^3 + c s^5 and leaves U and
 V as they are. Jordan uses one polynomial five times, whose slope at 0 is the largest. Polar
 Express (Amsel et al. 2025, arXiv 2505.16932) has another one each time: the one that comes
-nearest to 1 on all values that are still possible. So three are enough (RESULTS.md).
+nearest to 1 on all values that are still possible. So three are enough (RESULTS.md). Above
+1 they grow fast. Hence the 1.01: rounding in bfloat16 must not take a value there.
 
 It is for the matrices of the blocks. Vectors, embeddings and the head keep AdamW, and so do
 the matrices that make shifts, scales and gates: they are the largest, and to orthogonalise
@@ -40,7 +41,8 @@ def orthogonalise(stack, polynomials=POLYNOMIALS, dtype=torch.float32, eps=1e-7)
     below .005 of their matrix's norm stay smaller."""
     is_tall = stack.shape[1] > stack.shape[2]
     X = (stack.mT if is_tall else stack).to(dtype)
-    X = X / torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True).clamp(min=eps)
+    norm = 1.01 * torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True)
+    X = X / norm.clamp(min=eps)
     for a, b, c in polynomials:
         gram = X @ X.mT                                                 # A: (k, m, m)
         X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
