@@ -199,6 +199,8 @@ class Journal:
             return []
         old = learning_rate(o, plan.step, before["progress"], before["plan"])
         new = learning_rate(o, plan.step, plan.progress, plan.total)
+        if (old, ratio(before["progress"])) == (new, ratio(plan.progress)):
+            return []
         return [f"note: {plan.total} steps instead of {before['plan']} turn progress back from "
                 f"{before['progress']:.2f} to {plan.progress:.2f}: the learning rate goes from "
                 f"{old:.2g} to {new:.2g}, the hidden share from "

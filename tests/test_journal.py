@@ -178,6 +178,9 @@ def test_what_a_longer_plan_turns_back_is_told(photos, capsys):  # noqa: F811
     assert "turn progress back" not in capsys.readouterr().out
     train.main(["--out", "runs/a", "--resume", "--steps", "8"])
     assert "8 steps instead of 4 turn progress back from 1.00 to 0.50" in capsys.readouterr().out
+    for more in (["--steps", 4], ["--steps", 8, "--resume"]):       # of nothing that changes
+        go(photos, *more, "--mask", 0.5, "--warmup", 0, "--out", "runs/constant")
+    assert "turn progress back" not in capsys.readouterr().out
 
 
 # --- places
