@@ -138,7 +138,7 @@ def describe_transfers(benches, cells):
     for rival in ENDS:
         if rival != "masked-tenth":
             values = list_gains(cells, rival).values()
-            gains.append([rival, " / ".join(format_spread(v, 2) for v in values)])
+            gains.append([rival, " / ".join(format_spread(v) for v in values)])
     parts = [
         f"Pre-trained on {args.data} for {bench.scale['pre']} minutes, then {target_of(bench)} for "
         f"{bench.scale['tune']}. Distances to {target_of(bench)}, pixel / random-conv / swd (not "
