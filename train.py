@@ -285,7 +285,8 @@ def augment(x, y, g, flip=True, label_dropout=0.0):
 def learning_rate(o, step, progress, total=None):
     """The learning rate of a step: a linear warm-up over --warmup steps (at most a tenth of
     the `total`), times a cosine decay over the progress in [0, 1] from --lr to --lr-end of
-    it. A first stage has no decay: the second one, on all tokens, has it."""
+    it. Where tokens stay hidden and --lr-end is left out there is none: the second stage
+    has it."""
     warmup = min(o.warmup, total // 10) if total else o.warmup
     end = o.lr_end
     if end is None:

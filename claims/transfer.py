@@ -29,8 +29,7 @@ SCALES = {
     "cpu": dict(pre=20, tune=10, model="tiny", train=[], n=2000, batch=100),
     "gpu": dict(pre=60, tune=15, model="small", train=["--batch", 256], n=10_000, batch=250),
 }
-# name -> flags of its own. Neither decays: the second stage does.
-FIRST = {"masked": ["--mask", 0.75, "--lr-end", 1], "unmasked": ["--lr-end", 1]}
+FIRST = {"masked": ["--mask", 0.75], "unmasked": []}        # name -> flags of its own
 TENTH = ["--fraction", 0.1]
 SCRATCH = {                                                 # from nothing: flags, whole time?
     "tenth-short": (TENTH, False),
@@ -90,7 +89,8 @@ def train_transfers(bench):
     both = partial(count_steps_in, bench, "unmasked", scale["pre"] + scale["tune"])
     for name, own in FIRST.items():
         end = f"{name}-tenth"
-        bench.train_arm(name, train.main, "--data", bench.args.data, *flags, *own, "--steps",
+        bench.train_arm(name, train.main, "--data", bench.args.data, *flags, *own,
+                        "--lr-end", 1, "--steps",           # the second stage has the decay
                         partial(count_steps_in, bench, name, scale["pre"]), before=(end,))
         bench.train_arm(end, finetune.main, "--from", bench.folder / name, "--data", target,
                         *TENTH, "--steps", tune, "--sample-every", NEVER)
