@@ -221,7 +221,9 @@ def replacing(path, shared=True):
         temporary.unlink(missing_ok=True)
         # torch.save makes a RuntimeError of a full disk
         if isinstance(error, OSError) or "inline_container" in str(error):
-            why = describe_error(error).partition(" at: ")[0]
+            # strerror: the system's own words do not name the temporary file
+            words = getattr(error, "strerror", None) or describe_error(error)
+            why = words.partition(" at: ")[0]
             raise UserError(f"{path} cannot be written ({why}); "
                             "give another place, or make room") from error
         raise

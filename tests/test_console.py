@@ -109,6 +109,14 @@ def test_a_link_in_the_place_of_a_new_file_is_replaced_and_not_followed(tmp_path
                                                             "precious").read_text() == "mine"
 
 
+def test_a_place_that_cannot_be_written_is_named_without_the_temporary_file(tmp_path):
+    path = tmp_path / "absent" / "x.png"
+    with pytest.raises(UserError) as told:
+        with replacing(path):
+            raise AssertionError("the place was not opened first")
+    assert f"{path} cannot be written (No such file or directory)" in str(told.value)
+
+
 def test_a_message_of_many_lines_is_one_line(capsys):
     from conftest import status
 
