@@ -23,7 +23,7 @@ from functools import partial
 
 import finetune
 import train
-from claims.bench import NEVER, Bench, format_distances, format_spread, format_table
+from claims.bench import Bench, format_distances, format_spread, format_table
 
 SCALES = {
     "smoke": dict(steps=6, minutes=1, model="tiny", train=["--batch", 4], n=10, batch=10),
@@ -90,7 +90,7 @@ def run_ablate(args):
 def network_flags(bench, arm):
     """The flags of both stages that decide what a step costs."""
     model = bench.scale["model"] + "-dit" * arm.dit
-    return [*bench.image_flags(), "--workers", 0, *bench.scale["train"], "--model", model,
+    return [*bench.image_flags(), *bench.scale["train"], "--model", model,
             "--optimizer", arm.optimizer]
 
 
@@ -117,7 +117,7 @@ def last_stage(name):
 def train_recipe(bench, name):
     """Both stages of an arm."""
     arm, last = ARMS[name], last_stage(name)
-    flags = [*network_flags(bench, arm), *arm.flags, "--sample-every", NEVER]
+    flags = [*network_flags(bench, arm), *arm.flags]
     steps = [partial(count_steps_of, bench, arm, stage) for stage in (0, 1)]
     if last == name:
         bench.train_arm(name, train.main, *flags, "--steps", steps[1])
@@ -125,7 +125,7 @@ def train_recipe(bench, name):
         bench.train_arm(name, train.main, *flags, "--mask", arm.mask, "--steps", steps[0],
                         before=(last,))
         bench.train_arm(last, finetune.main, "--from", bench.folder / name, *arm.flags,
-                        "--sample-every", NEVER, "--steps", steps[1], before=(name,))
+                        "--steps", steps[1], before=(name,))
 
 
 def describe_arms(benches, cells):

@@ -36,7 +36,9 @@ from running.options import Options, recorded_options
 from running.setup import network_options
 from sample import load, sample
 
-NEVER = 10**9                   # for --save-every and --sample-every
+NEVER = 10**9                   # for --sample-every
+QUIET = ["--workers", 0, "--sample-every", NEVER]           # flags of every run
+SAVED = ["--save-every", 200, "--keep", 1]                  # a kill costs a few minutes
 PICTURE_SIDE = 96               # smaller pictures are enlarged to about so many pixels
 PROXY_ORDER = ("pixel", "random-conv", "swd")
 MARGIN = 0.05                   # distances this near, as shares, are equal: so far do seeds differ
@@ -71,7 +73,7 @@ class Bench:
         """Train an arm, unless that was done; one that was interrupted goes on.
 
         command: train.main or finetune.main.
-        flags: one that is a function is called only now.
+        flags: one that is a function is called only now. They win over QUIET and SAVED.
         before: the arms that cannot do without this one.
         -> its folder"""
         self.first.arms.append(self.prefix + name)
@@ -81,7 +83,7 @@ class Bench:
             print(f"\n=== {title}", flush=True)
             common = call_flags(["--seed", self.args.seed, *self.machine_flags(),
                                  "--out", self.folder / name, "--resume"])
-            command([*flags, *common])
+            command([*call_flags([*QUIET, *SAVED]), *flags, *common])
         return self.folder / name
 
     def all_trained(self):
@@ -115,6 +117,10 @@ class Bench:
                                 f"follows depends on it; --arm {name} continues it")
         return min(runs, key=lambda choice: self.first.log(runs[choice], "val_loss"))
 
+    def rate_runs(self, name):
+        """{learning rate: the short run that tries it for an arm}"""
+        return {rate: f"{name}-rate-{rate:g}" for rate in self.scale["rates"]}
+
     def image_flags(self):
         """What every command is told about the images."""
         gray = ["--gray"] if self.args.gray else []
@@ -146,8 +152,8 @@ class Bench:
         """Train a network for forty steps -> seconds a step, of its fastest ten steps."""
         folder = self.folder / "timing" / name
         shutil.rmtree(folder, ignore_errors=True)
-        short = ["--steps", 40, "--sample-every", NEVER]
-        train.main(call_flags([*flags, *short, *self.machine_flags(), "--out", folder]))
+        short = [*flags, *QUIET, "--steps", 40, "--save-every", NEVER]
+        train.main(call_flags([*short, *self.machine_flags(), "--out", folder]))
         with open(folder / "log.csv", newline="") as log:
             rate = max(float(row["images_per_second"]) for row in csv.DictReader(log))
         config = json.loads((folder / "config.json").read_text())
@@ -339,6 +345,19 @@ def format_distances(cells, which=0):
     cells: one, or a list of them, one a seed. which: 0 the values, 1 their floors."""
     return " / ".join(format_spread([cell[name][which] for cell in list_seeds(cells)])
                       for name in PROXY_ORDER)
+
+
+def describe_rates(bench, runs, when):
+    """How the rates were chosen, as parts of a text; nothing if there was no choice.
+
+    runs: {arm: {learning rate: its short run}}. when: what the short run had, in words."""
+    rates = bench.scale["rates"]
+    if len(rates) == 1:
+        return []
+    rows = [[arm, *(f"{bench.log(run, 'val_loss'):.4f}" for run in short.values())]
+            for arm, short in runs.items()]
+    return [f"Each arm's learning rate was chosen by its val_loss after {when}:",
+            format_table(["arm", *(f"{rate:g}" for rate in rates)], rows)]
 
 
 def format_table(head, rows):

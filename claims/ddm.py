@@ -11,25 +11,30 @@ DDPM's by its ancestral sampler at up to 1000; every solver and grid at ten call
 ladder from DDPM to DDM that changes one thing at a time. Above 50 calls there are fewer
 samples; what is compared with those rows has as few.
 
-Fairness. All arms have the same images, network, batch, learning rate (train.py's), seed
-and number of steps. They differ in schedule and prediction, and in nothing else. Their
-heads are the papers', without a guess about patches (PatchGuess in vit.py).
+Fairness. All arms have the same images, network, batch, seed and number of steps, and
+choose their learning rate from the same three, by the held-out loss of a short run. They
+differ in schedule and prediction, and in nothing else. Their heads are the papers', without
+a guess about patches (PatchGuess in vit.py).
 """
+from functools import partial
+
 import train
 from claims.bench import (
-    NEVER, PROXY_ORDER, Bench, count_better, count_calls, format_distances, format_table,
+    PROXY_ORDER, Bench, count_better, count_calls, describe_rates, format_distances, format_table,
     refuse_gray)
 
-# few: samples of a row of more than 50 calls, and of what it is compared with.
+# short: steps of a run that chooses a rate. few: samples of a row of more than 50 calls,
+# and of what it is compared with.
 SCALES = {
-    "smoke": dict(steps=8, model="tiny", train=["--batch", 4], batch=12, n=12, few=8,
-                  calls=[1, 2], ddpm=[2], long=[3]),
-    # 20 minutes on two cores (0.36 s a step)
-    "cpu": dict(steps=3300, model="tiny", train=[], batch=100, n=2000, few=500,
+    "smoke": dict(steps=8, short=4, rates=[2e-3], model="tiny", train=["--batch", 4], batch=12,
+                  n=12, few=8, calls=[1, 2], ddpm=[2], long=[3]),
+    # 15 minutes an arm on two cores, if a step takes 0.2 s
+    "cpu": dict(steps=4500, short=450, rates=[1e-3, 2e-3, 4e-3], model="tiny", train=[],
+                batch=100, n=2000, few=500,
                 calls=[1, 2, 5, 10, 20, 50], ddpm=[10, 50], long=[200, 1000]),
-    "gpu": dict(steps=50_000, model="small", train=["--batch", 256, "--patch", 2], batch=500,
-                n=10_000, few=10_000, calls=[1, 2, 5, 10, 20, 50], ddpm=[10, 50],
-                long=[200, 1000]),
+    "gpu": dict(steps=50_000, short=2500, rates=[5e-4, 1e-3, 2e-3], model="small",
+                train=["--batch", 256, "--patch", 2], batch=500, n=10_000, few=10_000,
+                calls=[1, 2, 5, 10, 20, 50], ddpm=[10, 50], long=[200, 1000]),
 }
 ARMS = {                                                    # name -> schedule, prediction
     "ddm-both": ("ddm", "both"),
@@ -79,14 +84,22 @@ def run_ddm(args):
         draw_few_steps(bench)
 
 
-def train_denoiser(bench, name):
-    """Train an arm."""
-    scale = bench.scale
+def ddm_flags(bench, name):
+    """The flags of an arm, but for its rate and its steps."""
     schedule, predict = ARMS[name]
-    bench.train_arm(name, train.main, *bench.image_flags(), "--model", scale["model"],
-                    *scale["train"], "--workers", 0,
-                    "--sample-every", NEVER, "--schedule", schedule, "--predict", predict,
-                    "--precondition", "none", "--steps", scale["steps"])
+    return [*bench.image_flags(), "--model", bench.scale["model"], *bench.scale["train"],
+            "--schedule", schedule, "--predict", predict, "--precondition", "none"]
+
+
+def train_denoiser(bench, name):
+    """Train an arm at the best rate of its short runs, which serve all seeds."""
+    flags, runs = ddm_flags(bench, name), bench.rate_runs(name)
+    if bench.first is bench and len(runs) > 1:
+        for rate, run in runs.items():
+            bench.train_arm(run, train.main, *flags, "--lr", rate, "--steps",
+                            bench.scale["short"], before=bench.on_every_seed(name))
+    bench.train_arm(name, train.main, *flags, "--lr", partial(bench.choose_by_loss, runs),
+                    "--steps", bench.scale["steps"])
 
 
 # --- numbers ------------------------------------------------------------------------------
@@ -134,8 +147,11 @@ def format_rows(rows, columns):
             for label, cells in rows.items()]
 
 
-def judge_few_calls(bench, slow):
-    """One sentence about ten calls and two hundred. slow: from `measure_slow_rows`."""
+def judge_few_calls(bench, arms, slow):
+    """What the numbers say about ten calls and two hundred, and to whom the merit belongs.
+
+    arms: {arm: distances at ten calls of the best sampler}. slow: from
+    `measure_slow_rows`."""
     ten, many = ten_calls(bench.scale), bench.scale["long"][0]
     papers, best, ddpm = slow.values()
     words = []
@@ -143,8 +159,11 @@ def judge_few_calls(bench, slow):
         _, worse = count_better(row[ten], ddpm[many])
         words.append(f"does not hold on {worse} of {len(PROXY_ORDER)} distances" if worse
                      else "holds")
+    better, worse = count_better(arms[OURS], arms[DDPM])
     return (f"{ten} calls are as good as {many} of DDPM: with the paper's own sampler this "
-            f"**{words[0]}** here, with DPM++ on EDM's grid it **{words[1]}**.")
+            f"**{words[0]}** here, with DPM++ on EDM's grid it **{words[1]}**. With that solver, "
+            f"too, `{OURS}` is better than DDPM's network at {ten} calls on {better} and worse on "
+            f"{worse} of {len(PROXY_ORDER)} distances: so much is not the solver's merit.")
 
 
 def describe_samplers(bench, tables, slow):
@@ -168,7 +187,9 @@ def describe_samplers(bench, tables, slow):
         format_table(["change", "distances"], ladder),
         "Every arm with the last solver and grid:",
         format_table(["arm", "distances"], arms),
-        judge_few_calls(bench, slow),
+        *describe_rates(bench, {name: bench.rate_runs(name) for name in ARMS},
+                        f"{scale['short']} steps"),
+        judge_few_calls(bench, tables["arms"], slow),
     ]
     return "\n\n".join(parts) + "\n"
 

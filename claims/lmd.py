@@ -25,7 +25,7 @@ import torch
 
 import train
 import vae
-from claims.bench import NEVER, Bench, call_flags, format_table, measure_speed_up
+from claims.bench import Bench, call_flags, format_table, measure_speed_up
 from mask import ratio_at
 from plumbing.console import UserError
 from plumbing.images import choose_subset, to_float
@@ -98,9 +98,9 @@ def lmd_flags(bench):
     """The flags that all arms share."""
     return [*bench.image_flags(), "--space", "latent",
             "--vae", partial(train_autoencoder, bench),
-            "--latents", bench.first.folder / "latents", "--patch", 2, "--workers", 0,
+            "--latents", bench.first.folder / "latents", "--patch", 2,
             "--objective", "reconstruct", "--decoder", 4, "--model", bench.scale["model"],
-            *bench.scale["train"], "--sample-every", NEVER, "--lr-end", 1]
+            *bench.scale["train"], "--lr-end", 1]
 
 
 def mean_step(bench, name, progress=1.0):
@@ -123,7 +123,7 @@ def train_reconstruction(bench, name):
     ramp, low, high = ARMS[name]
     rising = ["--ramp", ramp, "--mask-from", low] if low < high else []
     bench.train_arm(name, train.main, *lmd_flags(bench), "--mask", high, *rising,
-                    "--save-every", partial(count_fifth, bench, name),
+                    "--save-every", partial(count_fifth, bench, name), "--keep", 0,
                     "--steps", partial(count_fifth, bench, name, 5))
 
 

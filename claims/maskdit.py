@@ -25,8 +25,8 @@ import torch
 import finetune
 import train
 from claims.bench import (
-    NEVER, PROXY_ORDER, Bench, count_better, format_distances, format_spread, format_table,
-    refuse_gray)
+    PROXY_ORDER, Bench, count_better, describe_rates, format_distances, format_spread,
+    format_table, refuse_gray)
 
 # minutes: of an arm. short: of a run that chooses a rate or a weight.
 SCALES = {
@@ -77,8 +77,7 @@ def run_maskdit(args):
 def maskdit_flags(bench):
     """The flags that all arms share."""
     return [*bench.image_flags(), "--model", bench.scale["model"], *bench.scale["train"],
-            "--labels", "--schedule", "edm", "--predict", "unit", "--time-sampling", "lognormal",
-            "--workers", 0, "--sample-every", NEVER]
+            "--labels", "--schedule", "edm", "--predict", "unit", "--time-sampling", "lognormal"]
 
 
 def maskdit_pace(bench, name, is_last=False):
@@ -99,11 +98,6 @@ def count_timed_steps(bench, name, minutes, is_last=False):
 def weight_runs(bench):
     """{weight of the reconstruction: the short run that tries it}"""
     return {weight: f"half-recon-{weight:g}" for weight in bench.scale["recon"]}
-
-
-def rate_runs(bench, name):
-    """{learning rate: the short run that tries it}"""
-    return {rate: f"{name}-rate-{rate:g}" for rate in bench.scale["rates"]}
 
 
 def chosen_weight(bench, of_target=False):
@@ -134,9 +128,9 @@ def train_choices(bench):
             target = ["--recon-target", "noisy"] if weight else []
             bench.train_arm(run, train.main, *common, *HALF, "--recon", weight, *target,
                             "--lr", rates[len(rates) // 2], "--steps", steps["half"],
-                            before=(*rate_runs(bench, "half").values(), *needed["half"]))
+                            before=(*bench.rate_runs("half").values(), *needed["half"]))
     for name in ARMS if len(rates) > 1 else ():
-        for rate, run in rate_runs(bench, name).items():
+        for rate, run in bench.rate_runs(name).items():
             bench.train_arm(run, train.main, *common, *own_flags(bench, name), "--lr", rate,
                             "--steps", steps[name], before=needed[name])
 
@@ -144,11 +138,11 @@ def train_choices(bench):
 def train_both_stages(bench, name):
     """Three quarters of the time at the chosen rate, a last quarter on all tokens."""
     minutes, last = bench.scale["minutes"], f"{name}-last"
-    rate = partial(bench.choose_by_loss, rate_runs(bench, name))
+    rate = partial(bench.choose_by_loss, bench.rate_runs(name))
     bench.train_arm(name, train.main, *maskdit_flags(bench), *own_flags(bench, name), "--lr", rate,
                     "--lr-end", 1, "--steps",
                     partial(count_timed_steps, bench, name, (1 - LAST) * minutes), before=(last,))
-    bench.train_arm(last, finetune.main, "--from", bench.folder / name, "--sample-every", NEVER,
+    bench.train_arm(last, finetune.main, "--from", bench.folder / name,
                     "--lr", partial(halve_rate, rate), "--steps",
                     partial(count_timed_steps, bench, name, LAST * minutes, True))
 
@@ -220,12 +214,8 @@ def describe_classes(benches, cells):
 
 def describe_choices(bench):
     """The held-out losses of the short runs; nothing if there was no choice."""
-    scale, parts = bench.scale, []
-    if len(scale["rates"]) > 1:
-        rows = [[name, *(f"{bench.log(run, 'val_loss'):.4f}"
-                         for run in rate_runs(bench, name).values())] for name in ARMS]
-        parts += [f"The rate was chosen by val_loss after {scale['short']} minutes:",
-                  format_table(["arm", *(f"{rate:g}" for rate in scale["rates"])], rows)]
+    scale, runs = bench.scale, {name: bench.rate_runs(name) for name in ARMS}
+    parts = describe_rates(bench, runs, f"{scale['short']} minutes")
     if len(scale["recon"]) > 1:
         losses = [f"{weight:g}: {bench.log(run, 'val_loss'):.4f}"
                   for weight, run in weight_runs(bench).items()]

@@ -23,8 +23,8 @@ from functools import partial
 import finetune
 import train
 from claims.bench import (
-    NEVER, PROXY_ORDER, Bench, count_better, format_distances, format_spread, format_table,
-    measure_speed_up)
+    PROXY_ORDER, Bench, count_better, describe_rates, format_distances, format_spread,
+    format_table, measure_speed_up)
 
 # lengths, fine, sweep: minutes of an arm, of an arm with small patches, of a short run.
 # rates: of both stages.
@@ -88,7 +88,7 @@ def maskdm_flags(bench, fine):
     """The flags that both arms share."""
     scale = bench.scale
     return [*bench.image_flags(), "--model", scale["model"], *scale["train"],
-            *(scale["small"] if fine else []), "--workers", 0]
+            *(scale["small"] if fine else [])]
 
 
 def maskdm_pace(bench, arm, fine):
@@ -132,7 +132,7 @@ def train_rates(bench, arm):
     last = partial(count_half, bench, "all-tokens", False, bench.scale["sweep"])
     for rate in bench.scale["rates"]:
         name, end = rate_name(arm, rate)
-        common = ["--lr", rate, "--sample-every", NEVER]
+        common = ["--lr", rate]
         bench.train_arm(name, train.main, *maskdm_flags(bench, False), *ARMS[arm], *common,
                         "--lr-end", 1, "--steps", half, before=(end, *wanted))
         bench.train_arm(end, finetune.main, "--from", bench.folder / name, *common,
@@ -146,10 +146,11 @@ def train_branches(bench, arm, fine):
         return
     ends = [end_name(arm, fine, minutes) for minutes in lengths]
     rate = partial(bench.choose_by_loss, rate_ends(bench, arm))
-    common = ["--lr", rate, "--sample-every", NEVER]
+    common = ["--lr", rate]
     halves = [partial(count_half, bench, arm, fine, minutes) for minutes in lengths]
     bench.train_arm(trunk, train.main, *maskdm_flags(bench, fine), *ARMS[arm], *common,
-                    "--lr-end", 1, "--save-every", halves[0], "--steps", halves[-1], before=ends)
+                    "--lr-end", 1, "--save-every", halves[0], "--keep", 0, "--steps", halves[-1],
+                    before=ends)
     for end, minutes in zip(ends, lengths):
         bench.train_arm(end, finetune.main,
                         "--from", partial(checkpoint_at, bench, arm, fine, minutes), *common,
@@ -217,23 +218,13 @@ def describe_branches(benches, cells):
         "second half of each length is on all tokens.",
         format_table(["arm", "minutes", "seconds a step", "steps", "images seen", "PFLOP",
                       "val_loss", "distances"], rows),
-        *describe_rates(bench),
+        *describe_rates(bench, {arm: rate_ends(bench, arm) for arm in ARMS},
+                        f"{bench.scale['sweep']} minutes"),
         f"Speed-up to the best distance of all tokens (0: never as good): {speed}.",
         judge_speed_up(factors),
         *judge_fine(benches, cells),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def describe_rates(bench):
-    """The table of the short runs, with its title; nothing if there is only one rate."""
-    rates = bench.scale["rates"]
-    if len(rates) == 1:
-        return []
-    rows = [[arm, *(f"{bench.log(rate_name(arm, rate)[1], 'val_loss'):.4f}" for rate in rates)]
-            for arm in ARMS]
-    return [f"The rate was chosen by val_loss after {bench.scale['sweep']} minutes:",
-            format_table(["arm", *(f"{rate:g}" for rate in rates)], rows)]
 
 
 def describe_end(benches, arm, fine, minutes, cells):

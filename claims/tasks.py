@@ -25,8 +25,7 @@ from functools import partial
 
 import finetune
 import train
-from claims.bench import (
-    NEVER, Bench, count_better, count_calls, format_distances, format_table)
+from claims.bench import Bench, count_better, count_calls, format_distances, format_table
 from plumbing.images import choose_subset, seeded, to_float, to_uint8
 from plumbing.machine import amp_type
 from restore import restore_pictures
@@ -84,7 +83,7 @@ def task_flags(bench, task):
     data, size, gray = source_of(bench, task)
     return ["--data", data, "--size", size, *(["--gray"] if gray else []), "--val", HELD_OUT,
             "--model", bench.scale["model"], *bench.scale["train"], "--predict", "unit",
-            "--task", task, "--workers", 0, "--sample-every", NEVER]
+            "--task", task]
 
 
 def count_stage(bench, task, stage):
@@ -103,7 +102,7 @@ def train_task(bench, task):
     bench.train_arm(task, train.main, *task_flags(bench, task), *STAGES["masked"], "--steps",
                     partial(count_stage, bench, task, "masked"), before=(f"{task}-whole",))
     bench.train_arm(f"{task}-whole", finetune.main, "--from", bench.folder / task, "--steps",
-                    partial(count_stage, bench, task, "whole"), "--sample-every", NEVER)
+                    partial(count_stage, bench, task, "whole"))
 
 
 # --- numbers ------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from functools import partial
 import finetune
 import train
 from claims.bench import (
-    MARGIN, NEVER, PROXY_ORDER, Bench, format_distances, format_spread, format_table)
+    MARGIN, PROXY_ORDER, Bench, format_distances, format_spread, format_table)
 from plumbing.console import UserError
 
 # pre, tune: minutes of the first stage and of the second.
@@ -72,7 +72,7 @@ def transfer_flags(bench):
     """The flags of every arm, apart from its data."""
     args, scale = bench.args, bench.scale
     return ["--size", args.size, *(["--gray"] if args.gray else []), "--model", scale["model"],
-            *scale["train"], "--workers", 0, "--sample-every", NEVER]
+            *scale["train"]]
 
 
 def count_steps_in(bench, name, minutes):
@@ -93,7 +93,7 @@ def train_transfers(bench):
                         "--lr-end", 1, "--steps",           # the second stage has the decay
                         partial(count_steps_in, bench, name, scale["pre"]), before=(end,))
         bench.train_arm(end, finetune.main, "--from", bench.folder / name, "--data", target,
-                        *TENTH, "--steps", tune, "--sample-every", NEVER)
+                        *TENTH, "--steps", tune)
     for name, (own, is_long) in SCRATCH.items():
         bench.train_arm(name, train.main, "--data", target, *flags, *own,
                         "--steps", both if is_long else tune)

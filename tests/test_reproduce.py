@@ -29,8 +29,8 @@ from running.options import check, options_parser
 TINY = dict(width=32, depth=2, heads=2, decoder_width=32)
 TRAIN = ["--batch", 2]
 SCALES = {
-    claims.ddm: dict(steps=2, model="tiny", train=TRAIN, batch=12, n=8, few=8, calls=[1, 2],
-                     ddpm=[2], long=[3]),
+    claims.ddm: dict(steps=2, short=1, rates=[1e-3, 2e-3], model="tiny", train=TRAIN, batch=12,
+                     n=8, few=8, calls=[1, 2], ddpm=[2], long=[3]),
     claims.tasks: dict(steps=2, minutes=(1, 1), model="tiny", train=TRAIN, n=4, calls=[1, 2],
                        batch=4),
     claims.maskdm: dict(steps=4, lengths=[0.5, 1], fine=[1], sweep=0.5, rates=[1e-3, 2e-3],
@@ -110,7 +110,8 @@ def test_a_claim_makes_a_table_and_pictures_and_a_second_call_trains_and_measure
 
 def test_one_arm_is_trained_by_itself(tiny_world, tmp_path):
     run_claim("ddm", "--arm", "ddm-unit", "--out", str(tmp_path))
-    assert [p.name for p in (tmp_path / "ddm").iterdir()] == ["ddm-unit"]
+    assert sorted(p.name for p in (tmp_path / "ddm").iterdir()) == [
+        "ddm-unit", "ddm-unit-rate-0.001", "ddm-unit-rate-0.002"]
     with pytest.raises(UserError, match="--arm no-such: the arms of ddm are .*ddm-unit"):
         run_claim("ddm", "--arm", "no-such", "--out", str(tmp_path))
 
@@ -345,11 +346,16 @@ def test_a_stopped_autoencoder_is_no_autoencoder(tmp_path, monkeypatch):
 
 
 def test_arms_differ_in_the_thing_under_test_and_in_nothing_else(finished):
-    configs = {path.parent.name: json.loads(path.read_text())
-               for path in finished("ddm").glob("*/config.json")}
+    folder, arms = finished("ddm"), claims.ddm.ARMS
+    configs = {name: json.loads((folder / name / "config.json").read_text()) for name in arms}
     ours = configs["ddm-both"]
     differ = {key for config in configs.values() for key in config if config[key] != ours[key]}
-    assert differ == {"schedule", "predict", "out"}
+    assert differ - {"lr"} == {"schedule", "predict", "out"}
+    args = reproduce.parser().parse_args(["ddm", "--out", str(folder.parent)])
+    bench = claims.bench.Bench("ddm", args, SCALES[claims.ddm])
+    for name in arms:                   # the rate is the one with the smallest held-out loss
+        losses = {rate: bench.log(run, "val_loss") for rate, run in bench.rate_runs(name).items()}
+        assert losses[configs[name]["lr"]] == min(losses.values())
 
 
 @pytest.mark.parametrize("claim", ["ddm", "maskdit"])
