@@ -40,8 +40,9 @@ NEVER = 10**9                   # for --sample-every
 QUIET = ["--workers", 0, "--sample-every", NEVER]           # flags of every run
 SAVED = ["--save-every", 200, "--keep", 1]                  # a kill costs a few minutes
 PICTURE_SIDE = 96               # smaller pictures are enlarged to about so many pixels
-PROXY_ORDER = ("pixel", "random-conv", "swd")
-MARGIN = 0.05                   # distances this near, as shares, are equal: so far do seeds differ
+# Distances this near, as shares, are equal: twice as far as two seeds lie from their mean.
+MARGINS = {"pixel": 0.06, "random-conv": 0.13, "swd": 0.05}
+PROXY_ORDER = tuple(MARGINS)
 
 
 class Bench:
@@ -117,9 +118,10 @@ class Bench:
                                 f"follows depends on it; --arm {name} continues it")
         return min(runs, key=lambda choice: self.first.log(runs[choice], "val_loss"))
 
-    def rate_runs(self, name):
-        """{learning rate: the short run that tries it for an arm}"""
-        return {rate: f"{name}-rate-{rate:g}" for rate in self.scale["rates"]}
+    def rate_runs(self, name, end=""):
+        """{learning rate: the short run that tries it for an arm}. end: added to the names,
+        for the last stages of such runs."""
+        return {rate: f"{name}-rate-{rate:g}{end}" for rate in self.scale["rates"]}
 
     def image_flags(self):
         """What every command is told about the images."""
@@ -227,13 +229,14 @@ class Bench:
         how = how | dict(labels=labels)
         return self.measure_once(key, self.measure_distances, images, path, n, how)
 
-    def compare_seeds(self, paths, data=None, **how):
+    def compare_seeds(self, paths, data=None, seeds=None, **how):
         """Distances of some runs of every seed to their training images.
 
-        data: of the images; None means the command line's. how: arguments of `sample`.
+        data: of the images; None means the command line's. seeds: so many, the first ones;
+        None means all. how: arguments of `sample`.
         -> {path: [cell, one a seed]}"""
         cells = {path: [] for path in paths}
-        for bench in self.benches:
+        for bench in self.benches[:seeds]:
             images, _ = bench.split_images(data, gray=self.args.gray)
             for path in paths:
                 cells[path].append(bench.distances(images, path, self.scale["n"], **how))
@@ -289,13 +292,14 @@ def time_to_reach(lengths, distances, goal):
     return float(lengths[i - 1] * (lengths[i] / lengths[i - 1]) ** share)
 
 
-def measure_speed_up(baseline, method):
+def measure_speed_up(baseline, method, margin=0.0):
     """The baseline's time to its own best distance over the method's time to it.
 
-    Both: (lengths in minutes, distances).
+    Both: (lengths in minutes, distances). margin: a distance larger than the best by such a
+    share is as good, for both.
     -> the factor, a lower bound if the method's first length is enough; 0 if it never gets
     there"""
-    goal = min(baseline[1])
+    goal = (1 + margin) * min(baseline[1])
     return time_to_reach(*baseline, goal) / time_to_reach(*method, goal)
 
 
@@ -310,10 +314,13 @@ def count_better(ours, theirs):
     ours, theirs: cells of `Bench.distances`, one each or a list with one a seed; a distance
     and a seed are one comparison. A distance below its floor counts as the floor: no sample
     can be closer than real images are, but by chance."""
-    pairs = [(max(a[proxy]), max(b[proxy])) for a, b in zip(list_seeds(ours), list_seeds(theirs))
-             for proxy in PROXY_ORDER]                      # a cell has [value, floor]
-    return (sum(a < (1 - MARGIN) * b for a, b in pairs),
-            sum((1 - MARGIN) * a > b for a, b in pairs))
+    better = worse = 0
+    for a, b in zip(list_seeds(ours), list_seeds(theirs)):
+        for proxy, margin in MARGINS.items():
+            mine, other = max(a[proxy]), max(b[proxy])      # a cell has [value, floor]
+            better += mine < (1 - margin) * other
+            worse += other < (1 - margin) * mine
+    return better, worse
 
 
 def call_flags(flags):

@@ -6,17 +6,19 @@ sees all tokens, class by class, in 0.31 of its time.
 
 Arms. `all-tokens`; `half`, the paper's; `route`, where the hidden half only skips the
 middle blocks. Each has three quarters of the time at a constant rate, then a last quarter
-on all tokens at half the rate, falling (`-last`): for `half` that is MaskDiT's unmasking
-tuning, for the others the same decay. Short runs choose each arm's rate, and first the
-weight of the reconstruction: the paper has 0.1 on the denoised image. Here it is on the raw
-output, where it weighs about ten times as much.
+on all tokens at a falling rate (`-last`): for `half` that is MaskDiT's unmasking
+tuning, for the others the same decay. The same with 0.31 of the time branches off from the
+first stage (`-early`). Short runs choose each arm's rate, and first the weight of the
+reconstruction: the paper has 0.1 on the denoised image. Here it is on the raw output, where
+it weighs about ten times as much.
 
 Measured. Distances to training images, class-conditional, ten calls, before and after the
-last quarter; the same for `half` with guidance.
+last quarter and with 0.31 of the time; the same for `half` with guidance.
 
-Fairness. Equal time: each network is timed alone at the start, and from then on a minute is
-a number of steps. Leave the machine quiet for that; afterwards the arms may be trained side
-by side.
+Fairness. Heads and inputs are EDM's, as in the paper, without a guess about patches
+(PatchGuess in vit.py). Equal time: each network is timed alone at the start, and from then
+on a minute is a number of steps. Leave the machine quiet for that; afterwards the arms may
+be trained side by side.
 """
 from functools import partial
 
@@ -32,7 +34,7 @@ from claims.bench import (
 SCALES = {
     "smoke": dict(steps=8, minutes=1, short=0.5, model="tiny", train=["--batch", 4], rates=[1e-3],
                   recon=[0.1], n=12, batch=12),
-    "cpu": dict(minutes=30, short=2, model="tiny", train=["--patch", 2],
+    "cpu": dict(minutes=30, short=3, model="tiny", train=["--patch", 2],
                 rates=[1e-3, 2e-3, 4e-3], recon=[0, 0.01, 0.1], n=2000, batch=100),
     "gpu": dict(minutes=60, short=3, model="small", train=["--batch", 256, "--patch", 2],
                 rates=[5e-4, 1e-3, 2e-3], recon=[0, 0.01, 0.1], n=10_000, batch=250),
@@ -43,10 +45,17 @@ ARMS = {                                                    # name -> flags of i
     "half": HALF,                                           # and --recon, of the chosen weight
     "route": ["--mask", 0.5, "--economy", "route"],
 }
-# The same networks without a mask, for the last stage. Where all tokens are seen, there is
-# none to route: that is the network of `all-tokens`.
-UNMASKED = {"all-tokens": [], "half": ["--decoder", 2], "route": []}
+# What is timed: the networks of the first stages, and that of `half` without a mask. Where
+# all tokens are seen there is none to route: that is the network of `all-tokens`.
+TIMED = {
+    **ARMS,
+    "half": [*HALF, "--recon", 0.1, "--recon-target", "noisy"],
+    "half, last": ["--decoder", 2],
+}
+LAST_STAGE = {"all-tokens": "all-tokens", "half": "half, last", "route": "all-tokens"}
 LAST = 1 / 4                                                # of the time, on all tokens
+EARLY = 0.31                                                # of the time, as the paper claims
+ENDS = {"early": EARLY, "last": 1}                          # name -> share of the time
 CALLS = 10
 GUIDANCE = (1.5, 2.0, 3.0)
 
@@ -58,8 +67,7 @@ def run_maskdit(args):
     benches = first.benches
     train_choices(first)
     for bench in benches:
-        for name in ARMS:
-            train_both_stages(bench, name)
+        train_arms(bench)
     if not first.all_trained():
         return
     cells = {}
@@ -77,17 +85,15 @@ def run_maskdit(args):
 def maskdit_flags(bench):
     """The flags that all arms share."""
     return [*bench.image_flags(), "--model", bench.scale["model"], *bench.scale["train"],
-            "--labels", "--schedule", "edm", "--predict", "unit", "--time-sampling", "lognormal"]
+            "--labels", "--schedule", "edm", "--predict", "unit", "--time-sampling", "lognormal",
+            "--precondition", "none"]
 
 
 def maskdit_pace(bench, name, is_last=False):
     """Seconds a step of an arm's network, with its mask or in its last stage."""
-    common = maskdit_flags(bench)
-    own = {"half": ["--recon", 0.1, "--recon-target", "noisy"]}
-    masked = {arm: [*common, *flags, *own.get(arm, [])] for arm, flags in ARMS.items()}
-    last = {f"{arm}, last": [*common, *UNMASKED[arm]] for arm in ARMS}
-    seconds = bench.seconds_per_step(masked | last, visits=2)
-    return seconds[f"{name}, last" if is_last else name]
+    networks = {timed: [*maskdit_flags(bench), *flags] for timed, flags in TIMED.items()}
+    seconds = bench.seconds_per_step(networks, visits=2)
+    return seconds[LAST_STAGE[name] if is_last else name]
 
 
 def count_timed_steps(bench, name, minutes, is_last=False):
@@ -95,9 +101,14 @@ def count_timed_steps(bench, name, minutes, is_last=False):
     return max(1, round(60 * minutes / maskdit_pace(bench, name, is_last)))
 
 
-def weight_runs(bench):
-    """{weight of the reconstruction: the short run that tries it}"""
-    return {weight: f"half-recon-{weight:g}" for weight in bench.scale["recon"]}
+def list_stages(name):
+    """The runs of an arm: its first stage and its ends."""
+    return [name, *(f"{name}-{end}" for end in ENDS)]
+
+
+def weight_runs(bench, end="-end"):
+    """{weight of the reconstruction: the short run that tries it, or its end}"""
+    return {weight: f"half-recon-{weight:g}{end}" for weight in bench.scale["recon"]}
 
 
 def chosen_weight(bench, of_target=False):
@@ -117,47 +128,72 @@ def own_flags(bench, name):
 
 
 def train_choices(bench):
-    """Short runs, of the first seed for all: `half` with each weight of the reconstruction,
-    then every arm with each rate."""
-    scale, rates = bench.scale, bench.scale["rates"]
-    common = [*maskdit_flags(bench), "--lr-end", 1]
-    needed = {name: bench.on_every_seed(name, f"{name}-last") for name in ARMS}
-    steps = {name: partial(count_timed_steps, bench, name, scale["short"]) for name in ARMS}
-    for weight, run in weight_runs(bench).items():
-        if len(scale["recon"]) > 1:
-            target = ["--recon-target", "noisy"] if weight else []
-            bench.train_arm(run, train.main, *common, *HALF, "--recon", weight, *target,
-                            "--lr", rates[len(rates) // 2], "--steps", steps["half"],
-                            before=(*bench.rate_runs("half").values(), *needed["half"]))
+    """Short runs of both stages, of the first seed for all: `half` with each weight of the
+    reconstruction, then every arm with each rate."""
+    rates, common, short = bench.scale["rates"], maskdit_flags(bench), dict(end=1)
+    needed = {name: bench.on_every_seed(*list_stages(name)) for name in ARMS}
+    if len(bench.scale["recon"]) > 1:
+        before = [*bench.rate_runs("half").values(), *bench.rate_runs("half", "-end").values(),
+                  *needed["half"]]
+        for weight, run in weight_runs(bench, "").items():
+            flags = [*HALF, "--recon", weight, "--recon-target", "noisy" if weight else "clean"]
+            train_stages(bench, "half", run, bench.scale["short"], short, [*common, *flags],
+                         rates[len(rates) // 2], before)
     for name in ARMS if len(rates) > 1 else ():
         for rate, run in bench.rate_runs(name).items():
-            bench.train_arm(run, train.main, *common, *own_flags(bench, name), "--lr", rate,
-                            "--steps", steps[name], before=needed[name])
+            train_stages(bench, name, run, bench.scale["short"], short,
+                         [*common, *own_flags(bench, name)], rate, needed[name])
 
 
-def train_both_stages(bench, name):
-    """Three quarters of the time at the chosen rate, a last quarter on all tokens."""
-    minutes, last = bench.scale["minutes"], f"{name}-last"
-    rate = partial(bench.choose_by_loss, bench.rate_runs(name))
-    bench.train_arm(name, train.main, *maskdit_flags(bench), *own_flags(bench, name), "--lr", rate,
-                    "--lr-end", 1, "--steps",
-                    partial(count_timed_steps, bench, name, (1 - LAST) * minutes), before=(last,))
-    bench.train_arm(last, finetune.main, "--from", bench.folder / name,
-                    "--lr", partial(halve_rate, rate), "--steps",
-                    partial(count_timed_steps, bench, name, LAST * minutes, True))
+def train_arms(bench):
+    """Every arm, at its chosen rate, with an end for the whole time and one for a part."""
+    for name in ARMS:
+        rate = partial(bench.choose_by_loss, bench.rate_runs(name, "-end"))
+        train_stages(bench, name, name, bench.scale["minutes"], ENDS,
+                     [*maskdit_flags(bench), *own_flags(bench, name)], rate)
 
 
-def halve_rate(rate):
-    """Half of a rate that is chosen when it is asked for."""
-    return rate() / 2
+def train_stages(
+    bench,
+    arm,        # a name in ARMS: whose network it is
+    run,        # the name of the first stage; its ends are called RUN-END
+    minutes,    # of both stages together
+    ends,       # {END: share of the time}
+    flags,      # of the first stage
+    rate,       # of both stages
+    before=(),  # the arms that cannot do without this one
+):
+    """A first stage at a constant rate; then for each end a last stage on all tokens, at a
+    falling rate. An end with a part of the time branches off earlier."""
+    branch, whole = (partial(count_timed_steps, bench, arm, share * (1 - LAST) * minutes)
+                     for share in (min(ends.values()), 1))
+    names = [f"{run}-{end}" for end in ends]
+    bench.train_arm(run, train.main, *flags, "--lr", rate, "--lr-end", 1,
+                    "--warmup", partial(tenth_of, branch), "--save-every", branch, "--keep", 0,
+                    "--steps", whole, before=(*names, *before))
+    for name, share in zip(names, ends.values()):
+        start = partial(checkpoint_after, bench, run, branch if share < 1 else whole)
+        steps = partial(count_timed_steps, bench, arm, share * LAST * minutes, True)
+        bench.train_arm(name, finetune.main, "--from", start, "--lr", rate, "--steps", steps,
+                        before=before)
+
+
+def tenth_of(count):
+    """A tenth of a number that is known when it is asked for."""
+    return count() // 10
+
+
+def checkpoint_after(bench, run, count):
+    """The checkpoint that a run left after count() steps."""
+    path = bench.folder / run / f"{count():06d}.pt"
+    return path if path.exists() else path.parent           # the end has no number of its own
 
 
 # --- numbers ------------------------------------------------------------------------------
 
 def list_measurements():
     """What is measured: (key of the table, run, further arguments of `sample`)."""
-    ends = [path for name in ARMS for path in (name, f"{name}-last")]
-    plain = [(path, path, {}) for path in ends]
+    plain = [(path, path, {}) for name in ARMS for path in list_stages(name)]
     guided = [((path, scale), path, dict(cfg=scale)) for path in ("half", "half-last")
               for scale in GUIDANCE]
     return plain + guided
@@ -170,15 +206,18 @@ def measure_classes(bench, images, path, how):
 
 
 def judge_half(cells):
-    """One sentence. cells: {run: distances, one a seed}"""
-    better, worse = count_better(cells["half-last"], cells["all-tokens-last"])
-    of = f"of {len(PROXY_ORDER) * len(cells['half-last'])} comparisons (a distance and a seed each)"
-    if better and not worse:
-        return f"**Holds here**: at equal time half of the tokens are better in {better} {of}."
-    if worse and not better:
-        return f"**Does not hold here**: at equal time all tokens are better in {worse} {of}."
-    return (f"**No time is saved here**: at equal time half of the tokens are better in {better} "
-            f"and worse in {worse} {of}.")
+    """Two sentences. cells: {run: distances, one a seed}"""
+    whole = cells["all-tokens-last"]
+    of = f"of {len(PROXY_ORDER) * len(whole)} comparisons (a distance and a seed each)"
+    better, worse = count_better(cells["half-early"], whole)
+    if worse:
+        verdict = f"**Does not hold here**: in {EARLY} of the time half of the tokens are worse in "
+        verdict += f"{worse} and better in {better} {of}."
+    else:
+        verdict = f"**Holds here**: in {EARLY} of the time half of the tokens are as good as all "
+        verdict += f"tokens in all of it; they are better in {better} {of}."
+    better, worse = count_better(cells["half-last"], whole)
+    return f"{verdict} In equal time they are better in {better} and worse in {worse} {of}."
 
 
 def describe_classes(benches, cells):
@@ -193,7 +232,8 @@ def describe_classes(benches, cells):
         rows.append([name, " + ".join(f"{pace:.3f}" for pace in paces),
                      " + ".join(f"{step:.0f}" for step in steps),
                      f"{bench.count_petaflop(name, f'{name}-last'):.3g}", format_spread(losses, 4),
-                     format_distances(cells[name]), format_distances(cells[f"{name}-last"])])
+                     *(format_distances(cells[path])
+                       for path in (name, f"{name}-early", f"{name}-last"))])
     guided = [[run, format_distances(cells[run]),
                *(format_distances(cells[run, scale]) for scale in GUIDANCE)]
               for run in ("half", "half-last")]
@@ -203,7 +243,8 @@ def describe_classes(benches, cells):
         f"class-conditional samples of {CALLS} calls, {args.seeds} seed(s) from {args.seed}, floor "
         f"{floor}. {scale['minutes']} minutes of training an arm.",
         format_table(["arm", "seconds a step", "steps", "PFLOP", "val_loss",
-                      "before the last stage", "after it"], rows),
+                      "before its last stage", f"after it, in {EARLY} of the time",
+                      "after it, in all of the time"], rows),
         *describe_choices(bench),
         "Guidance:",
         format_table(["run", "none", *(f"{scale:g}" for scale in GUIDANCE)], guided),
@@ -214,7 +255,7 @@ def describe_classes(benches, cells):
 
 def describe_choices(bench):
     """The held-out losses of the short runs; nothing if there was no choice."""
-    scale, runs = bench.scale, {name: bench.rate_runs(name) for name in ARMS}
+    scale, runs = bench.scale, {name: bench.rate_runs(name, "-end") for name in ARMS}
     parts = describe_rates(bench, runs, f"{scale['short']} minutes")
     if len(scale["recon"]) > 1:
         losses = [f"{weight:g}: {bench.log(run, 'val_loss'):.4f}"
@@ -226,10 +267,10 @@ def describe_choices(bench):
 # --- pictures -----------------------------------------------------------------------------
 
 def draw_classes(bench, classes):
-    """samples.png: every arm before and after its last stage, always the same noises."""
+    """samples.png: every arm before and after its last stages, always the same noises."""
     few = torch.arange(10) % len(classes)
     rows = [(run, bench.draw(run, 10, labels=few, steps=CALLS))
-            for name in ARMS for run in (name, f"{name}-last")]
+            for name in ARMS for run in list_stages(name)]
     bench.save_sheet("samples.png", rows, [classes[c] for c in few])
 
 

@@ -1,4 +1,5 @@
 """Claims run from nothing to a table, and what was done is not done again."""
+import argparse
 import json
 import math
 from pathlib import Path
@@ -179,6 +180,29 @@ def test_a_method_that_is_k_times_faster_has_a_speed_up_of_k(lengths, power, fac
     assert speed_up((lengths, faster), (lengths, curve)) == 0               # never as good
 
 
+def test_a_speed_up_knows_floors_and_how_far_seeds_differ():
+    def cells(all_tokens, masked):
+        curves = {"all-tokens": all_tokens, "masked": masked}
+        return {f"{arm}-{minutes:g}": [dict.fromkeys(("pixel", "random-conv", "swd"), [value, 2.0])]
+                for arm, values in curves.items() for minutes, value in zip((1, 2, 4), values)}
+
+    bench = argparse.Namespace(scale=dict(lengths=[1, 2, 4], fine=[]))
+
+    def found(*curves):
+        return list(claims.maskdm.list_speed_ups([bench], cells(*curves), False).values())
+
+    assert found([4, 3, 1.0], [4, 3, 1.9]) == [[1.0]] * 3           # both are at the floor
+    assert found([4, 3, 2.0], [4, 3, 2.04]) == [[pytest.approx(1.0, abs=0.1)]] * 3
+    assert found([4, 3, 2.0], [4, 3, 2.4]) == [[0.0]] * 3           # seeds differ by less
+
+
+def test_an_end_branches_off_a_run_that_has_warmed_up(finished):
+    for claim, trunks in (("maskdm", ("masked", "all-tokens")), ("maskdit", claims.maskdit.ARMS)):
+        for trunk in trunks:
+            config = json.loads((finished(claim) / trunk / "config.json").read_text())
+            assert config["warmup"] <= config["save_every"] / 10 and config["keep"] == 0
+
+
 def test_a_curve_that_gets_worse_again_counts_by_its_best():
     reach = claims.bench.time_to_reach
     assert reach([1, 2, 4, 8], [9, 5, 6, 4], 5) == 2
@@ -198,9 +222,11 @@ def test_a_verdict_follows_its_numbers():
     assert "mask's part does not" in claims.transfer.judge_transfer(
         ends | {"masked-tenth": [near], "unmasked-tenth": [near]})
     assert "Does not hold" in claims.transfer.judge_transfer(ends)
-    ends = {"half-last": [near, far], "all-tokens-last": [far, near]}
-    assert "better in 3 and worse in 3 of 6" in claims.maskdit.judge_half(ends)
-    assert "**Holds" in claims.maskdit.judge_half({"half-last": [near], "all-tokens-last": [far]})
+    ends = {"half-last": [near, far], "half-early": [far, near], "all-tokens-last": [near, near]}
+    assert "worse in 3 and better in 0 of 6" in claims.maskdit.judge_half(ends)
+    ends["all-tokens-last"] = [far, near]
+    assert "**Holds here**" in claims.maskdit.judge_half(ends)
+    assert "In equal time they are better in 3 and worse in 3" in claims.maskdit.judge_half(ends)
     assert "**Holds" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": 4.0})
     assert "less than" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": 1.5})
     assert "Does not" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": 0.0})
@@ -215,8 +241,8 @@ def test_distances_that_seeds_may_change_are_no_difference():
         return dict.fromkeys(("pixel", "random-conv", "swd"), [value, 0.0])
 
     count = claims.bench.count_better
-    assert [count(cell(v), cell(1.0)) for v in (0.9, 0.97, 1.03, 1.1)] == [
-        (3, 0), (0, 0), (0, 0), (0, 3)]
+    assert [count(cell(v), cell(1.0)) for v in (0.8, 0.9, 0.97, 1.03, 1.1, 1.2)] == [
+        (3, 0), (2, 0), (0, 0), (0, 0), (0, 2), (0, 3)]        # random-conv differs by more
 
 
 def test_a_distance_below_its_floor_is_as_good_as_its_floor():
