@@ -185,8 +185,8 @@ def judge_speed_up(factors):
     reached = [value for value in found if value]
     if not reached:
         return "**Does not hold here**: masked training is never as good as all tokens at best."
-    span = (f"masked training is {min(reached):.1f} to {max(reached):.1f} times as fast "
-            "(the paper: 4)")
+    times = " to ".join(dict.fromkeys(f"{value:.1f}" for value in (min(reached), max(reached))))
+    span = f"masked training is {times} times as fast (the paper: 4)"
     if len(reached) < len(found):
         span += (f" where it gets as good; in {len(found) - len(reached)} of {len(found)} "
                  "comparisons (a distance and a seed each) it never does")
@@ -206,7 +206,7 @@ def judge_fine(benches, cells):
         theirs, ours = (cells[end_name(arm, True, minutes)] for arm in ARMS)
         better, worse = count_better(ours, theirs)
         sentences.append(
-            f"With small patches, after {minutes:g} minutes: masked training is clearly better in "
+            f"With small patches, after {minutes:g} min: masked training is clearly better in "
             f"{better} and clearly worse in {worse} of {len(PROXY_ORDER) * len(ours)} "
             "comparisons (a distance and a seed each).")
     return sentences
