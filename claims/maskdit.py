@@ -172,7 +172,7 @@ def train_stages(
                     "--warmup", partial(tenth_of, branch), "--save-every", branch, "--keep", 0,
                     "--steps", whole, before=(*names, *before))
     for name, share in zip(names, ends.values()):
-        start = partial(checkpoint_after, bench, run, branch if share < 1 else whole)
+        start = partial(checkpoint_after, bench, run, branch) if share < 1 else bench.folder / run
         steps = partial(count_timed_steps, bench, arm, share * LAST * minutes, True)
         bench.train_arm(name, finetune.main, "--from", start, "--lr", rate, "--steps", steps,
                         before=before)
@@ -184,9 +184,8 @@ def tenth_of(count):
 
 
 def checkpoint_after(bench, run, count):
-    """The checkpoint that a run left after count() steps."""
-    path = bench.folder / run / f"{count():06d}.pt"
-    return path if path.exists() else path.parent           # the end has no number of its own
+    """The checkpoint of a run after count() steps."""
+    return bench.folder / run / f"{count():06d}.pt"
 
 
 # --- numbers ------------------------------------------------------------------------------
