@@ -94,9 +94,11 @@ class Bench:
                             f"{', '.join(self.arms)}")
         return self.args.arm is None
 
-    def on_every_seed(self, *names):
-        """Arms under their names of every seed, for what serves all of them."""
-        return [bench.prefix + name for bench in self.benches for name in names]
+    def on_every_seed(self, *names, seeds=None):
+        """Arms under their names of every seed, for what serves all of them.
+
+        seeds: so many, the first ones; None means all."""
+        return [bench.prefix + name for bench in self.benches[:seeds] for name in names]
 
     def is_finished(self, name):
         """Whether an arm has made all its steps."""
@@ -104,6 +106,10 @@ class Bench:
         if not (config.exists() and (self.folder / name / "last.pt").exists()):
             return False
         return self.log(name, "step") >= json.loads(config.read_text())["steps"]
+
+    def checkpoint_after(self, name, count):
+        """The checkpoint of an arm after count() steps."""
+        return self.folder / name / f"{count():06d}.pt"
 
     def choose_by_loss(self, runs):
         """The choice whose short run, of the first seed, has the smallest held-out loss.
@@ -154,8 +160,8 @@ class Bench:
         """Train a network for forty steps -> seconds a step, of its fastest ten steps."""
         folder = self.folder / "timing" / name
         shutil.rmtree(folder, ignore_errors=True)
-        short = [*flags, *QUIET, "--steps", 40, "--save-every", NEVER]
-        train.main(call_flags([*short, *self.machine_flags(), "--out", folder]))
+        short = [*QUIET, "--steps", 40]
+        train.main(call_flags([*flags, *short, *self.machine_flags(), "--out", folder]))
         with open(folder / "log.csv", newline="") as log:
             rate = max(float(row["images_per_second"]) for row in csv.DictReader(log))
         config = json.loads((folder / "config.json").read_text())
@@ -321,6 +327,11 @@ def count_better(ours, theirs):
             better += mine < (1 - margin) * other
             worse += other < (1 - margin) * mine
     return better, worse
+
+
+def tenth_of(count):
+    """A tenth of a number that is known when it is asked for."""
+    return count() // 10
 
 
 def call_flags(flags):

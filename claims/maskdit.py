@@ -5,12 +5,12 @@ decoder and a little reconstruction of the hidden half reach the quality of a ne
 sees all tokens, class by class, in 0.31 of its time.
 
 Arms. `all-tokens`; `half`, the paper's; `route`, where the hidden half only skips the
-middle blocks. Each has three quarters of the time at a constant rate, then a last quarter
-on all tokens at a falling rate (`-last`): for `half` that is MaskDiT's unmasking
-tuning, for the others the same decay. The same with 0.31 of the time branches off from the
-first stage (`-early`). Short runs choose each arm's rate, and first the weight of the
-reconstruction: the paper has 0.1 on the denoised image. Here it is on the raw output, where
-it weighs about ten times as much.
+middle blocks. Each has three quarters of the time at a constant rate, then a last
+quarter on all tokens at a falling rate (`-last`): for `half` that is MaskDiT's
+unmasking tuning, for the others the same decay. The same with 0.31 of the time branches
+off from the first stage (`-early`). Short runs choose each arm's rate, and first the
+weight of the reconstruction: the paper has 0.1 on the denoised image. Here it is on the
+raw output, where it weighs about ten times as much.
 
 Measured. Distances to training images, class-conditional, ten calls, before and after the
 last quarter and with 0.31 of the time; the same for `half` with guidance.
@@ -28,7 +28,7 @@ import finetune
 import train
 from claims.bench import (
     PROXY_ORDER, Bench, count_better, describe_rates, format_distances, format_spread,
-    format_table, refuse_gray)
+    format_table, refuse_gray, tenth_of)
 
 # minutes: of an arm. short: of a run that chooses a rate or a weight.
 SCALES = {
@@ -172,20 +172,10 @@ def train_stages(
                     "--warmup", partial(tenth_of, branch), "--save-every", branch, "--keep", 0,
                     "--steps", whole, before=(*names, *before))
     for name, share in zip(names, ends.values()):
-        start = partial(checkpoint_after, bench, run, branch) if share < 1 else bench.folder / run
+        start = partial(bench.checkpoint_after, run, branch) if share < 1 else bench.folder / run
         steps = partial(count_timed_steps, bench, arm, share * LAST * minutes, True)
         bench.train_arm(name, finetune.main, "--from", start, "--lr", rate, "--steps", steps,
                         before=before)
-
-
-def tenth_of(count):
-    """A tenth of a number that is known when it is asked for."""
-    return count() // 10
-
-
-def checkpoint_after(bench, run, count):
-    """The checkpoint of a run after count() steps."""
-    return bench.folder / run / f"{count():06d}.pt"
 
 
 # --- numbers ------------------------------------------------------------------------------

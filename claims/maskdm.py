@@ -26,7 +26,7 @@ import finetune
 import train
 from claims.bench import (
     MARGINS, PROXY_ORDER, Bench, count_better, describe_rates, format_distances, format_spread,
-    format_table, measure_speed_up)
+    format_table, measure_speed_up, tenth_of)
 
 # lengths, fine, sweep: minutes of an arm, of an arm with small patches, of a short run.
 # rates: of both stages.
@@ -82,10 +82,14 @@ def end_name(arm, fine, minutes):
     return f"{trunk_name(arm, fine)}-{minutes:g}"
 
 
+def ends_of(bench, arm, fine):
+    """The runs that an arm's lengths end with."""
+    return [end_name(arm, fine, minutes) for minutes in branch_lengths(bench, fine)]
+
+
 def list_ends(bench, fine):
     """The names of the runs that are compared, of one size of patches."""
-    return [end_name(arm, fine, minutes) for arm in ARMS
-            for minutes in branch_lengths(bench, fine)]
+    return [end for arm in ARMS for end in ends_of(bench, arm, fine)]
 
 
 def seeds_of(fine):
@@ -115,26 +119,14 @@ def count_half(bench, arm, fine, minutes):
     return round(minutes / unit) * max(1, round(30 * unit / maskdm_pace(bench, arm, fine)))
 
 
-def count_warm_up(bench, arm, fine):
-    """A tenth of the shortest length's half: every end branches off a full rate."""
-    return count_half(bench, arm, fine, branch_lengths(bench, fine)[0]) // 10
-
-
-def checkpoint_at(bench, arm, fine, minutes):
-    """The checkpoint that the end of a length starts from."""
-    step = count_half(bench, arm, fine, minutes)
-    return bench.folder / trunk_name(arm, fine) / f"{step:06d}.pt"
-
-
 def train_rates(bench, arm):
     """The short runs that choose an arm's rate, for all seeds and both sizes of patches."""
     if len(bench.scale["rates"]) == 1:
         return
     wanted = []
     for fine in (False, True):
-        ends = (end_name(arm, fine, minutes) for minutes in branch_lengths(bench, fine))
-        names = [trunk_name(arm, fine), *ends]
-        wanted += names if fine else bench.on_every_seed(*names)
+        names = [trunk_name(arm, fine), *ends_of(bench, arm, fine)]
+        wanted += bench.on_every_seed(*names, seeds=seeds_of(fine))
     half = partial(count_half, bench, arm, False, bench.scale["sweep"])
     last = partial(count_half, bench, "all-tokens", False, bench.scale["sweep"])
     for rate, name in bench.rate_runs(arm).items():
@@ -151,16 +143,16 @@ def train_branches(bench, arm, fine):
     lengths, trunk = branch_lengths(bench, fine), trunk_name(arm, fine)
     if not lengths:
         return
-    ends = [end_name(arm, fine, minutes) for minutes in lengths]
+    ends = ends_of(bench, arm, fine)
     rate = partial(bench.choose_by_loss, bench.rate_runs(arm, "-end"))
     common = ["--lr", rate]
     halves = [partial(count_half, bench, arm, fine, minutes) for minutes in lengths]
     bench.train_arm(trunk, train.main, *maskdm_flags(bench, fine), *ARMS[arm], *common,
-                    "--lr-end", 1, "--warmup", partial(count_warm_up, bench, arm, fine),
+                    "--lr-end", 1, "--warmup", partial(tenth_of, halves[0]),
                     "--save-every", halves[0], "--keep", 0, "--steps", halves[-1], before=ends)
-    for end, minutes in zip(ends, lengths):
+    for end, minutes, half in zip(ends, lengths, halves):
         bench.train_arm(end, finetune.main,
-                        "--from", partial(checkpoint_at, bench, arm, fine, minutes), *common,
+                        "--from", partial(bench.checkpoint_after, trunk, half), *common,
                         "--steps", partial(count_half, bench, "all-tokens", fine, minutes))
 
 
@@ -172,8 +164,8 @@ def list_speed_ups(benches, cells, fine):
     factors = {}
     for proxy in PROXY_ORDER:
         for seed in range(len(benches)):
-            curves = [[max(cells[end_name(arm, fine, minutes)][seed][proxy])   # or its floor
-                       for minutes in lengths] for arm in ARMS]
+            curves = [[max(cells[end][seed][proxy])         # or its floor
+                       for end in ends_of(benches[0], arm, fine)] for arm in ARMS]
             factors.setdefault(proxy, []).append(
                 measure_speed_up(*((lengths, curve) for curve in curves), MARGINS[proxy]))
     return factors
