@@ -5,15 +5,14 @@ that was trained on a tenth of the tokens has never seen a whole image. A short 
 all tokens visible teaches it how the parts belong together. The first stage's weights are
 loaded into a new network with a new optimizer and a new average, and train.py's own loop
 runs on. MaskDM starts from the raw weights (`--weights model`), not from their average.
-This stage has a warm-up of its own, and the decay, which the first one leaves to it. On the
-built-in faces a peak of 2e-3 ended better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a
-large model at 256 px.
+This stage has a warm-up and a decay of its own. On the built-in faces a peak of 2e-3 ended
+better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
 
     # the newest run, all tokens visible
     python train.py --mask 0.75 --minutes 3 && python finetune.py --minutes 3
     # to other data, a tenth of it [MaskDM transfer]
     python finetune.py --from runs/A/last.pt --data photos/ --fraction 0.1
-    # a falling ratio, on 8 token counts [MaskDiT]
+    # a falling ratio, on 8 token counts, of a model with a decoder [MaskDiT]
     python finetune.py --mask-from 0.5 --mask 0 --ramp cosine4 --recon 0.1
     # the paper's own unmasking: all tokens, half the learning rate
     python finetune.py --recipe maskdit
@@ -29,10 +28,10 @@ What this stage inherits. Four values may set an option; the first that there is
     default    of TuneOptions
 
 So network, prediction and data go on as they were. What a stage is about (mask, ramp,
-recon, learning rate, length) is not inherited. The network and what its output means cannot
-change. Some options go with another one, and are inherited as long as that one stays as it
-was: held-out images with their data, maps with their task, the size of blocks with their
-policy.
+recon, learning rate, length, share of the data) is not inherited. The network and what its
+output means cannot change. Some options go with another one, and are inherited as long as
+that one stays as it was: held-out images with their data, maps with their task, the size of
+blocks with their policy.
 """
 import os
 import sys
@@ -111,7 +110,7 @@ FIXED = ("objective", "predict", "precondition", "space", "model", "patch", "ski
          "economy")
 
 # option -> whether it is inherited: a function of the first stage's options (was) and of
-# this stage's (now: as they are if all in this table is inherited).
+# this stage's (now: as if every option of this table were inherited).
 INHERITED = dict.fromkeys(FIXED, always) | {
     "data": always, "size": always, "gray": always, "flip": always, "seed": always,
     "optimizer": always, "batch": always, "micro_batch": always, "amp": always,

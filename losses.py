@@ -2,23 +2,23 @@
 
 The idea. Score matching regresses the noise (or the image) in every patch. If only K
 patches went through the network, only K patches have an answer. So only those are scored
-(MaskDM, arXiv 2306.11363), and the sum is divided by K: the scale of the loss does not
-depend on the mask ratio. With a decoder (MaskDiT, 2306.09305) hidden patches have an
+(MaskDM, arXiv 2306.11363), and the sum is divided by K: it is the error of one patch,
+however many are seen. With a decoder (MaskDiT, 2306.09305) hidden patches have an
 answer, too. To guess them from their neighbours is a second task:
 
     L = mean over visible tokens of  sum_f w_f(t) |out_f - target_f|^2
       + lambda mean over hidden tokens of  |out - patch|^2
 
-|.|^2 is a mean over the P values of a patch. A token economy that lets hidden tokens take
-part (routing, vit.py) has an answer for them: then all tokens are scored, the ordinary
-loss. LMD (2312.07971) drops the noise and the time, and with them the first term. It
-reconstructs the hidden patches of a clean image.
+f counts the heads of the network, |.|^2 is a mean over the P values of a patch. A token
+economy that lets hidden tokens take part (routing, vit.py) has an answer for them: then all
+tokens are scored, the ordinary loss. LMD (2312.07971) drops the noise and the time, and
+with them the first term. It reconstructs the hidden patches of a clean image.
 
 The targets belong to the prediction (schedules.py). The weights w_f are per image and are
 applied before any mean, in float32. The reconstruction reads the network's *raw* output:
-through EDM's c_skip the noisy patch, which is the target, would leak in. It is in the
+through EDM's c_skip the noisy patch would leak in, which may be the target. It is in the
 head's own unit: the image z where the head gives z on visible tokens (predictions x0 and
-both), z / data_std where it gives values of variance 1.
+both), z / data_std elsewhere.
 
 Shapes: B batch, C channels, N tokens, P values per patch and field; out (B, heads C, H, W),
 z (B, C, H, W), n as drawn by schedule.noise, t (B,); errors (B, N).

@@ -126,7 +126,8 @@ def patch_score(rand, B, h, w, block):
 def block_score(rand, B, h, w, block):
     """Squares of block x block tokens are hidden or visible together. [MaskDM]
 
-    At most one square is cut: a part of it is visible when K is no multiple of block^2.
+    At most one square is cut: a part of it is visible when K is no multiple of block^2, or
+    when squares at the edges of the image are incomplete.
     When K < block^2 nothing else is, so choose `block` small enough: of 8 x 8 tokens K = 6
     are a part of one square of 4 x 4, or one square of 2 x 2 and a part of another."""
     rows, columns = math.ceil(h / block), math.ceil(w / block)
@@ -158,14 +159,15 @@ def _smallest_window(place, length, largest):
     start = (place * (length - side + 1).clamp(min=1)).floor()                        # (B, side, 1)
     index = torch.arange(length, device=place.device)
     inside = (index >= start) & (index < start + side)                           # (B, side, length)
-    return (~inside).sum(1)                                                            # (B, length)
+    return (~inside).sum(1)         # nested windows: as many miss a place as its side, less 1
 
 
 POLICIES = {"patch": patch_score, "block": block_score, "crop": crop_score}
 
 
 # --- how many: ramps. ramp(progress, lo, hi) -> ratio -------------------------------------
-# progress in [0, 1] is that of the training. Each starts at lo, ends at hi and is monotone.
+# progress in [0, 1] is that of the training. Each is monotone, ends at hi and starts at lo,
+# but for the constant one.
 
 RAMP = 2 / 3                        # [LMD] the ramp ends here, then the ratio stays at hi
 

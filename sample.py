@@ -101,7 +101,7 @@ def edm_grid(
     high=80.0,      # the highest
     rho=7,          # of equal steps in its rho-th root
 ):
-    """[EDM] b / a from 80 to .002, equally spaced in its seventh root, then 0."""
+    """[EDM] b / a from high to low, equally spaced in its rho-th root, then 0."""
     first, last = noise_level(schedule, start), noise_level(schedule, schedule.t_min)
     roots = torch.linspace(min(high, first) ** (1 / rho), max(low, last) ** (1 / rho), steps,
                            dtype=torch.float64)
@@ -202,9 +202,9 @@ SOLVERS = {
 def resolve_auto(solver, time_grid, churn, steps):
     """What "auto" stands for -> (solver, time_grid).
 
-    The best of seventeen at ten calls, on a model of CIFAR-10. Fresh noise wants the
-    analytic step. Few calls want the uniform grid: of two on EDM's, the second is at noise
-    .002, where nothing is left to do."""
+    The best of twenty at ten calls, on a model of CIFAR-10. Fresh noise wants the analytic
+    step. Few calls want the uniform grid: of two on EDM's, the second is at its lowest
+    noise, where nothing is left to do."""
     if solver == "auto":
         solver = "analytic" if churn else "dpm++"
     if time_grid == "auto":
@@ -216,7 +216,8 @@ def count_steps(solver, schedule, first, calls):
     """How many steps of a grid `calls` network calls are good for. first: its first time.
 
     A two-call solver takes single calls where it is not defined, see `choose_refined`, and
-    one more where the number is not even."""
+    one more where the number is not even: ten calls from a = 0 are 2 single steps and 4
+    double ones."""
     if SOLVERS[solver].calls == 1:
         return calls
     single = 1 + bool(schedule.a(to_float64(first)) < 1e-9)

@@ -13,7 +13,7 @@ choices of the same two functions.
     step       x_s = a_s x0 + b_s (sqrt(1-k) eps + sqrt(k) noise)  noise ~ N(0, I)
                eps = (x_t - a_t x0) / b_t              recomputed, so that x0 may be clipped
                k   = 1 - (1 - k_max)^churn             churn 0: deterministic (DDIM)
-                                                       churn 1: the posterior
+                                                       churn 1: the posterior q(x_s|x_t,x0)
                k_max = 1 - b_s^2 / b_t^2               "wiener": noise is Brownian motion on
                                                        the clock b^2 (DDM)
                k_max = 1 - (a_t b_s / (a_s b_t))^2     "markov": the signal is scaled by a
@@ -24,6 +24,7 @@ choices of the same two functions.
                and c_in are this for a = 1; v-prediction is -F for data_std = 1
     both       x0 = w f0 + (1 - w) (x_t - b f1) / a                two heads f0, f1
                w = 1 - a (DDM) where the image fades to nothing, b^2 / V elsewhere
+    slopes     are taken off x_t before step and split, and put into x_s after it
 
 Coefficients are computed in float64 and cast to the image's type at the end.
 Shapes: B batch, C channels, S slopes; t in [0, 1], one time per image (B,) or one for all;
@@ -227,7 +228,7 @@ def to_float64(t):
 # --- what the network predicts ------------------------------------------------------------
 
 class Prediction:
-    """What the network predicts: two functions, each the inverse of the other.
+    """What the network predicts: two functions; `split` undoes `target`.
 
     heads: how many image-shaped fields it is.
     needs_image: it is not defined at a = 0, where nothing of the image is left.
@@ -368,8 +369,8 @@ def lognormal_times(schedule, u):
 def angle_times(schedule, u):
     """Uniform in the noise level as an angle: low, middle and high noise share alike.
 
-    Uniform times of `ddm` have half of their angles above 72 of 90 degrees, where little
-    of an image is left."""
+    Uniform times of `ddm` have half of their angles above 72 of 90 degrees (on the drawn
+    faces, data_std .456), where little of an image is left."""
     first, last = schedule.angle(T_MIN), schedule.angle(1.0)
     return schedule.time_at(first + (last - first) * u)
 

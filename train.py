@@ -285,13 +285,9 @@ def augment(x, y, g, flip=True, label_dropout=0.0):
 def learning_rate(o, step, progress, total=None):
     """The learning rate of a step: a linear warm-up over --warmup steps (at most a tenth of
     the `total`), times a cosine decay over the progress in [0, 1] from --lr to --lr-end of
-    it. Where tokens stay hidden and --lr-end is left out there is none: the second stage
-    has it."""
+    it."""
     warmup = min(o.warmup, total // 10) if total else o.warmup
-    end = o.lr_end
-    if end is None:
-        end = 1.0 if o.mask and o.objective == "denoise" else 0.05
-    decay = end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
+    decay = o.lr_end + (1 - o.lr_end) * (1 + math.cos(math.pi * progress)) / 2
     return o.lr * min(1.0, (step + 1) / (warmup + 1)) * decay
 
 

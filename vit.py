@@ -89,7 +89,7 @@ class Places:
         return table if self.m is None else table[self.m.keep]
 
     def embed(self, width):
-        """Fixed 2-D positions, to be added to tokens -> (N or B, K, width)."""
+        """Fixed 2-D positions, to be added to tokens -> (N, width) or (B, K, width)."""
         return self.pick(positions(self.h, self.w, width, self.device))
 
     def turns(self, d):
@@ -124,7 +124,7 @@ def rotate(x, turns):
 class AngleClock:
     """The noise level as an angle, from 0 to 1000: finite everywhere.
 
-    A clock's `low` is the lowest noise level b / a of its training; 0: all are known."""
+    A clock's `low` is the lowest noise level b / a that it saw in training; 0: no limit."""
     low = 0.0
 
     def read(self, schedule, t):
@@ -231,9 +231,10 @@ class Block(nn.Module):
 class RotaryBlock(Block):
     """DiT's block with three later changes, each measured in RESULTS.md.
 
-    Queries and keys have length 1 times a learned scale a channel, so that attention cannot
-    saturate [QK-norm]. They are turned by their place, so that it knows how far tokens lie
-    apart [RoPE, in 2-D]. The mlp squares a ReLU, which is cheaper than GELU [Primer]."""
+    Queries and keys have a root mean square of 1, times a learned scale a channel, so that
+    attention cannot saturate [QK-norm]. They are turned by their place, so that it knows
+    how far tokens lie apart [RoPE, in 2-D]. The mlp squares a ReLU, which is cheaper than
+    GELU [Primer]."""
 
     def __init__(self, width, heads, cond_width, skip=False):
         super().__init__(width, heads, cond_width, skip)
@@ -398,8 +399,8 @@ class PatchGuess(nn.Module):
         self.register_buffer("mean", torch.zeros(area * channels))          # mu
 
     def fit(self, u):
-        """Measure patches of the data, u (n, P). One more, as large as the mean patch in
-        every direction, is taken for granted: so few patches leave no axis empty."""
+        """Measure patches of the data, u (n, P). One imaginary patch is added, with the
+        mean variance on every axis: so no axis has variance 0, even with few patches."""
         u, n = u.double(), len(u)
         variances, axes = torch.linalg.eigh(torch.cov(u.T, correction=0))
         variances = (n * variances + variances.mean()) / (n + 1)
@@ -424,6 +425,7 @@ class PatchGuess(nn.Module):
         a, b = self.coefficients(t)
         norm = torch.hypot(a * self.spread, b)
         cos, sin = a * self.spread / norm, b / norm
+        # Within a token: pixel, then head, then channel.
         heads = list(f.unflatten(-1, (self.area, -1, self.channels)).unbind(-2))
         zero = torch.zeros_like(self.mean)
         from_mean = self.prediction.target(self.mean, zero, a, b, self.schedule)
@@ -568,7 +570,7 @@ class ViT(nn.Module):
         for number, block in enumerate(blocks):
             skipped = kept.pop() if block.skip is not None else None
             u = self.run_block(block, u, c, skipped, turns)
-            if number < skips:
+            if number < skips:                  # the first ones push, the last ones pop
                 kept.append(u)
         return u
 

@@ -57,13 +57,12 @@ ARMS = {
     "no-guess": Arm(flags=("--precondition", "none")),
     "rate-x2": Arm(flags=("--lr", 4e-3)),
     "rate-x0.5": Arm(flags=("--lr", 1e-3)),
-    "decay-twice": Arm(flags=("--lr-end", 0.05)),           # in the first stage, too
     "uniform-times": Arm(flags=("--time-sampling", "uniform")),
     "angle-times": Arm(flags=("--time-sampling", "angle")),
     "lognormal-times": Arm(flags=("--time-sampling", "lognormal")),
     # the recipe before: .9 hidden for two thirds of the time
     "before": Arm(mask=0.9, share=2 / 3, optimizer="adamw", dit=True,
-                  flags=("--time-sampling", "uniform", "--precondition", "none", "--lr-end", 0.05)),
+                  flags=("--time-sampling", "uniform", "--precondition", "none")),
 }
 
 

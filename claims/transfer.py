@@ -20,7 +20,7 @@ from functools import partial
 import finetune
 import train
 from claims.bench import (
-    MARGINS, PROXY_ORDER, Bench, format_distances, format_spread, format_table)
+    PROXY_ORDER, Bench, count_better, format_distances, format_spread, format_table)
 from plumbing.console import UserError
 
 # pre, tune: minutes of the first stage and of the second.
@@ -90,8 +90,8 @@ def train_transfers(bench):
     for name, own in FIRST.items():
         end = f"{name}-tenth"
         bench.train_arm(name, train.main, "--data", bench.args.data, *flags, *own,
-                        "--lr-end", 1, "--steps",           # the second stage has the decay
-                        partial(count_steps_in, bench, name, scale["pre"]), before=(end,))
+                        "--steps", partial(count_steps_in, bench, name, scale["pre"]),
+                        before=(end,))
         bench.train_arm(end, finetune.main, "--from", bench.folder / name, "--data", target,
                         *TENTH, "--steps", tune)
     for name, (own, is_long) in SCRATCH.items():
@@ -111,15 +111,16 @@ def list_gains(cells, rival):
 
 def judge_transfer(cells):
     """One sentence about pre-training with masks."""
-    beaten = {rival: all(value >= 100 * MARGINS[proxy]
-                         for proxy, values in list_gains(cells, rival).items() for value in values)
-              for rival in ENDS if rival not in ("masked-tenth", "all")}
-    if not (beaten["tenth-short"] and beaten["tenth"]):
-        return ("**Does not hold here**: on some distance or seed, a tenth from nothing is as good "
-                "as the masked model.")
-    if not beaten["unmasked-tenth"]:
+    def beats(rival):
+        better, worse = count_better(cells["masked-tenth"], cells[rival])
+        return better and not worse
+
+    if not (beats("tenth-short") and beats("tenth")):
+        return ("**Does not hold here**: from nothing, a tenth is learned as well or better, by "
+                "some distance or seed at least.")
+    if not beats("unmasked-tenth"):
         return ("**Pre-training holds, the mask's part does not**: the masked model beats starting "
-                "from nothing, but not the unmasked model of equal time on every distance.")
+                "from nothing, but not the unmasked model of equal time.")
     return "**Holds here**: the masked model beats starting from nothing and the unmasked model."
 
 

@@ -162,9 +162,7 @@ class Options:
     warmup: int = option(
         "optimisation", 200, "steps of linear warm-up, at most a tenth of the run")
     lr_end: float = option(
-        "optimisation", None, "the cosine decay ends at this share of --lr, 1 keeps it constant; "
-        "left out: 1 where tokens stay hidden, since finetune.py goes on from there, else 0.05",
-        kind=float, before=0.05)
+        "optimisation", 0.05, "the cosine decay ends at this share of --lr; 1 keeps it constant")
     beta1: float = option("optimisation", 0.9, "AdamW: decay of the gradient's mean")
     beta2: float = option("optimisation", 0.99, "AdamW: decay of the gradient's mean square")
     wd: float = option("optimisation", 0.01, "weight decay")
@@ -433,7 +431,7 @@ def check_optimisation(o):
     refuse(o.warmup < 0 or not 0 <= o.wd < math.inf, "--warmup and --wd must be at least 0")
     refuse(not (0 <= o.ema < 1 and 0 <= o.beta1 < 1 and 0 <= o.beta2 < 1),
            "--ema, --beta1 and --beta2 must be in [0, 1)")
-    refuse(not 0 <= (o.lr_end or 0) <= 1, "--lr-end must be in [0, 1]")
+    refuse(not 0 <= o.lr_end <= 1, "--lr-end must be in [0, 1]")
 
 
 def check_run(o):
@@ -497,6 +495,9 @@ def check_same_run(options, given, out, ckpt):
             raise UserError(
                 f"{flag_name(f)} {given[f.name]}: the run in {out} has {was}; resume it without "
                 f"this flag (--steps makes it longer), or start another run with another --out")
+    refuse(ckpt["config"].get("lr_end", 0.05) is None,
+           f"--resume: the run in {out} is of a version in which --lr-end could be left out; it "
+           "cannot be continued, but finetune.py --from can start from it")
     steps, plan = given.get("steps"), ckpt["meta"]["plan"]
     refuse(steps is not None and steps < (plan or 0),
            f"--steps {steps}: the run in {out} has a plan of {plan} steps; a resumed run can only "
@@ -506,7 +507,11 @@ def check_same_run(options, given, out, ckpt):
 def recorded_options(options, config):
     """What a run did, by its config. Of options younger than the run: what such runs did;
     one that is gone now is left out. options: a class. -> {name: value}"""
-    return {f.name: config.get(f.name, f.metadata["before"]) for f in dataclasses.fields(options)}
+    def recorded(f):
+        value, before = config.get(f.name, f.metadata["before"]), f.metadata["before"]
+        return before if value is None and f.default is not None else value     # lr_end, once
+
+    return {f.name: recorded(f) for f in dataclasses.fields(options)}
 
 
 def continue_options(options, given, out, ckpt):

@@ -291,6 +291,17 @@ def test_a_resumed_run_of_minutes_does_not_take_its_recipes_steps_for_the_users(
     assert (o.minutes, o.steps) == (60.0, None)
 
 
+def test_a_run_whose_lr_end_was_left_out_is_not_continued_at_another_rate(photos):
+    go(photos, "--steps", 2, "--mask", 0.5, "--out", "runs/a")
+    ckpt = read("runs/a/last.pt")
+    ckpt["config"]["lr_end"] = None
+    save_atomic(ckpt, Path("runs/a/last.pt"))
+    with pytest.raises(UserError, match="finetune.py --from can start"):
+        train.main(["--out", "runs/a", "--resume", "--steps", "3"])
+    finetune.main(["--from", "runs/a", "--steps", "1", "--out", "runs/b"])
+    assert config("runs/b")["lr_end"] == 0.05
+
+
 def test_an_existing_run_is_not_overwritten(photos):
     go(photos, "--steps", 2, "--out", "runs/a")
     with pytest.raises(UserError, match="--resume"):

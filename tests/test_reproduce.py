@@ -222,6 +222,11 @@ def test_a_verdict_follows_its_numbers():
     assert "mask's part does not" in claims.transfer.judge_transfer(
         ends | {"masked-tenth": [near], "unmasked-tenth": [near]})
     assert "Does not hold" in claims.transfer.judge_transfer(ends)
+    floors = {name: {"pixel": [value, 1.5], "random-conv": [value, 0], "swd": [value, 0]}
+              for name, value in (("near", 1.0), ("far", 1.4))}         # pixel: both at the floor
+    ends = {end: [floors["far"]] for end in claims.transfer.ENDS}
+    ends["masked-tenth"] = [floors["near"]]
+    assert "**Holds here**" in claims.transfer.judge_transfer(ends)
     ends = {"half-last": [near, far], "half-early": [far, near], "all-tokens-last": [near, near]}
     assert "worse in 3 and better in 0 of 6" in claims.maskdit.judge_half(ends)
     ends["all-tokens-last"] = [far, near]

@@ -681,11 +681,6 @@ def test_learning_rate_warms_up_and_decays_with_progress(photos):
         warm = min(1, (step + 1) / 11)
         assert train.learning_rate(o, step, step / 200, 200) == pytest.approx(1e-3 * warm * decay)
     assert train.learning_rate(o, 1, 0.0, 20) == pytest.approx(2e-3 / 3)    # a tenth of 20 steps
-    for left_out, end in (({}, 0.05), (dict(mask=0.5), 1), (dict(mask=0.5, lr_end=0.2), 0.2),
-                          (dict(mask=0.5, objective="reconstruct"), 0.05),
-                          (dict(mask=0.0, mask_from=0.5, ramp="linear"), 0.05)):
-        o = train.Options(lr=1e-3, **left_out)
-        assert train.learning_rate(o, 999, 1.0, 1000) == pytest.approx(1e-3 * end)
     go(photos, "--steps", 20, "--out", "runs/a", "--lr", 1e-3, "--lr-end", 0.1, "--warmup", 0)
     # The row of step k tells the rate that made it: that of progress (k - 1) / 20.
     for row in rows("runs/a")[1:]:
