@@ -418,6 +418,17 @@ def note_empty_classes(images):
               f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}", file=sys.stderr)
 
 
+def refuse_inside(val, held, source):
+    """UserError for held-out images that lie among those to train on. A root that is split
+    into train/ and val/ is read as train/ alone. held, source: where both lie, or None."""
+    if held is None or source is None or source.part == "train":
+        return
+    inside, place = Path(held.path).resolve(), Path(source.path).resolve()
+    if inside == place or (place.is_dir() and inside.is_relative_to(place)):
+        raise UserError(f"--val {val}: lies in --data {source.path}, so its images would be "
+                        "trained on, too; put them elsewhere, or give a fraction")
+
+
 def holdout(images, val, seed=0, **load_kwargs):
     """Split images into those to train on and those to measure on.
 
@@ -437,6 +448,7 @@ def holdout(images, val, seed=0, **load_kwargs):
         # The seed + 1: not the faces of the training.
         held = load_images(val, images.size, gray, labels, seed=seed + 1, part="val",
                            **load_kwargs)
+        refuse_inside(val, held.source, images.source)
         if held.classes != images.classes:
             raise UserError(f"--val {val}: its classes {held.classes} are not the data's "
                             f"{images.classes}") from None

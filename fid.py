@@ -573,8 +573,8 @@ def parser():
     p.add_argument("--n", type=int,
                    help="at most so many images of each set, drawn at random; None: all")
     p.add_argument("--batch", type=int, default=50, help="images in one pass through Inception")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                   help="where Inception runs")
+    p.add_argument("--device", default="auto",
+                   help="where Inception runs: auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--seed", type=int, default=0,
                    help="of the draw of --n and of the proxies' rounds")
     return p
@@ -611,8 +611,18 @@ def require_memory(count, size):
                         f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; give --size 256 or --n")
 
 
+def refuse_unused(o, names, why):
+    """UserError for the first of some options that is given and that nobody would read."""
+    defaults = parser()
+    for name in names:
+        if getattr(o, name) != defaults.get_default(name):
+            raise UserError(f"--{name}: {why}; leave it out")
+
+
 def check_measurement(o):
     """UserError for arguments that do not go together."""
+    if o.proxy:
+        refuse_unused(o, ("inception", "protocol", "batch"), "--proxy needs no network")
     if o.B is None and (o.proxy or not o.save):
         raise UserError("B is missing: python fid.py A B (A alone goes with --save only)")
     if o.save:
@@ -623,6 +633,8 @@ def check_measurement(o):
     refuse_overwriting({"--save": o.save}, {"A": o.A, "B": o.B, "--inception": o.inception})
     if o.batch < 1 or (o.n is not None and o.n < 2):
         raise UserError("--batch must be at least 1, and --n at least 2")
+    if not -2 ** 63 < o.seed < 2 ** 63:
+        raise UserError(f"--seed {o.seed}: must have less than 64 bits")
     if o.size is not None and not 8 <= o.size <= 4096:
         raise UserError(f"--size {o.size}: must be 8 to 4096 pixels")
 
@@ -632,6 +644,8 @@ def measure_statistics(o, sets, device):
     Statistics}. Two saved statistics need no weights."""
     images = {path: s for path, s in sets.items() if isinstance(s, MeasuredPictures)}
     if not images:
+        refuse_unused(o, ("inception", "protocol", "size", "n", "batch"),
+                      "both sets are saved statistics already")
         return sets
     net, weights = load_inception(o.inception)
     for saved in sets.values():

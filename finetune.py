@@ -28,9 +28,9 @@ What this stage inherits. Four values may set an option; the first that there is
     default    of TuneOptions
 
 So network, prediction and data go on as they were. What a stage is about (mask, ramp,
-recon, learning rate, length, share of the data) is not inherited. The network and what its
-output means cannot change. Some options go with another one, and are inherited as long as
-that one stays as it was: held-out images with their data, maps with their task, the size of
+recon, learning rate, length) is not inherited. The network and what its output means cannot
+change. Some options go with another one, and are inherited as long as that one stays as it
+was: held-out images and --fraction with their data, maps with their task, the size of
 blocks with their policy.
 """
 import os
@@ -105,6 +105,11 @@ def has_no_condition(was, now):
     return now.task == "generate"
 
 
+def keeps_latents(was, now):
+    """A folder for what is kept."""
+    return has_no_condition(was, now) and now.cache_latents
+
+
 # These cannot change: the weights would mean something else.
 FIXED = ("objective", "predict", "precondition", "space", "model", "patch", "skips", "decoder",
          "economy")
@@ -117,13 +122,13 @@ INHERITED = dict.fromkeys(FIXED, always) | {
     "cache_gb": always, "workers": always,
     "schedule": always, "weighting": always, "time_sampling": always,
     "vae": always, "task": always, "labels": always,
-    "val": keeps_data,
+    "val": keeps_data, "fraction": keeps_data,
     "targets": keeps_maps,
     "label_dropout": has_labels,
     "policy": hides_tokens,
     "block": hides_blocks,
     "recon_target": guesses_hidden,
-    "latents": has_no_condition,
+    "latents": keeps_latents,
     "cache_latents": has_no_condition,
 }
 

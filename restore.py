@@ -48,6 +48,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import plumbing  # before torch: how its threads wait
 
@@ -64,7 +65,7 @@ from plumbing.console import UserError, build_parser, count_nouns, parse_path, r
 from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.inputs import UserPictures
 from plumbing.sheets import draw_sheet
-from plumbing.writer import ImageWriter
+from plumbing.writer import ImageWriter, is_inside
 from sample import (
     SamplingRun, add_sampling_arguments, check_arguments, check_guided_labels, choose_seed,
     load_asked_model, resolve_labels, sample,
@@ -532,6 +533,9 @@ def check_inputs(args):
     if args.input is None:
         raise UserError("--input: give the pictures to work on, a folder or a .zip (python "
                         "sample.py makes images from noise)")
+    if Path(args.input).is_dir() and is_inside(args.out, args.input):
+        raise UserError(f"--out {args.out}: lies in --input {args.input}, and would be one of its "
+                        "pictures next time; give another place")
     if args.out.lower().endswith(".npz"):
         raise UserError(f"--out {args.out}: pictures of different sizes do not fit into a .npz; "
                         "give a .png, a .zip or a folder")
@@ -609,7 +613,7 @@ def restore_to_file(run):
     args, meta = run.args, run.model.meta
     task, scores, rows = TASKS[meta["task"]], [], []
     inputs = open_pictures(args, meta, run.seed, needs_hole=meta["task"] == "inpaint",
-                           zoom=task.zoom)
+                           zoom=task.zoom, maps=bool(task.exact))
     labels = resolve_labels(args.label, 1, meta["classes"])
     bar = make_pass_bar(run, task, inputs.sizes)
     run.model.net.register_forward_hook(bar)

@@ -48,7 +48,7 @@ from plumbing.machine import amp_type, pick_device
 from plumbing.names import normal_name
 from plumbing.released import FACTOR
 from plumbing.trace import Trace
-from plumbing.writer import ImageWriter, refuse_overwriting
+from plumbing.writer import ImageWriter, is_inside, refuse_overwriting
 from schedules import PREDICTIONS, SCHEDULES, T_MIN, to_float64
 from spaces import SPACES
 from tasks import TASKS
@@ -656,7 +656,9 @@ def load(path=None, weights="ema", device="auto", vae=None):
     meta = ckpt["meta"]
     if vae and meta["space"] == "pixel":
         raise UserError(f"--vae {vae}: this model works on pixels; leave it out")
-    net, schedule, space = build_model(meta | (dict(vae=vae) if vae else {}), ckpt[weights])
+    if vae:
+        meta = meta | dict(vae=vae)
+    net, schedule, space = build_model(meta, ckpt[weights])
     load_weights(net, ckpt[weights])
     device = pick_device(device)
     dropout = ckpt.get("config", {}).get("label_dropout")
@@ -749,6 +751,9 @@ def check_arguments(args, inputs=()):
             if getattr(args, name) != "random"}                                # of --holes
     read["--ckpt"] = args.ckpt and find_checkpoint(args.ckpt)
     refuse_overwriting({"--out": args.out, "--trace": args.trace}, read)
+    if args.trace and is_inside(args.trace, args.out):
+        raise UserError(f"--trace {args.trace}: lies in --out {args.out}, and would be one of the "
+                        "samples; give another place")
 
 
 def load_asked_model(args):

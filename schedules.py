@@ -345,12 +345,15 @@ def times(kind, schedule, B, generator=None):
     itself. Together they cover [0, 1] evenly, which makes the loss less noisy at no cost.
     kind: a name in TIMES, or "zero" for reconstruction [LMD]: no time at all. There a = 1
     and b = 0, so x_t is the image, bit for bit."""
-    device = generator.device if generator is not None else "cpu"
+    device = generator.device if generator is not None else torch.device("cpu")
     if kind == "zero":
         return to_float64(torch.zeros(B, device=device))
-    u = torch.rand(1, generator=generator, device=device)
-    u = to_float64((u + torch.arange(B, device=device) / B) % 1)
-    return TIMES[kind](schedule, u).clamp(T_MIN, 1)
+    drawn = device
+    if device.type == "cuda":       # time_at is 700 tiny operations: a GPU would wait for each
+        drawn, generator = "cpu", torch.Generator().manual_seed(generator.initial_seed())
+    u = torch.rand(1, generator=generator, device=drawn)
+    u = to_float64((u + torch.arange(B, device=drawn) / B) % 1)
+    return TIMES[kind](schedule, u).clamp(T_MIN, 1).to(device)
 
 
 def uniform_times(schedule, u):

@@ -217,7 +217,10 @@ def append_latents(
     chunks = torch.arange(done, len(images)).split(CHUNK)
     with tqdm(desc="encoding", total=len(images), initial=done, unit="image", disable=not progress,
               mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
-        for chunk, (x, _) in zip(chunks, images.batches(chunks, workers)):
+        for chunk, (x, y) in zip(chunks, images.batches(chunks, workers)):
+            if not torch.equal(y, images.labels[images.rows[chunk]]):       # see Images.decode
+                raise UserError("an image of another class would take the place of one that "
+                                "cannot be read; mend it or remove it")
             file.write(encode(x).astype("<f4").tobytes())
             file.flush()
             os.fsync(file.fileno())

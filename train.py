@@ -196,8 +196,9 @@ class Learner:
         self.model = self.net
         if self.machine.world > 1:
             on_cuda = self.machine.device.type == "cuda"
-            self.model = DistributedDataParallel(
-                self.net, device_ids=[self.machine.device.index] if on_cuda else None)
+            self.model = DistributedDataParallel(           # the buffers never change
+                self.net, device_ids=[self.machine.device.index] if on_cuda else None,
+                broadcast_buffers=False)
 
     def __call__(self, zt, t, y, m, cond):
         mixed = self.dtype is not None
@@ -223,7 +224,7 @@ class Learner:
         load_optimizers(self.optimizers, states)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(ckpt["scaler"])
-        torch.set_rng_state(ckpt["rng"])    # no draw here needs it; your own dropout would
+        torch.set_rng_state(ckpt["rng"])    # no draw here needs it; your own, on a CPU, would
         self.step, self.skipped = ckpt["step"], ckpt["meta"]["skipped"]
 
     def synchronise(self, is_last):

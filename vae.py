@@ -535,8 +535,7 @@ def parser():
     p.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     p.add_argument("--seed", type=int, default=0,
                    help="seed of the split, the first weights and all draws")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-                   help="where to train")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     return p
 

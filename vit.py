@@ -38,7 +38,7 @@ Run `python vit.py` to see which token is in which block, with each economy.
 import math
 import re
 import textwrap
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 
 import torch
@@ -255,7 +255,8 @@ class SquaredReLU(nn.Module):
     """max(x, 0)^2."""
 
     def forward(self, x):
-        return F.relu(x).square()
+        x = F.relu(x)
+        return x * x                            # autocast on CUDA would make a square float32
 
 
 BLOCKS = {"dit": Block, "rotary": RotaryBlock}
@@ -364,10 +365,18 @@ ECONOMIES = {"drop": DropEconomy(), "route": RouteEconomy(), "defer": DeferEcono
 
 # --- what the network need not learn ------------------------------------------------------
 
+@contextmanager
 def full_precision(device):
-    """The block in which autocast is off; it does not know the meta device."""
-    is_meta = device.type == "meta"
-    return nullcontext() if is_meta else torch.autocast(device.type, enabled=False)
+    """The block in which matrix products are true float32: without autocast, which does not
+    know the meta device, and without TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        is_meta = device.type == "meta"
+        with nullcontext() if is_meta else torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class PatchGuess(nn.Module):
@@ -402,7 +411,8 @@ class PatchGuess(nn.Module):
         """Measure patches of the data, u (n, P). One imaginary patch is added, with the
         mean variance on every axis: so no axis has variance 0, even with few patches."""
         u, n = u.double(), len(u)
-        variances, axes = torch.linalg.eigh(torch.cov(u.T, correction=0))
+        covariance = torch.cov(u.T, correction=0).view(2 * u.shape[1:])     # of one value, too
+        variances, axes = torch.linalg.eigh(covariance)
         variances = (n * variances + variances.mean()) / (n + 1)
         self.axes.copy_(axes)
         self.spread.copy_(variances.clamp(min=1e-6).sqrt())

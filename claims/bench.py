@@ -304,9 +304,12 @@ def measure_speed_up(baseline, method, margin=0.0):
     Both: (lengths in minutes, distances). margin: a distance larger than the best by such a
     share is as good, for both.
     -> the factor, a lower bound if the method's first length is enough; 0 if it never gets
-    there"""
+    there; nan if the baseline's own first length is enough: nobody knows its time then"""
     goal = (1 + margin) * min(baseline[1])
-    return time_to_reach(*baseline, goal) / time_to_reach(*method, goal)
+    ours, theirs = time_to_reach(*method, goal), time_to_reach(*baseline, goal)
+    if theirs == baseline[0][0] and ours < np.inf:
+        return np.nan
+    return theirs / ours
 
 
 def list_seeds(cells):
@@ -351,7 +354,11 @@ def count_calls(count):
 
 
 def format_spread(values, digits=3):
-    """One number a seed as text: their mean, and half of their range if it has one."""
+    """One number a seed as text: their mean, and half of their range if it has one. nan:
+    not known; ? if all are."""
+    values = [value for value in values if not np.isnan(value)]
+    if not values:
+        return "?"
     mean = f"{sum(values) / len(values):.{digits}g}"
     spread = (max(values) - min(values)) / 2
     return mean if len(values) == 1 else f"{mean} ± {spread:.2g}"

@@ -25,7 +25,7 @@ import torch
 
 import train
 import vae
-from claims.bench import Bench, call_flags, format_table, measure_speed_up
+from claims.bench import Bench, call_flags, format_spread, format_table, measure_speed_up
 from mask import ratio_at
 from plumbing.console import UserError
 from plumbing.images import choose_subset, to_float
@@ -196,15 +196,17 @@ def list_ramp_speed_ups(bench):
 
 def judge_ramp(factors):
     """One sentence. factors: {ratio: a speed-up}"""
-    if min(factors.values()) >= CLAIMED:
+    least = np.nan_to_num(list(factors.values())).min()     # nan: cannot be told
+    if least >= CLAIMED:
         verdict = "**Holds here**"
-    elif min(factors.values()) > 1:
+    elif least > 1:
         verdict = "**Faster here, but less than claimed**"
     else:
         verdict = "**Does not hold here**"
-    found = ", ".join(f"{factor:.2g} at {ratio}" for ratio, factor in factors.items())
+    found = ", ".join(f"{format_spread([factor], 2)} at {ratio}"
+                      for ratio, factor in factors.items())
     return (f"{verdict}: `cosine` is so many times as fast as `fixed-0.75` (the paper: {CLAIMED}; "
-            f"0: never as good): {found}.")
+            f"0: never as good; ?: cannot be told): {found}.")
 
 
 def describe_reconstructions(bench, rows, mean, encoding):

@@ -20,6 +20,7 @@ a number of steps. Leave the machine quiet for that. Each arm chooses its rate f
 three, by the held-out loss of a short run; small patches take the rate of large ones. Data,
 network, batch and seed are equal.
 """
+import math
 from functools import partial
 
 import finetune
@@ -173,8 +174,12 @@ def list_speed_ups(benches, cells, fine):
 
 def judge_speed_up(factors):
     """One sentence. factors: {proxy: a speed-up for each seed}, of several lengths."""
-    found = [value for values in factors.values() for value in values]
+    every = [value for values in factors.values() for value in values]
+    found = [value for value in every if not math.isnan(value)]
     reached = [value for value in found if value]
+    if not found:
+        return ("**Cannot be told here**: all tokens are as good after the shortest length as "
+                "after any other.")
     if not reached:
         return "**Does not hold here**: masked training is never as good as all tokens at best."
     times = " to ".join(dict.fromkeys(f"{value:.1f}" for value in (min(reached), max(reached))))
@@ -182,6 +187,9 @@ def judge_speed_up(factors):
     if len(reached) < len(found):
         span += (f" where it gets as good; in {len(found) - len(reached)} of {len(found)} "
                  "comparisons (a distance and a seed each) it never does")
+    if len(found) < len(every):
+        span += (f"; in {len(every) - len(found)} of {len(every)} it cannot be told, for there all "
+                 "tokens need the shortest length only")
     if min(found) >= CLAIMED:
         return f"**Holds here**: {span}."
     if min(found) >= BY_LESS:
@@ -224,7 +232,7 @@ def describe_branches(benches, cells):
         *describe_rates(bench, {arm: bench.rate_runs(arm, "-end") for arm in ARMS},
                         f"{bench.scale['sweep']} minutes"),
         "Speed-up to the best distance of all tokens (0: never as good; where the shortest length "
-        f"is enough, a lower bound): {speed}.",
+        f"is enough, a lower bound; ?: where it is enough for all tokens, too): {speed}.",
         judge_speed_up(factors),
         *judge_fine(benches, cells),
     ]

@@ -83,6 +83,15 @@ def read_checkpoint(path, *parts):
     return ckpt
 
 
+def checkpoint_step(folder):
+    """The step of a run's last.pt, read without its weights; None where there is none."""
+    path = folder / "last.pt"
+    if not path.exists():
+        return None
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+
+
 def save_atomic(value, path):
     """torch.save that leaves the whole new file or the old one, whatever happens in
     between."""
@@ -150,17 +159,20 @@ def open_run_folder(out=None):
 
 
 def keep_copy(path, copy_to):
-    """A second name for a finished checkpoint, without a second copy on disk where the file
-    system allows it."""
-    copy_to.unlink(missing_ok=True)
+    """A second name for a finished checkpoint, whole or not at all, without a second copy
+    on disk where the file system allows it."""
+    temporary = copy_to.with_name(f"{copy_to.name}.link.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(path, copy_to)
+        os.link(path, temporary)
     except OSError:
-        shutil.copyfile(path, copy_to)
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, copy_to)
 
 
 def remove_old_copies(folder, keep):
     """Of a run's numbered checkpoints only the newest `keep` stay; 0: all of them."""
-    numbered = sorted(path for path in folder.glob("*.pt") if path.stem.isdecimal())
+    numbered = [path for path in folder.glob("*.pt") if path.stem.isdecimal()]
+    numbered.sort(key=lambda path: int(path.stem))          # 1000000 comes after 999500
     for path in numbered[:-keep] if keep else []:
         path.unlink(missing_ok=True)

@@ -120,6 +120,8 @@ def parse_float(text):
 
 def parse_path(text):
     """A path, or a name that may be one: ~ is the home folder, also in --out=~/runs."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name; leave the option out, or give a path")
     return os.path.expanduser(text)
 
 
@@ -155,6 +157,11 @@ def run_command(command):
     sys.exit(status)
 
 
+def is_out_of_memory(error):
+    """Whether the CPU's memory is full: Python and torch say it in two ways."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def find_status(command):
     """The exit status of a command's main, after its one line where there is one."""
     try:
@@ -166,7 +173,9 @@ def find_status(command):
         print("error: the GPU's memory is full: try a smaller --micro-batch or "
               "--checkpoint-blocks (train.py, finetune.py), or --batch (sample.py)",
               file=sys.stderr)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         print("error: the memory is full: try a smaller --batch, --size or --cache-gb",
               file=sys.stderr)
     except KeyboardInterrupt:
@@ -247,6 +256,7 @@ def run_picture_command(description, draw, out, **numbers):
             raise UserError(f"give a name that ends with .png, not with {ending or 'nothing'}")
         with replacing(out) as file:
             draw(**given).save(file, kinds[ending])
-    except (OSError, ValueError, RuntimeError) as error:    # ValueError: an unknown kind of file
+    # ValueError: an unknown kind of file
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         parser.error(f"{options}: {describe_error(error)}")
     print(f"wrote {out}")

@@ -80,12 +80,14 @@ class UserPictures:
         holes=None,             # "random", a source of masks, or None: the transparent parts
         targets=None,           # a source of what should come out, or None
         needs_hole=False,       # whether every picture must have a hole
+        maps=False,             # whether the targets are maps: one channel, white where it is
         zoom=1,                 # the targets' side over the pictures' side
         side=None,              # cut everything to a square of so many pixels
         seed=0,                 # of random holes
         draw_holes=None,        # (B, H, W, generator) -> (B, 1, H, W) bool: the random ones
     ):
         self.mode, self.needs_hole, self.zoom = "L" if gray else "RGB", needs_hole, zoom
+        self.target_mode = "L" if maps else self.mode
         self.side, self.seed, self.draw_holes = side, seed, draw_holes
         self.random = holes == "random"
         self.source = open_flag("--input", path)
@@ -95,6 +97,8 @@ class UserPictures:
         if targets:
             self.targets = Partners(self.source, open_flag("--targets", targets), "target",
                                     "--targets")
+            if maps:
+                self.targets.require_light()
         names = self.list_names()
         if not names:
             raise UserError(f"--input {path}: holds no images")
@@ -145,7 +149,7 @@ class UserPictures:
         if self.targets:
             size = tuple(self.zoom * k for k in x.shape[2:])
             side = self.side and self.side * self.zoom
-            truth = self.read_partner(self.targets, name, size, self.mode, side)
+            truth = self.read_partner(self.targets, name, size, self.target_mode, side)
         return x, hole, truth
 
     def read_partner(self, pairs, name, size, mode, side, prepare=lambda picture: picture):

@@ -110,10 +110,11 @@ def is_positive_row(value):
 
 
 def is_data(value):
-    """what the run's images and its held-out ones are: count, classes and a digest"""
+    """what the run's images and its held-out ones are: count, classes and digests"""
     return isinstance(value, dict) and set(value) == {"images", "held_out"} and all(
-        isinstance(part, dict) and set(part) == {"count", "classes", "names"}
+        isinstance(part, dict) and set(part) | {"used"} == {"count", "classes", "names", "used"}
         and is_count(part["count"]) and is_names(part["classes"]) and is_name(part["names"])
+        and is_name(part.get("used", "none"))
         for part in value.values())
 
 

@@ -95,10 +95,15 @@ class Machine:
     local_world: int                        # how many of them are on this machine
     device: torch.device
 
+    @property
+    def is_silent(self):
+        """Whether errors of this process are not printed (plumbing/console.py)."""
+        return os.environ.get("LOCAL_RANK", "0") != "0"
+
     def to_tensor(self, values):
-        """Numbers as a float64 tensor where the processes can exchange it."""
-        device = self.device if self.device.type == "cuda" else "cpu"
-        return torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+        """Numbers as a float64 tensor. It stays on the CPU, where gloo exchanges it: on a
+        GPU each exchange would wait for all work that is queued there."""
+        return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
     def reduce(self, value):
         """The sum of a number over all processes, as a float."""
@@ -168,7 +173,7 @@ def start_machine(device="auto", threads=0):
         torch.set_num_threads(threads or max(1, count_cores() // local_world))
     if world > 1 and not dist.is_initialized():
         end_with_parent()
-        join_group("nccl" if device.type == "cuda" else "gloo")
+        join_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Machine(rank, world, local_world, device)
 
 
@@ -182,9 +187,11 @@ def join_group(backend):
     store, rank, world = next(dist.rendezvous("env://", timeout=patience))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
-    # Later one process may decode or encode its data while the others wait.
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                            timeout=timedelta(hours=2))
+    # Later one process may decode or encode its data while the others wait. NCCL itself
+    # meets in its first exchange, after all images are loaded, through this store.
+    later = timedelta(hours=2)
+    store.set_timeout(later)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=later)
 
 
 def end_with_parent():

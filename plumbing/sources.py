@@ -61,7 +61,12 @@ def walk_folder(path):
     """List all files below a folder, through links to other folders, too.
 
     A folder is visited once, so that links cannot go round in circles.
-    -> names of files, names of the links that lead to a folder visited before"""
+    -> names of files, names of the links that lead to a folder visited before
+    UserError for a folder that may not be read."""
+    def refuse(error):
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); "
+                        "allow it, or move the folder elsewhere")
+
     files, repeated, visited = [], [], {identify_folder(path)}
     links = deque([""])
     while links:
@@ -72,7 +77,7 @@ def walk_folder(path):
                 repeated.append(link)
                 continue
             visited.add(identity)
-        for at, folders, inside in os.walk(path / link):
+        for at, folders, inside in os.walk(path / link, onerror=refuse):
             here = Path(at).relative_to(path)
             files += [(here / name).as_posix() for name in inside]
             links += [(here / name).as_posix() for name in sorted(folders)

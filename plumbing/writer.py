@@ -39,6 +39,11 @@ def refuse_overwriting(outputs, inputs):
         seen[flag] = out
 
 
+def is_inside(path, folder):
+    """Whether a path lies in a folder, or is that folder."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def is_part(out, path):
     """Whether to write `out` would change `path`: it is the same file or folder, or a file
     of that folder which may be a picture."""

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import signal
+import sys
 import threading
 import time
 
@@ -26,7 +27,8 @@ from tqdm import tqdm
 
 from mask import visible_count
 from plumbing.checkpoint import (
-    VERSION, keep_copy, name_newest, open_run_folder, remove_old_copies, save_atomic, unlink_link)
+    VERSION, checkpoint_step, keep_copy, name_newest, open_run_folder, remove_old_copies,
+    save_atomic, unlink_link)
 from plumbing.console import UserError, replacing
 from plumbing.sheets import draw_plot, save_picture
 from running.evaluate import evaluate_model
@@ -103,6 +105,7 @@ class Journal:
         self.folder, config = opened or (None, None)
         if config:
             self.files.append(config)           # it is also the lock: it stays open
+        self.machine.run_on_first(self.require_unchanged)
         self.o = dataclasses.replace(self.setup.o, out=str(self.folder))
         if threading.current_thread() is threading.main_thread():       # Python's own rule
             for number in STOPS:                # nohup ignores SIGHUP: so do we then
@@ -110,11 +113,20 @@ class Journal:
                     self.handlers[number] = signal.signal(number, self.ask_to_stop)
         return self
 
+    def require_unchanged(self):
+        """UserError when another process trained here while this one read its images."""
+        if checkpoint_step(self.folder) != (self.setup.ckpt or dict(step=None))["step"]:
+            raise UserError(f"--out {self.folder}: another process has trained there meanwhile; "
+                            "give another --out, or --resume again")
+
     def __exit__(self, kind, error, trace):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if kind is not None:
             self.rescue()
+        # `run_command` prints the first process's errors only, but in a step any may fail.
+        if self.learner is not None and kind is UserError and self.machine.is_silent:
+            print(f"error on process {self.machine.rank}: {error}", file=sys.stderr)
         if self.bar is not None:
             self.bar.close()
         for file in self.files:
@@ -136,7 +148,8 @@ class Journal:
         is_whole = learner is not None and learner.is_whole and learner.step == self.plan.step
         if not self.is_writer or not is_whole or self.plan.step <= self.saved:
             return
-        with contextlib.suppress(UserError, OSError):       # a full disk may be the very error
+        # A full disk may be the very error, or the GPU.
+        with contextlib.suppress(UserError, OSError, RuntimeError):
             if self.machine.world == 1:                     # the others may be gone
                 self.write_log(*self.last, looks=False)
             self.save(is_numbered=False)
@@ -293,14 +306,16 @@ class Journal:
         return value
 
     def save(self, is_numbered):
-        """Write last.pt, whole or not at all, and keep it under its number, too."""
+        """Write last.pt, whole or not at all. One with a number gets that name first: a run
+        that is killed in between makes the steps before it again."""
         meta = self.setup.meta | self.plan.state() | dict(skipped=self.learner.skipped)
+        last, numbered = self.folder / "last.pt", self.folder / f"{self.plan.step:06d}.pt"
         save_atomic(self.learner.state() | dict(
             version=VERSION, config=dataclasses.asdict(self.o), meta=meta,
             images=self.plan.step * self.o.batch, seconds=self.plan.seconds),
-            self.folder / "last.pt")
+            numbered if is_numbered else last)
         if is_numbered:
-            keep_copy(self.folder / "last.pt", self.folder / f"{self.plan.step:06d}.pt")
+            keep_copy(numbered, last)
             remove_old_copies(self.folder, self.o.keep)
         self.saved = self.plan.step
         name_newest(self.folder)

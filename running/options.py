@@ -321,6 +321,8 @@ def check_data(o):
            "python vae.py trains an autoencoder")
     refuse(not is_latent and (not o.cache_latents or o.latents != Options.latents),
            "--latents and --no-cache-latents are about --space latent")
+    refuse(not o.cache_latents and o.latents != Options.latents,
+           "--latents is where --no-cache-latents keeps nothing; leave one out")
     refuse(o.task != "generate" and o.latents != Options.latents,
            "--latents: with a --task nothing is kept, its conditions are made of pixels")
     refuse(not 0 < o.fraction <= 1, "--fraction must be in (0, 1]")
@@ -530,6 +532,8 @@ def resolve_options(options, given, stage):
     "train" or "finetune". -> (options, checkpoint to continue or None). A new run without
     --out has no name yet: `open_run_folder` finds one. UserError when a run would be
     overwritten, or would become another run."""
+    if {"steps", "minutes"} <= given.keys():
+        raise UserError("--steps and --minutes: give one of them")
     o = options(**recipe_options(options(**given).recipe, stage, given))
     out = find_run(o.out, o.resume)
     if not (out and (out / "last.pt").exists()):

@@ -121,7 +121,11 @@ def step_cost(o, tokens, progress):
 
 
 def require_hidden_tokens(o, tokens):
-    """UserError for a reconstruction in which some moment hides nothing."""
+    """UserError for a mask that hides nothing, and for a reconstruction in which some
+    moment hides nothing."""
+    if (o.mask or o.mask_from) and token_counts(o, tokens) == [tokens]:
+        raise UserError(f"--mask {o.mask}: hides none of {tokens} tokens; give a larger share, or "
+                        "leave it out")
     ratio = min(mask_ratio(o, 0), mask_ratio(o, 1))
     if o.objective == "reconstruct" and visible_count(tokens, ratio) == tokens:
         raise UserError(f"--mask, --mask-from: {ratio} hides none of {tokens} tokens, and "
@@ -138,13 +142,17 @@ def require_same_view(machine, count, step):
 
 def describe_data(images, held_out):
     """What identifies the data of a run. -> dict: of both parts the number of images, the
-    class names and a digest of the names of all files, read or not; the faces have none."""
+    class names, a digest of the names of all files, read or not, and one of those that are
+    used; the faces have no names."""
+    def digest(names):
+        text = "\n".join(sorted(names))
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
     def describe(part):
-        names = map(normal_name, part.source.names) if part.source is not None else []
-        names = sorted(names)
-        digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
-        count = len(names) or len(part.labels)
-        return dict(count=count, classes=list(part.classes), names=digest.hexdigest()[:16])
+        names = [normal_name(name) for name in part.source.names] if part.source else []
+        used = [names[row] for row in part.rows.tolist()] if names else []
+        return dict(count=len(names) or len(part.labels), classes=list(part.classes),
+                    names=digest(names), used=digest(used))
 
     return dict(images=describe(images), held_out=describe(held_out))
 
@@ -168,6 +176,10 @@ def require_same_data(meta, data, out):
                             f"{now['count']}; others would be held out. Start another run")
         if was["names"] != now["names"]:
             raise UserError(f"{flag}: {where} files of other names; start another run")
+        if was.get("used", now["used"]) != now["used"]:
+            raise UserError(f"{flag}: {where} other ones of these files: since then a file broke "
+                            "or was mended, or another --cache-gb does not notice a broken one; "
+                            "others would be held out. Start another run")
 
 
 def require_output_outside(o):
@@ -354,8 +366,11 @@ def has_state_of(state, parameters):
 def compile_blocks(net):
     """torch.compile for every block of a network.
 
-    A ramp has 8 numbers of tokens, and skips, routes and decoders see them in different
-    shapes. torch's default limit of 8 would leave the last ones, silently, uncompiled."""
+    Under DistributedDataParallel a block would be cut where a bucket of gradients ends,
+    unless it is told not to: blocks are small enough to leave that to backward. A ramp has
+    8 numbers of tokens, and skips, routes and decoders see them in different shapes.
+    torch's default limit of 8 would leave the last ones, silently, uncompiled."""
+    torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.cache_size_limit = 64
     torch._dynamo.config.accumulated_cache_size_limit = 512
     for block in net.all_blocks():

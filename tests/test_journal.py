@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 import data
+import running.journal
 import running.setup
 import train
 from conftest import ROOT
-from plumbing.checkpoint import save_atomic
+from plumbing.checkpoint import open_run_folder, remove_old_copies, save_atomic
 from plumbing.console import UserError
 from plumbing.images import choose_subset
 from running.evaluate import validate
@@ -160,6 +161,70 @@ def test_a_resumed_run_goes_on_with_its_own_images_and_classes_or_says_so():
     Path("things/ant").rename("things/wasp")
     with pytest.raises(UserError, match="began with the classes"):
         train.main(["--out", "runs/a", "--resume", "--steps", "6"])
+
+
+def test_a_file_that_breaks_or_is_mended_does_not_move_the_held_out_images():
+    for i in range(30):
+        paint(Path("things") / f"{i:02d}.png", 8 * i)
+    whole, torn = Path("things/07.png").read_bytes(), Path("things/07.png").read_bytes()[:60]
+    Path("things/07.png").write_bytes(torn)
+    train.main(["--data", "things", *TINY, "--steps", "2", "--val", "0.2", "--out", "runs/a"])
+    go_on = lambda: train.main(["--out", "runs/a", "--resume", "--steps", "3"])  # noqa: E731
+    Path("things/07.png").write_bytes(whole)
+    with pytest.raises(UserError, match="a file broke or was mended.* Start another run"):
+        go_on()
+    Path("things/07.png").write_bytes(torn)
+    old = read("runs/a/last.pt")
+    go_on()
+    for part in old["meta"]["data"].values():               # older files do not tell it
+        del part["used"]
+    save_atomic(old, Path("runs/a/last.pt"))
+    go_on()
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_run_that_another_process_made_meanwhile_is_not_overwritten(
+        photos, monkeypatch, is_resumed):  # noqa: F811
+    arguments = ["--data", photos, "--steps", 2, "--out", "runs/a"]
+    if is_resumed:
+        go(*arguments[1:])
+        arguments = ["--out", "runs/a", "--resume", "--steps", 4]
+    go(photos, "--steps", 3, "--out", "runs/b")
+    finished = Path("runs/b/last.pt").read_bytes()
+
+    def open_later(out):                                    # another process was faster
+        opened = open_run_folder(out)
+        (opened[0] / "last.pt").write_bytes(finished)
+        return opened
+
+    monkeypatch.setattr(running.journal, "open_run_folder", open_later)
+    with pytest.raises(UserError, match="another process has trained there meanwhile"):
+        train.main([*([] if is_resumed else TINY), *map(str, arguments)])
+    assert Path("runs/a/last.pt").read_bytes() == finished
+
+
+def test_a_kill_between_the_two_names_of_a_checkpoint_loses_neither(
+        photos, monkeypatch):  # noqa: F811
+    def die(*paths):
+        raise SystemExit("killed")
+
+    arguments = ["--steps", 4, "--save-every", 2, "--out", "runs/a"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        patch.setattr(running.journal, "keep_copy", die)
+        patch.setattr(running.journal.Journal, "rescue", lambda self: None)
+        go(photos, *arguments)
+    assert not Path("runs/a/last.pt").exists()
+    go(photos, *arguments, "--resume")
+    assert read("runs/a/000002.pt")["step"] == 2
+    assert Path("runs/a/000004.pt").samefile("runs/a/last.pt")
+    assert not list(Path("runs/a").glob("*.tmp"))
+
+
+def test_the_newest_checkpoints_stay_beyond_a_million_steps(tmp_path):
+    for step in (998_000, 999_500, 1_000_000, 1_000_500):
+        (tmp_path / f"{step:06d}.pt").touch()
+    remove_old_copies(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1000000.pt", "1000500.pt"]
 
 
 @pytest.mark.parametrize("flags", [["--out", "photos/run"], []])

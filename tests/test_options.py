@@ -75,7 +75,8 @@ REFUSED = [
     ["--workers", "-1"], ["--labels", "--data", "FLAT"],
     ["--dry-run", "--labels", "--data", "FLAT"],
     ["--space", "latent"], ["--vae", "vae.pt"], ["--space", "latent", "--vae", "nowhere.pt"],
-    ["--latents", "x"],
+    ["--latents", "x"], ["--out", ""],
+    ["--space", "latent", "--vae", "vae.pt", "--latents", "x", "--no-cache-latents"],
     ["--task", "superres", "--space", "latent", "--vae", "vae.pt", "--latents", "x"],
     ["--decoder", "-1"], ["--economy", "route", "--skips"],
 
@@ -106,6 +107,7 @@ REFUSED = [
     ["--minutes", "0"], ["--minutes", "nan"], ["--lr", "0"], ["--lr", "nan"], ["--clip", "inf"],
     ["--wd", "-1"], ["--ema", "1"], ["--lr-end", "2"], ["--amp", "fp16"],
 
+    ["--steps", "2", "--minutes", "1"], ["--mask", "0.01"],
     ["--recipe", "maskdit"], ["--save-every", "0"], ["--seed", "-1"], ["--threads", "100000"],
     ["--device", "cuda:99"], ["--device", "foo"], ["--out", "FILE/x"],
 ]
@@ -146,7 +148,8 @@ def test_every_refusal_can_happen_and_says_so_in_one_line(monkeypatch):
     for o in (Options(), finetune.TuneOptions()):
         check(o)
     assert reached and not any(reached.values())
-    for given in [parse(arguments) for arguments in [*REFUSED, ["--recipe", "ddm"]]]:
+    parsed = [arguments for arguments in REFUSED if "" not in arguments]    # argparse's own refusal
+    for given in [parse(arguments) for arguments in [*parsed, ["--recipe", "ddm"]]]:
         check(Options(**recipe_options(given.get("recipe"), "train", given)))
     assert len(reached) == refuse_lines() > 40
     for why, happened in reached.items():
@@ -355,7 +358,10 @@ INHERITS = [
     (dict(recon_target="noisy"), {}, dict(recon_target="clean")),
     (dict(recon_target="noisy"), dict(recon=0.1), dict(recon_target="noisy")),
     (dict(objective="reconstruct", recon_target="whitened"), {}, dict(recon_target="whitened")),
-    (dict(latents="l", cache_latents=False), {}, dict(latents="l", cache_latents=False)),
+    (dict(latents="l"), {}, dict(latents="l", cache_latents=True)),
+    (dict(latents="l"), dict(cache_latents=False), dict(latents="runs/latents")),
+    (dict(data="d", fraction=0.1), {}, dict(fraction=0.1)),
+    (dict(data="d", fraction=0.1), dict(data="e"), dict(fraction=1.0)),
     (dict(latents="l", cache_latents=False), dict(task="superres"),
      dict(latents="runs/latents", cache_latents=True)),
 ]

@@ -166,6 +166,9 @@ def test_in_latents_both_networks_share_one_cache(colours, capsys):
     probe.main([])
     assert len(list(Path("kept").iterdir())) == 2 and "linear probe" in capsys.readouterr(
     ).out  # one without mirrors
+    Path("vae.pt").rename("moved.pt")
+    probe.main(["--vae", "moved.pt"])
+    assert "linear probe" in capsys.readouterr().out
 
 
 REFUSED = [(["--noise", "-1"], "--noise"), (["--noise", "nan"], "--noise"), (["--gray"], "--gray"),

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -207,6 +208,19 @@ def test_a_curve_that_gets_worse_again_counts_by_its_best():
     reach = claims.bench.time_to_reach
     assert reach([1, 2, 4, 8], [9, 5, 6, 4], 5) == 2
     assert reach([1, 2, 4, 8], [9, 5, 6, 4], 4.5) == pytest.approx(4 * 2 ** 0.5)
+
+
+def test_a_speed_up_that_nobody_can_know_is_none():
+    measure, lengths = claims.bench.measure_speed_up, [1, 2, 4]
+    assert np.isnan(measure((lengths, [5, 5, 5]), (lengths, [5, 5, 5])))
+    assert np.isnan(measure((lengths, [5, 6, 6]), (lengths, [7, 5, 5])))
+    assert measure((lengths, [5, 6, 6]), (lengths, [7, 7, 7])) == 0     # never, whenever it was
+    assert measure((lengths, [7, 6, 5]), (lengths, [5, 5, 5])) == 4
+    unknown = {"pixel": [np.nan], "swd": [np.nan]}
+    assert "Cannot be told" in claims.maskdm.judge_speed_up(unknown)
+    some = claims.maskdm.judge_speed_up(unknown | {"swd": [5.0]})
+    assert "**Holds here**" in some and "in 1 of 2 it cannot be told" in some
+    assert "Does not hold" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": np.nan})
 
 
 def test_a_verdict_follows_its_numbers():

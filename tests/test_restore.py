@@ -308,6 +308,19 @@ def paint(path, size=(8, 6), box=None, value=255, colour=None):
     return str(path)
 
 
+def test_targets_that_are_maps_are_read_as_in_training_whatever_their_colour(tmp_path):
+    photo = paint(tmp_path / "photo.png", colour="red")
+    truths = []
+    for colour in ("white", "lime"):
+        truth = paint(tmp_path / f"{colour}.png", colour=colour)
+        truths.append(list(UserPictures(photo, targets=truth, maps=True))[0].truth)
+    assert truths[0].shape == (1, 1, *truths[0].shape[2:]) == truths[1].shape
+    assert (truths[0] == 1).all() and (truths[1] > 0).all()
+    dark = paint(tmp_path / "dark.png", colour=(1, 1, 1))
+    with pytest.raises(UserError, match="the largest value is 1"):
+        UserPictures(photo, targets=dark, maps=True)
+
+
 def test_a_single_picture_is_taken_with_a_single_mask_and_target(tmp_path):
     photo = paint(tmp_path / "photo.png", colour="red")
     mask = paint(tmp_path / "mask.png", box=(0, 0, 3, 3))

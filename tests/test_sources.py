@@ -127,6 +127,33 @@ def test_links_to_folders_are_followed_once_and_circles_are_told(tmp_path, capsy
     assert said.count("\n") == 1 and "1 link(s)" in said and "ant/round" in said
 
 
+def test_a_folder_that_cannot_be_read_does_not_vanish(tmp_path, monkeypatch):
+    for name in "ab":
+        save(tmp_path / name / "1.png")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="b: cannot be read .Permission denied"):
+        load_images(tmp_path, 8, labels=True)
+
+
+def test_held_out_images_never_lie_among_those_to_train_on(tmp_path):
+    for i in range(4):
+        save(tmp_path / "data" / "some" / f"{i}.png", i)
+        save(tmp_path / "other" / f"{i}.png", i)
+    (tmp_path / "linked").symlink_to(tmp_path / "data")
+    images = load_images(tmp_path / "data", 8)
+    for place in ("data", "data/some", "linked"):
+        with pytest.raises(UserError, match="--val .*lies in --data"):
+            holdout(images, tmp_path / place)
+    assert len(holdout(images, tmp_path / "other")[1]) == 4
+
+
 def test_a_folder_that_cannot_be_written_is_read(tmp_path):
     save(tmp_path / "data" / "0.png")
     (tmp_path / "data").chmod(0o555)

@@ -103,6 +103,14 @@ def test_other_weights_other_pixels_another_transform_are_another_file(tmp_path)
     assert len(files(tmp_path)) == 5
 
 
+def test_a_latent_is_never_kept_under_another_images_class(tmp_path, monkeypatch):
+    some = images()
+    monkeypatch.setattr(Images, "batches", lambda self, order, workers: (
+        (self.take(i)[0], self.take(i)[1].flip(0)) for i in order))     # the next one, if broken
+    with pytest.raises(UserError, match="another class"):
+        encode_once([some], space(), tmp_path, False)
+
+
 def test_what_is_kept_is_not_encoded_again(tmp_path, monkeypatch):
     inner = space()
     encode_once([images()], inner, tmp_path, True)

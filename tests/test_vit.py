@@ -429,6 +429,9 @@ def test_few_patches_leave_no_axis_empty():
     assert guess.spread.min() > 0.1 and guess.spread.max() < 2
     guess.fit(torch.zeros(5, 12))                           # all of one colour
     assert guess.spread.min() > 0 and torch.isfinite(guess.axes).all()
+    single = PatchGuess(SCHEDULES["ddm"], "unit", 1, 1)
+    single.fit(torch.tensor([[0.0], [2.0], [4.0]]))         # a patch may be one value
+    assert single.spread.item() == pytest.approx((8 / 3) ** 0.5)
 
 
 SPLITS = [(e, d, s, name)
