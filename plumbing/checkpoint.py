@@ -161,7 +161,7 @@ def open_run_folder(out=None):
 def keep_copy(path, copy_to):
     """A second name for a finished checkpoint, whole or not at all, without a second copy
     on disk where the file system allows it."""
-    temporary = copy_to.with_name(f"{copy_to.name}.link.tmp")
+    temporary = copy_to.with_name(f"{copy_to.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)

@@ -524,6 +524,11 @@ def test_the_proxy_command_prints_three_ratios_and_never_a_line_that_begins_with
      ["stats.npz", "shape.npz"], ["stats.npz", "protocol.npz"],
      ["images", "images", "--batch", "0"], ["images", "images", "--n", "1"],
      ["stats.npz", "images", "--proxy"], ["stats.npz", "other.npz"],
+     ["images", "images", "--proxy", "--seed", "99999999999999999999"],
+     ["images", "images", "--proxy", "--protocol", "tf1"],
+     ["images", "images", "--proxy", "--inception", "nowhere.pth"],
+     ["images", "images", "--proxy", "--batch", "7"], ["stats.npz", "stats.npz", "--n", "10"],
+     ["stats.npz", "stats.npz", "--size", "64"], ["images", "images", "--device", "nowhere"],
      ["images", "images", "--n", "two"], ["images", "images", "--prox"], []])
 def test_bad_input_is_one_line_and_status_2(folder, argv, capsys, monkeypatch):
     monkeypatch.chdir(folder)

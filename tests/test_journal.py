@@ -244,7 +244,7 @@ def test_what_a_longer_plan_turns_back_is_told(photos, capsys):  # noqa: F811
     train.main(["--out", "runs/a", "--resume", "--steps", "8"])
     assert "8 steps instead of 4 turn progress back from 1.00 to 0.50" in capsys.readouterr().out
     for more in (["--steps", 4], ["--steps", 8, "--resume"]):       # of nothing that changes
-        go(photos, *more, "--mask", 0.5, "--warmup", 0, "--out", "runs/constant")
+        go(photos, *more, "--lr-end", 1, "--warmup", 0, "--out", "runs/constant")
     assert "turn progress back" not in capsys.readouterr().out
 
 
@@ -256,7 +256,7 @@ def test_links_in_a_runs_folder_are_replaced_and_not_followed(photos):  # noqa: 
     Path("precious/file").write_text("mine")
     Path("runs/a").mkdir(parents=True)
     for name in ("config.json", "last.pt", "last.pt.tmp", "log.csv", "log.csv.tmp", "loss.png",
-                 "000002.pt",
+                 "000002.pt", "000002.pt.tmp",
                  ):
         (Path("runs/a") / name).symlink_to(Path("precious/file").resolve())
     Path("runs/a/samples").symlink_to(Path("precious").resolve())

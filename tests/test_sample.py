@@ -558,7 +558,8 @@ def test_pictures_of_ones_own_are_another_command_which_is_named(flags, capsys):
      ["--churn", "0.5", "--solver", "heun"], ["--ckpt", "nowhere"], ["--device", "cuda:77"],
      ["--device", "foo"], ["--cfg", "nan"], ["--cfg", "2", "--cfg-interval", "3", "0.3"],
      ["--cfg", "2", "--cfg-interval", "nan", "1"], ["--cfg-interval", "0.3", "3"],
-     ["--out", "x.jpg"], ["--no-such-flag"]])
+     ["--out", "x.jpg"], ["--no-such-flag"], ["--ckpt", ""],
+     ["--out", "many", "--trace", "many/trace.png"]])
 def test_bad_arguments_are_one_line_and_exit_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert status(S, arguments) == 2

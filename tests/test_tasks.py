@@ -593,6 +593,14 @@ def test_the_users_own_files_are_never_overwritten_and_an_older_result_survives_
     assert (own / "good.zip").read_bytes() == before and not list(own.glob("*.part"))
 
 
+@pytest.mark.parametrize("out", ["mine/results", "mine/a.png", "mine/deep/a.zip"])
+def test_results_do_not_become_inputs_nor_a_trace_a_sample(own, out):
+    with pytest.raises(UserError, match="lies in --input mine"):
+        restore.main(["--ckpt", "sr", "--input", "mine", "--out", out, "--steps", "1"])
+    with pytest.raises(UserError, match="--trace .* one of the samples"):
+        restore.main(["--ckpt", "sr", "--input", "mine", "--out", "new", "--trace", "new/a.png"])
+
+
 def test_a_broken_picture_is_named_and_skipped_and_names_never_collide(own, capsys):
     (own / "mine" / "broken.png").write_bytes((own / "mine" / "f0.png").read_bytes()[:100])
     Image.open("mine/f0.png").save("mine/f0.bmp")
