@@ -83,11 +83,8 @@ def read_checkpoint(path, *parts):
     return ckpt
 
 
-def checkpoint_step(folder):
-    """The step of a run's last.pt, read without its weights; None where there is none."""
-    path = folder / "last.pt"
-    if not path.exists():
-        return None
+def checkpoint_step(path):
+    """The step of one of our own checkpoints, read without its weights."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
 

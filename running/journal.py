@@ -115,7 +115,8 @@ class Journal:
 
     def require_unchanged(self):
         """UserError when another process trained here while this one read its images."""
-        if checkpoint_step(self.folder) != (self.setup.ckpt or dict(step=None))["step"]:
+        last, ckpt = self.folder / "last.pt", self.setup.ckpt
+        if last.exists() != bool(ckpt) or (ckpt and checkpoint_step(last) != ckpt["step"]):
             raise UserError(f"--out {self.folder}: another process has trained there meanwhile; "
                             "give another --out, or --resume again")
 
