@@ -509,11 +509,9 @@ def check_same_run(options, given, out, ckpt):
 def recorded_options(options, config):
     """What a run did, by its config. Of options younger than the run: what such runs did;
     one that is gone now is left out. options: a class. -> {name: value}"""
-    def recorded(f):
-        value, before = config.get(f.name, f.metadata["before"]), f.metadata["before"]
-        return before if value is None and f.default is not None else value     # lr_end, once
-
-    return {f.name: recorded(f) for f in dataclasses.fields(options)}
+    if config.get("lr_end", 0.05) is None:                  # for a while it could be left out
+        config = config | dict(lr_end=0.05)
+    return {f.name: config.get(f.name, f.metadata["before"]) for f in dataclasses.fields(options)}
 
 
 def continue_options(options, given, out, ckpt):
