@@ -45,6 +45,7 @@ from plumbing.images import grid, seeded, to_float, to_uint8  # noqa: F401  (han
 from plumbing.names import sort_classes
 from plumbing.sheets import draw_sheet
 from plumbing.sources import Paired, class_folders, open_images, read_picture
+from plumbing.writer import is_inside
 
 FACES = 8192                                     # how many faces are drawn unless it is said
 EXACT = ("edges", "saliency")                    # maps of the faces, by their names in faces.Faces
@@ -423,8 +424,7 @@ def refuse_inside(val, held, source):
     into train/ and val/ is read as train/ alone. held, source: where both lie, or None."""
     if held is None or source is None or source.part == "train":
         return
-    inside, place = Path(held.path).resolve(), Path(source.path).resolve()
-    if inside == place or (place.is_dir() and inside.is_relative_to(place)):
+    if is_inside(held.path, source.path):
         raise UserError(f"--val {val}: lies in --data {source.path}, so its images would be "
                         "trained on, too; put them elsewhere, or give a fraction")
 

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from plumbing.arrays import count_free_memory, read_arrays
 from plumbing.console import (
-    UserError, build_parser, describe_error, parse_path, replacing, run_command)
+    UserError, build_parser, describe_error, parse_path, refuse_unused, replacing, run_command)
 from plumbing.downloads import is_published, list_published
 from plumbing.faces import draw_faces
 from plumbing.images import to_float
@@ -611,18 +611,10 @@ def require_memory(count, size):
                         f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; give --size 256 or --n")
 
 
-def refuse_unused(o, names, why):
-    """UserError for the first of some options that is given and that nobody would read."""
-    defaults = parser()
-    for name in names:
-        if getattr(o, name) != defaults.get_default(name):
-            raise UserError(f"--{name}: {why}; leave it out")
-
-
 def check_measurement(o):
     """UserError for arguments that do not go together."""
     if o.proxy:
-        refuse_unused(o, ("inception", "protocol", "batch"), "--proxy needs no network")
+        refuse_unused(o, parser(), ("inception", "protocol", "batch"), "--proxy needs no network")
     if o.B is None and (o.proxy or not o.save):
         raise UserError("B is missing: python fid.py A B (A alone goes with --save only)")
     if o.save:
@@ -644,7 +636,7 @@ def measure_statistics(o, sets, device):
     Statistics}. Two saved statistics need no weights."""
     images = {path: s for path, s in sets.items() if isinstance(s, MeasuredPictures)}
     if not images:
-        refuse_unused(o, ("inception", "protocol", "size", "n", "batch"),
+        refuse_unused(o, parser(), ("inception", "protocol", "size", "n", "batch"),
                       "both sets are saved statistics already")
         return sets
     net, weights = load_inception(o.inception)

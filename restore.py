@@ -61,7 +61,8 @@ from tqdm import tqdm
 from losses import build_reconstruction, image_unit, normalise_patches
 from mask import Mask, draw, patchify, unpatchify
 from plumbing.checkpoint import VERSION
-from plumbing.console import UserError, build_parser, count_nouns, parse_path, run_command
+from plumbing.console import (
+    UserError, build_parser, count_nouns, parse_path, refuse_unused, run_command)
 from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.inputs import UserPictures
 from plumbing.sheets import draw_sheet
@@ -568,12 +569,10 @@ def check_one_pass(args, inpaint):
         raise UserError("this model was trained to reconstruct hidden patches: give --task "
                         "reconstruct (or inpaint), or --ckpt of one that was trained with train.py "
                         f"--task {args.task}, without --objective reconstruct")
-    defaults = parser()
-    for name in ("steps", "churn", "time_grid", "solver", "cfg", "cfg_interval", "amp", "targets",
-                 "trace"):
-        if getattr(args, name) != defaults.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')}: a reconstruction is one pass of the "
-                            "network, without noise and time; leave it out")
+    unused = ("steps", "churn", "time_grid", "solver", "cfg", "cfg_interval", "amp", "targets",
+              "trace")
+    refuse_unused(args, parser(), unused,
+                  "a reconstruction is one pass of the network, without noise and time")
     if (args.holes and not inpaint) or (args.ratio is not None and inpaint):
         raise UserError("--ratio is the share of the tokens that --task reconstruct hides; --holes "
                         "belong to --task inpaint")

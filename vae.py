@@ -47,6 +47,7 @@ from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.layout import require_autoencoder
 from plumbing.machine import pick_device
 from plumbing.sheets import save_picture
+from plumbing.writer import is_inside
 from tasks import psnr
 
 
@@ -563,7 +564,7 @@ def check_vae_options(o, out, picture, factor):
             raise UserError(f"--{name} {path}: wants a name that ends with {ending}, "
                             "in a folder that exists")
     # Of a folder of images, the picture would become one, or take the place of one.
-    if Path(o.data).is_dir() and picture.resolve().is_relative_to(Path(o.data).resolve()):
+    if Path(o.data).is_dir() and is_inside(picture, o.data):
         raise UserError(f"--picture {picture}: lies in --data {o.data}; give another place")
 
 

@@ -85,8 +85,7 @@ def read_checkpoint(path, *parts):
 
 def checkpoint_step(path):
     """The step of one of our own checkpoints, read without its weights."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
 
 
 def save_atomic(value, path):

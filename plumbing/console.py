@@ -140,6 +140,14 @@ def build_parser(description, **settings):
     return parser
 
 
+def refuse_unused(given, parser, names, why):
+    """UserError for the first of some options that is not its default and that nobody would
+    read. given: the parsed arguments."""
+    for name in names:
+        if getattr(given, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')}: {why}; leave it out")
+
+
 # --- a command ----------------------------------------------------------------------------
 
 def run_command(command):
@@ -157,6 +165,11 @@ def run_command(command):
     sys.exit(status)
 
 
+def is_first_here():
+    """Whether this is the first process of this machine: it speaks for all of them."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def is_out_of_memory(error):
     """Whether the CPU's memory is full: Python and torch say it in two ways."""
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
@@ -167,7 +180,7 @@ def find_status(command):
     try:
         return command()
     except (UserError, OSError) as error:           # OSError: an unwritable folder, a full disk
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_here():
             print(f"error: {describe_error(error)}", file=sys.stderr)
     except torch.cuda.OutOfMemoryError:
         print("error: the GPU's memory is full: try a smaller --micro-batch or "

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.console import UserError, describe_error, replacing
+from plumbing.console import UserError, describe_error, is_first_here, replacing
 from plumbing.names import is_hidden
 
 try:
@@ -291,7 +291,7 @@ def fetch_published(name, entry=None):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         is_there = all((folder / file.name).exists() for file in entry.files)
-        if not is_there and os.environ.get("LOCAL_RANK", "0") == "0":
+        if not is_there and is_first_here():
             size = sum(file.size for file in entry.files) / 1e6
             print(f"{name}: {size:.3g} MB are fetched once, into {folder}; "
                   f"licence: {entry.licence}", file=sys.stderr)

@@ -95,11 +95,6 @@ class Machine:
     local_world: int                        # how many of them are on this machine
     device: torch.device
 
-    @property
-    def is_silent(self):
-        """Whether errors of this process are not printed (plumbing/console.py)."""
-        return os.environ.get("LOCAL_RANK", "0") != "0"
-
     def to_tensor(self, values):
         """Numbers as a float64 tensor. It stays on the CPU, where gloo exchanges it: on a
         GPU each exchange would wait for all work that is queued there."""

@@ -29,7 +29,7 @@ from mask import visible_count
 from plumbing.checkpoint import (
     VERSION, checkpoint_step, keep_copy, name_newest, open_run_folder, remove_old_copies,
     save_atomic, unlink_link)
-from plumbing.console import UserError, replacing
+from plumbing.console import UserError, is_first_here, replacing
 from plumbing.sheets import draw_plot, save_picture
 from running.evaluate import evaluate_model
 from running.setup import read_state, token_counts
@@ -101,11 +101,10 @@ class Journal:
     # -- begin and end ---------------------------------------------------------------------
 
     def __enter__(self):
-        opened = self.machine.run_on_first(lambda: open_run_folder(self.setup.o.out))
+        opened = self.machine.run_on_first(self.open_folder)
         self.folder, config = opened or (None, None)
         if config:
             self.files.append(config)           # it is also the lock: it stays open
-        self.machine.run_on_first(self.require_unchanged)
         self.o = dataclasses.replace(self.setup.o, out=str(self.folder))
         if threading.current_thread() is threading.main_thread():       # Python's own rule
             for number in STOPS:                # nohup ignores SIGHUP: so do we then
@@ -113,12 +112,16 @@ class Journal:
                     self.handlers[number] = signal.signal(number, self.ask_to_stop)
         return self
 
-    def require_unchanged(self):
-        """UserError when another process trained here while this one read its images."""
-        last, ckpt = self.folder / "last.pt", self.setup.ckpt
+    def open_folder(self):
+        """The run's folder and its lock. UserError when another process trained there while
+        this one read its images."""
+        folder, config = open_run_folder(self.setup.o.out)
+        last, ckpt = folder / "last.pt", self.setup.ckpt
         if last.exists() != bool(ckpt) or (ckpt and checkpoint_step(last) != ckpt["step"]):
-            raise UserError(f"--out {self.folder}: another process has trained there meanwhile; "
+            config.close()
+            raise UserError(f"--out {folder}: another process has trained there meanwhile; "
                             "give another --out, or --resume again")
+        return folder, config
 
     def __exit__(self, kind, error, trace):
         for number, handler in self.handlers.items():
@@ -126,7 +129,7 @@ class Journal:
         if kind is not None:
             self.rescue()
         # `run_command` prints the first process's errors only, but in a step any may fail.
-        if self.learner is not None and kind is UserError and self.machine.is_silent:
+        if self.learner is not None and kind is UserError and not is_first_here():
             print(f"error on process {self.machine.rank}: {error}", file=sys.stderr)
         if self.bar is not None:
             self.bar.close()

@@ -21,6 +21,7 @@ from plumbing.console import UserError
 from plumbing.downloads import is_published
 from plumbing.images import choose_subset, seeded, to_float
 from plumbing.names import normal_name
+from plumbing.writer import is_inside
 from sample import build_model
 from schedules import SCHEDULES
 from spaces import SPACES
@@ -185,10 +186,8 @@ def require_same_data(meta, data, out):
 def require_output_outside(o):
     """UserError when the run's folder lies among its images: its pictures would become
     some."""
-    out = Path(o.out or "runs").resolve()
     for flag, path in (("--data", o.data), ("--val", o.val)):
-        folder = Path(path)
-        if folder.is_dir() and out.is_relative_to(folder.resolve()):
+        if Path(path).is_dir() and is_inside(o.out or "runs", path):
             raise UserError(f"--out {o.out or 'runs'}: lies in {flag} {path}, and the run's own "
                             "pictures would become images of it; give another folder")
 

@@ -4,9 +4,9 @@ files, clear refusals."""
 import csv
 import math
 import os
+import shutil
 import signal
 import socket
-import shutil
 import subprocess
 import sys
 import threading
