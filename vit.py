@@ -509,9 +509,12 @@ class ViT(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier weights, zero biases; gates, connector, condition and head start at zero.
+        """Xavier weights, zero biases; gates, condition and head start at zero.
 
-        A skip starts as the identity on u, so that it changes nothing at first."""
+        A skip starts as the identity on u, so that it changes nothing at first. MaskDiT's
+        release starts the connector at zero, too. Then the head sees nothing of the image,
+        and the connector has no head to learn from: both wait, a hundred steps here
+        (RESULTS.md)."""
         linears = [layer for layer in self.modules() if isinstance(layer, nn.Linear)]
         blocks = self.all_blocks()
         for layer in linears:
@@ -527,7 +530,7 @@ class ViT(nn.Module):
             zero.append(self.embed_cond)
         if self.decoder is not None:
             nn.init.normal_(self.mask_token, std=0.02)
-            zero += [self.connect, self.connect_ada]
+            zero.append(self.connect_ada)
         for layer in zero:
             nn.init.zeros_(layer.weight)
         for block in blocks:
