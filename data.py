@@ -39,7 +39,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from plumbing.console import UserError, describe_error, run_picture_command
+from plumbing.console import STOPS, UserError, describe_error, run_picture_command
 from plumbing.faces import EXPRESSIONS, STYLES, draw_faces
 from plumbing.images import grid, seeded, to_float, to_uint8  # noqa: F401  (handed on)
 from plumbing.names import sort_classes
@@ -59,7 +59,7 @@ SHARED = "/dev/shm"                              # where worker processes hand o
 class Images:
     """A data set at one size; load_images makes it.
 
-    .n = len().  .size: S.  .channels: C.  .maps: 0, or 1 for one channel more.  .classes:
+    .size: S.  .channels: C.  .maps: 0, or 1 for one channel more.  .classes:
     names, [] when unlabelled.  .skipped: names of files that could not be read.
     Image i is row rows[i] of the pixels in memory, which subsets share, or else of the
     source's names."""
@@ -82,8 +82,6 @@ class Images:
 
     def __len__(self):
         return len(self.rows)
-
-    n = property(__len__)
 
     def subset(self, indices):
         """1-D indices -> Images of those, in that order; no pixel is copied."""
@@ -168,9 +166,8 @@ def leave_signals_to_parent(worker):
     """Make a worker ignore the signals that reach all processes of a group.
 
     The parent saves, and tells its workers to end (or kills them: end_workers)."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):                               # Windows has two of them
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers():
@@ -311,8 +308,8 @@ def find_fault(images, i):
         return describe_error(error)
 
 
-def find_faults(images, threads, progress):
-    """Visit all images in parallel.
+def find_faults(images, progress):
+    """Visit all images in parallel: Pillow releases the lock.
 
     images: Images that are still to be filled.
     -> for each image None, or why it cannot be read"""
@@ -322,7 +319,7 @@ def find_faults(images, threads, progress):
     hidden = not (progress and (terminal or n > 20000))
     visit = lambda some: [find_fault(images, i) for i in some]
     groups = [range(n)[start:start + 32] for start in range(0, n, 32)]
-    with (warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool,
+    with (warnings.catch_warnings(), ThreadPoolExecutor() as pool,
           tqdm(desc=Path(images.source.path).name, total=n, disable=hidden,
                mininterval=0.1 if terminal else 10) as bar):
         warnings.simplefilter("ignore")         # remarks on single files: the faults tell enough
@@ -354,7 +351,6 @@ def load_images(
     gray=False,        # 1 channel instead of 3
     labels=False,      # a class per first-level subfolder, in order; of faces: expressions
     cache_gb=4.0,      # above this many 10^9 bytes pixels are not kept but decoded when taken
-    threads=None,      # how many decode; None: a few per core, Pillow releases the lock
     progress=True,     # show a bar
     seed=0,            # of the faces
     count=None,        # how many faces, 8192 if None
@@ -383,7 +379,7 @@ def load_images(
     shape = (len(names), channels + maps, size, size)
     pixels = torch.empty(shape, dtype=torch.uint8) if np.prod(shape) <= cache_gb * 1e9 else None
     images = Images(size, channels, y, classes, pixels, source, maps)
-    faults = find_faults(images, threads, progress)
+    faults = find_faults(images, progress)
     images.rows = torch.tensor([i for i, why in enumerate(faults) if why is None])
     images.skipped = [name for name, why in zip(names, faults) if why is not None]
     report_skipped(path, names, faults)
@@ -427,6 +423,14 @@ def refuse_inside(val, held, source):
     if is_inside(held.path, source.path):
         raise UserError(f"--val {val}: lies in --data {source.path}, so its images would be "
                         "trained on, too; put them elsewhere, or give a fraction")
+
+
+def keep_fraction(images, fraction, seed):
+    """A random part of some images: --fraction of the commands, in (0, 1]. -> Images"""
+    if fraction == 1:
+        return images
+    chosen = torch.randperm(len(images), generator=seeded(seed, 7))
+    return images.subset(chosen[:max(1, round(fraction * len(images)))])
 
 
 def holdout(images, val, seed=0, **load_kwargs):

@@ -667,7 +667,7 @@ def open_sets(o):
     sets = {o.A: open_measured(o.A, o.n, o.seed, o.size or 32, **how)}
     if o.B:
         is_images = isinstance(sets[o.A], MeasuredPictures)
-        size = o.size or (min(sets[o.A].shape()) if is_images else 32)
+        size = o.size or (min(256, *sets[o.A].shape()) if is_images else 32)       # of drawn faces
         sets[o.B] = open_measured(o.B, o.n, o.seed, size, **how)
     warn_of_sizes(o, sets)
     return sets

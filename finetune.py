@@ -34,7 +34,6 @@ was: held-out images and --fraction with their data, maps with their task, the s
 blocks with their policy.
 """
 import os
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,6 +43,7 @@ from plumbing.console import UserError, run_command
 from running.options import (
     Options, check_values, is_same_value, option, options_parser, recorded_options, resolve_options)
 from running.recipes import recipe_options
+from running.setup import FirstStage
 from sample import check_weights, require_same_meaning
 
 
@@ -51,6 +51,7 @@ from sample import check_weights, require_same_meaning
 class TuneOptions(Options):
     """train.py's options with this stage's defaults, and where it starts from."""
     stage: ClassVar[str] = "finetune"
+    default_minutes: ClassVar[float] = 2.0
 
     from_: str = option(
         "run", None, "checkpoint or folder of the first stage; the newest run when left out",
@@ -65,71 +66,36 @@ class TuneOptions(Options):
 
 # --- what is inherited --------------------------------------------------------------------
 
-def always(was, now):
-    """Whatever changes beside it."""
-    return True
-
-
-def keeps_data(was, now):
-    """Held-out images belong to their data."""
-    return is_same_value(was.data, now.data)
-
-
-def keeps_maps(was, now):
-    """Maps belong to the data and the task that they were made for."""
-    return keeps_data(was, now) and was.task == now.task
-
-
-def has_labels(was, now):
-    """Without labels, none is dropped."""
-    return now.labels
-
-
-def hides_tokens(was, now):
-    """Where nothing is hidden, no policy says what."""
-    return bool(now.mask or now.mask_from)
-
-
-def hides_blocks(was, now):
-    """Blocks belong to their policy."""
-    return hides_tokens(was, now) and now.policy == "block"
-
-
-def guesses_hidden(was, now):
-    """Where hidden patches are guessed, their target stays."""
-    return bool(now.objective == "reconstruct" or now.recon)
-
-
-def has_no_condition(was, now):
-    """Of latents for a task, nothing is kept."""
-    return now.task == "generate"
-
-
-def keeps_latents(was, now):
-    """A folder for what is kept."""
-    return has_no_condition(was, now) and now.cache_latents
-
-
 # These cannot change: the weights would mean something else.
 FIXED = ("objective", "predict", "precondition", "space", "model", "patch", "skips", "decoder",
          "economy")
 
+ALWAYS = (*FIXED, "data", "size", "gray", "flip", "seed", "optimizer", "batch", "micro_batch",
+          "amp", "cache_gb", "workers", "schedule", "weighting", "time_sampling", "vae", "task",
+          "labels")
+
+
+def hides_tokens(o):
+    """Whether options hide anything."""
+    return bool(o.mask or o.mask_from)
+
+
 # option -> whether it is inherited: a function of the first stage's options (was) and of
 # this stage's (now: as if every option of this table were inherited).
-INHERITED = dict.fromkeys(FIXED, always) | {
-    "data": always, "size": always, "gray": always, "flip": always, "seed": always,
-    "optimizer": always, "batch": always, "micro_batch": always, "amp": always,
-    "cache_gb": always, "workers": always,
-    "schedule": always, "weighting": always, "time_sampling": always,
-    "vae": always, "task": always, "labels": always,
-    "val": keeps_data, "fraction": keeps_data,
-    "targets": keeps_maps,
-    "label_dropout": has_labels,
-    "policy": hides_tokens,
-    "block": hides_blocks,
-    "recon_target": guesses_hidden,
-    "latents": keeps_latents,
-    "cache_latents": has_no_condition,
+INHERITED = dict.fromkeys(ALWAYS, lambda was, now: True) | {
+    # held-out images belong to their data, maps to their data and task
+    "val": lambda was, now: is_same_value(was.data, now.data),
+    "fraction": lambda was, now: is_same_value(was.data, now.data),
+    "targets": lambda was, now: is_same_value(was.data, now.data) and was.task == now.task,
+    # without labels none is dropped; where nothing is hidden, no policy says what
+    "label_dropout": lambda was, now: now.labels,
+    "policy": lambda was, now: hides_tokens(now),
+    "block": lambda was, now: hides_tokens(now) and now.policy == "block",
+    # where hidden patches are guessed, their target stays
+    "recon_target": lambda was, now: now.objective == "reconstruct" or now.recon,
+    # of latents for a task nothing is kept, so there is no folder for it
+    "cache_latents": lambda was, now: now.task == "generate",
+    "latents": lambda was, now: now.task == "generate" and now.cache_latents,
 }
 
 
@@ -159,20 +125,12 @@ def check_fits(was, given, source):
 
 # --- the command --------------------------------------------------------------------------
 
-def check_moved(arguments):
-    """Say where the linear probe is now."""
-    for word in arguments:
-        if word.partition("=")[0] in ("--probe", "--no-probe", "--probe-noise"):
-            raise UserError(f"{word}: the linear probe is a command of its own, python probe.py")
-
-
 def main(argv=None):
-    check_moved(sys.argv[1:] if argv is None else argv)
     parser = options_parser(TuneOptions, __doc__.split("\n")[0], INHERITED)
     given = vars(parser.parse_args(argv))
-    o, ckpt = resolve_options(TuneOptions, given, "finetune")
+    o, ckpt = resolve_options(TuneOptions, given)
     if ckpt:
-        return train.continue_run(o, ckpt, "finetune")
+        return train.continue_run(o, ckpt)
     source = o.from_ or str(newest_checkpoint())
     first = read_checkpoint(source, "config", o.weights)
     require_same_meaning(first, source, trains=True)
@@ -180,13 +138,11 @@ def main(argv=None):
     was = first_options(first)
     check_fits(was, given, source)
     chosen = recipe_options(o.recipe, "finetune", given)
-    length = {} if "steps" in chosen or "minutes" in chosen else dict(minutes=2.0)
-    o = TuneOptions(**(inherit_options(was, chosen) | length | chosen
-                       | dict(from_=source, out=o.out)))
+    o = TuneOptions(**(inherit_options(was, chosen) | chosen | dict(from_=source, out=o.out)))
     if os.environ.get("RANK", "0") == "0":
         kind = "averaged" if o.weights == "ema" else "raw"
         print(f"from {source}, step {first['step']}, {kind} weights")
-    train.train(o, first=(first[o.weights], first["meta"]), stage="finetune")
+    train.train(o, first=FirstStage(first[o.weights], first["meta"]))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ POLICIES = {"patch": patch_score, "block": block_score, "crop": crop_score}
 # progress in [0, 1] is that of the training. Each is monotone, ends at hi and starts at lo,
 # but for the constant one.
 
-RAMP = 2 / 3                        # [LMD] the ramp ends here, then the ratio stays at hi
+RAMP_END = 2 / 3                    # [LMD] the ramp ends here, then the ratio stays at hi
 
 
 def interpolate(lo, hi, share):
@@ -188,7 +188,7 @@ def linear_ratio(progress, lo, hi):
     """Equal increments until 2/3 of the run, then constant. [LMD]
 
     LMD names a third schedule beside the two below; this form is our reading of it."""
-    return interpolate(lo, hi, min(progress / RAMP, 1))                         # [LMD] linear
+    return interpolate(lo, hi, min(progress / RAMP_END, 1))                         # [LMD] linear
 
 
 def piecewise_ratio(progress, lo, hi):
@@ -207,7 +207,7 @@ def cosine_ratio(progress, lo, hi, shift=0.008):
     """Gentle at both ends, arrived at 2/3 of the run. [LMD]
 
     Nichol and Dhariwal's alpha-bar, with the hidden share in the part of 1 - alpha-bar."""
-    angle = math.pi / 2 * (min(progress / RAMP, 1) + shift) / (1 + shift)
+    angle = math.pi / 2 * (min(progress / RAMP_END, 1) + shift) / (1 + shift)
     first = math.pi / 2 * (0.0 + shift) / (1 + shift)
     alpha_bar = math.cos(angle) ** 2 / math.cos(first) ** 2
     return interpolate(lo, hi, 1 - alpha_bar)                                   # [LMD] cosine
@@ -227,8 +227,6 @@ RATIOS = {
     "cosine": cosine_ratio,
     "cosine4": cosine4_ratio,
 }
-# The progress at which each ramp is at hi, to stay there; one that is not named: 1.
-RAMP_END = {"linear": RAMP, "piecewise": RAMP, "cosine": RAMP, "cosine4": 1.0}
 
 
 def ratio_at(
@@ -237,18 +235,13 @@ def ratio_at(
     lo,          # the ratio at the start
     hi,          # the ratio at the end
     levels=8,    # how many values the staircase has at most
-    share=None,  # the progress in (0, 1] at which hi is reached; None: RAMP_END[ramp]
 ):
     """The ratio that training uses: RATIOS[ramp] on a staircase of a few values.
 
     Each distinct ratio is a distinct token count, so a distinct compilation and a distinct
     speed: eight are enough to follow a curve and few enough to compile. The first value is
     lo and the last is hi, exactly. -> ratio in [0, 1)"""
-    if share is None:
-        progress = min(max(progress, 0.0), 1.0)
-    else:
-        progress = min(max(progress, 0.0) / share, 1.0) * RAMP_END.get(ramp, 1.0)
-    ratio = RATIOS[ramp](progress, lo, hi)
+    ratio = RATIOS[ramp](min(max(progress, 0.0), 1.0), lo, hi)
     if lo == hi or ramp == "constant":
         return ratio
     level = round((ratio - lo) / (hi - lo) * (levels - 1))

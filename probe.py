@@ -33,14 +33,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import holdout, load_images
+from data import holdout, keep_fraction, load_images
 from plumbing.checkpoint import newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, build_parser, parse_path, run_command
 from plumbing.downloads import list_published
 from plumbing.images import seeded, to_float
+from plumbing.machine import set_threads
 from running.options import Options, is_same_value, recorded_options
-from sample import build_model, load
+from sample import load
 from spaces import encode_once
+from vit import ViT
 
 PIXELS = 16                     # side to which raw pixels are shrunk: 768 numbers, as ViT-B's width
 NOISE = 0.1                     # b / (a data_std) for denoisers
@@ -130,7 +132,7 @@ def probe_accuracy(
 
     -> {"trained", "untrained", "pixels", "chance": accuracy in [0, 1]}"""
     torch.manual_seed(seed)
-    fresh = build_model(model.meta)[0].to(model.device).eval()
+    fresh = ViT(model.schedule, **model.meta["model"]).to(model.device).eval()
     if fresh.guess is not None:                             # measured, not trained
         fresh.guess.load_state_dict(model.net.guess.state_dict())
     parts = [images, held_out]
@@ -212,8 +214,6 @@ def check_numbers(o):
         raise UserError(f"--seed {o.seed}: must be at least 0 and have less than 63 bits")
     if not 0 <= o.cache_gb < math.inf:
         raise UserError(f"--cache-gb {o.cache_gb}: must be at least 0")
-    if not 0 <= o.threads <= 1024:
-        raise UserError(f"--threads {o.threads}: must be 0 (torch's own choice) to 1024")
 
 
 def check_probed(o, given, model, source):
@@ -241,10 +241,7 @@ def load_parts(o):
     if len(images.classes) < 2:
         raise UserError(f"--data {o.data}: a probe needs labels, a first-level folder for each of "
                         "at least two classes")
-    if o.fraction < 1:
-        order = torch.randperm(len(images), generator=seeded(o.seed, 7))
-        images = images.subset(order[:max(1, round(o.fraction * len(images)))])
-    return images, held_out
+    return keep_fraction(images, o.fraction, o.seed), held_out
 
 
 def probe_checkpoint(given):
@@ -252,9 +249,9 @@ def probe_checkpoint(given):
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("probe.py is the work of one process: start it without torchrun")
     source = given.get("from_") or str(newest_checkpoint())
-    o = inherit_probe_options(given, read_checkpoint(source)["config"])
+    o = inherit_probe_options(given, read_checkpoint(source, "config")["config"])
     check_numbers(o)
-    torch.set_num_threads(o.threads or torch.get_num_threads())
+    set_threads(o.threads)
     model = load(source, o.weights, o.device, o.vae)
     check_probed(o, given, model, source)
     noise = o.noise

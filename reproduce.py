@@ -30,8 +30,6 @@ only comparable at equal n.
 """
 import plumbing  # before torch: how its threads wait
 
-import torch
-
 from claims.ablate import run_ablate
 from claims.ddm import run_ddm
 from claims.lmd import run_lmd
@@ -41,6 +39,7 @@ from claims.tasks import run_tasks
 from claims.transfer import run_transfer
 from plumbing.console import UserError, build_parser, parse_path, run_command
 from plumbing.downloads import list_published
+from plumbing.machine import set_threads
 from plumbing.writer import refuse_overwriting
 
 # The first line of each function's docstring is its help text.
@@ -94,12 +93,10 @@ def main(argv=None):
         raise UserError(f"--seeds {args.seeds}: must be at least 1")
     if args.target and args.claim != "transfer":
         raise UserError(f"--target: only transfer fine-tunes on other images, not {args.claim}")
-    if args.threads < 0 or args.size < 8 or args.size % 8:
-        raise UserError(f"--threads {args.threads}, --size {args.size}: threads must be at least "
-                        "0, the size a multiple of 8")
+    if args.size < 8 or args.size % 8:
+        raise UserError(f"--size {args.size}: must be a multiple of 8")
     refuse_overwriting({"--out": f"{args.out}/{args.claim}"}, {"--data": args.data})
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     CLAIMS[args.claim](args)
 
 

@@ -58,7 +58,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from losses import build_reconstruction, image_unit, normalise_patches
+from losses import RECON_TARGETS, build_reconstruction, image_unit
 from mask import Mask, draw, patchify, unpatchify
 from plumbing.checkpoint import VERSION
 from plumbing.console import (
@@ -69,7 +69,7 @@ from plumbing.sheets import draw_sheet
 from plumbing.writer import ImageWriter, is_inside
 from sample import (
     SamplingRun, add_sampling_arguments, check_arguments, check_guided_labels, choose_seed,
-    load_asked_model, resolve_labels, sample,
+    load, resolve_labels, sample,
 )
 from tasks import TASKS, draw_holes, fold_condition, place_side_by_side, psnr_per_image
 
@@ -78,6 +78,12 @@ GREY = 0.0                                          # what a hidden square looks
 
 
 # --- tasks: pictures of any size ----------------------------------------------------------
+
+def tile_starts(length, side):
+    """Where tiles begin along an axis: they overlap by half and end with it."""
+    steps = math.ceil(2 * (length - side) / side)
+    return [round(i * (length - side) / max(steps, 1)) for i in range(steps + 1)]
+
 
 class Tiled(torch.nn.Module):
     """A network for images of one side as one for larger images [MultiDiffusion].
@@ -96,11 +102,6 @@ class Tiled(torch.nn.Module):
         edge = rise.minimum(rise.flip(0))
         self.window = edge[:, None] * edge[None, :]                                   # (side, side)
 
-    def starts(self, length):
-        """Where tiles begin along an axis: they overlap by half and end with it."""
-        steps = math.ceil(2 * (length - self.side) / self.side)
-        return [round(i * (length - self.side) / max(steps, 1)) for i in range(steps + 1)]
-
     def cut_tiles(self, u, places):
         """Tiles of u (B, C, H, W) at places [(b, i, j), ...]. -> (tiles, C, side, side)"""
         if u is None:
@@ -112,7 +113,7 @@ class Tiled(torch.nn.Module):
         """As ViT.forward without a mask: zt (B, C, H, W), H and W at least `side`.
         -> (B, C_out, H, W)"""
         B, _, H, W = zt.shape
-        rows, columns = self.starts(H), self.starts(W)
+        rows, columns = tile_starts(H, self.side), tile_starts(W, self.side)
         places = [(b, i, j) for b in range(B) for i in rows for j in columns]
         window, total, weight = self.window.to(zt), None, zt.new_zeros(B, 1, H, W)
         for lo in range(0, len(places), self.batch):
@@ -159,8 +160,8 @@ def padded_size(model, height, width):
 def count_tiles(model, height, width):
     """How many tiles, and so passes, a network call takes for a result of this size."""
     f, side = model.space.factor, model.meta["size"]
-    tiled = Tiled(model.net, side // f)
-    return math.prod(len(tiled.starts(length // f)) for length in padded_size(model, height, width))
+    return math.prod(len(tile_starts(length // f, side // f))
+                     for length in padded_size(model, height, width))
 
 
 class PassBar:
@@ -224,15 +225,13 @@ def draw_masks(
     n,                  # how many images
     ratio,              # share of the tokens to hide, in (0, 1)
     seed=0,             # of the draw
-    policy="patch",     # a name in POLICIES: which tokens
-    block=4,            # side of the squares of the policy "block", in tokens
 ):
     """A Mask for n images, a function of the arguments alone.
 
     UserError when the ratio hides nothing."""
     side, m = token_side(model), None
     if 0 < ratio < 1:
-        m = draw(policy, n, side, side, ratio, torch.Generator().manual_seed(seed), block)
+        m = draw("patch", n, side, side, ratio, torch.Generator().manual_seed(seed))
     if m is None:
         raise UserError(f"--ratio {ratio}: must be in (0, 1) and hide at least one of "
                         f"{side * side} tokens")
@@ -294,8 +293,6 @@ def reconstruct(
     x,                  # pictures (n, C, H, W) in [-1, 1], of the training's size
     ratio=0.75,         # share of the tokens to hide, in (0, 1)
     seed=0,             # of the masks
-    policy="patch",     # a name in POLICIES: which tokens
-    block=4,            # side of the squares of the policy "block", in tokens
     labels=None,        # class names or numbers, for a model that was trained with labels
     batch=64,           # pictures at once
 ):
@@ -307,7 +304,7 @@ def reconstruct(
     UserError for a model of another kind, or a ratio that hides nothing."""
     require_reconstruction(model)
     side, square = token_side(model), token_pixels(model)
-    masks = draw_masks(model, len(x), ratio, seed, policy, block)
+    masks = draw_masks(model, len(x), ratio, seed)
     labels = resolve_labels(labels, len(x), model.meta["classes"])
     done = []
     for lo in range(0, len(x), batch):
@@ -327,12 +324,8 @@ def reconstruct(
 
 def latent_errors(model, filled, z, m):
     """Each image's mean squared error of hidden tokens over the data's variance. -> (B,)"""
-    score = build_reconstruction(model.schedule, "unit", model.net.p)        # of z / data_std
-    guess, errors = filled / model.schedule.data_std, []
-    for i in range(len(z)):
-        hidden = mask_rows(m, i, i + 1, z.device)
-        errors.append(score(guess[i:i + 1], z[i:i + 1], None, None, hidden))
-    return torch.stack(errors)
+    square = ((filled - z) / model.schedule.data_std) ** 2              # 0 where z is visible
+    return patchify(square, model.net.p).mean(-1).sum(1) / (m.N - m.keep.shape[1])
 
 
 # --- a true hole --------------------------------------------------------------------------
@@ -358,8 +351,6 @@ def inpaint_hole(
     x,                  # pictures (n, C, H, W) in [-1, 1], of the training's size
     holes,              # (n, 1, H, W) bool, True where pixels are missing
     labels=None,        # class names or numbers, for a model that was trained with labels
-    dilate=None,        # tokens around a hole that are hidden, too; 1, but 0 in pixels, where
-                        # no encoder can spread the filling
     names=None,         # of the pictures, for errors
 ):
     """Fill in missing pixels. What x holds inside its hole has no influence on the result.
@@ -367,7 +358,8 @@ def inpaint_hole(
     -> dict of pictures (n, C, H, W) on the CPU: masked, inpainted (known pixels are x's
     own), original. UserError as `reconstruct`, and when a hole leaves nothing."""
     require_reconstruction(model)
-    dilate = int(model.space.factor > 1) if dilate is None else dilate
+    # An encoder spreads the filling into the tokens around a hole: they are hidden, too.
+    dilate = int(model.space.factor > 1)
     labels = resolve_labels(labels, len(x), model.meta["classes"])
     masks, done = [], []
     for i, hole in enumerate(holes):                                   # all of them before any work
@@ -454,9 +446,8 @@ def recon_targets(model, images, some):
     some (k,): their numbers.  -> (k, N, P) float64"""
     x, _ = images.take(some)
     z = model.space.encode(to_float(x).to(model.device))
-    if model.meta["recon_target"] == "whitened":
-        return normalise_patches(patchify(z, model.net.p)).double()
-    return patchify(z / model.schedule.data_std, model.net.p).double()
+    target = RECON_TARGETS[model.meta["recon_target"]]
+    return target(z, model.schedule.data_std, None, model.net.p).double()
 
 
 def choose_zoom(rows, width=512):
@@ -594,13 +585,13 @@ def reconstruct_to_file(args, model):
     seed, meta = choose_seed(args), model.meta
     inputs = list(open_pictures(args, meta, seed, needs_hole=inpaint, side=meta["size"]))
     names, x = [one.name for one in inputs], torch.cat([one.x for one in inputs])
-    if inpaint:
-        holes = torch.cat([one.hole for one in inputs])
-        done = inpaint_hole(model, x, holes, args.label, names=names)
-    else:
-        ratio = meta["ratio"] if args.ratio is None else args.ratio
-        done = reconstruct(model, x, ratio, seed, labels=args.label, batch=args.batch)
-    with ImageWriter(args.out) as writer:
+    with ImageWriter(args.out) as writer:                   # it tells now if it cannot write
+        if inpaint:
+            holes = torch.cat([one.hole for one in inputs])
+            done = inpaint_hole(model, x, holes, args.label, names=names)
+        else:
+            ratio = meta["ratio"] if args.ratio is None else args.ratio
+            done = reconstruct(model, x, ratio, seed, labels=args.label, batch=args.batch)
         writer.sheet = draw_reconstruction(done, names)
     print(f"{describe_reconstruction(done)}; wrote {args.out}, seed {seed}")
 
@@ -660,7 +651,7 @@ def main(argv=None):
     args = parser().parse_args(argv)
     check_arguments(args, inputs=("input", "holes", "targets"))
     check_inputs(args)
-    model = load_asked_model(args)
+    model = load(args.ckpt, args.weights, args.device, args.vae)
     if model.meta["objective"] == "reconstruct":
         return reconstruct_to_file(args, model)
     check_restoration(args, model.meta)

@@ -44,7 +44,7 @@ from plumbing.console import (
 from plumbing.downloads import is_published
 from plumbing.images import seeded, to_uint8
 from plumbing.layout import is_share
-from plumbing.machine import amp_type, pick_device
+from plumbing.machine import amp_type, pick_device, set_threads
 from plumbing.names import normal_name
 from plumbing.released import FACTOR
 from plumbing.trace import Trace
@@ -89,8 +89,7 @@ def split_grid(schedule, start, steps):
     if steps == 1:
         return uniform_grid(schedule, start, 1)
     grid = fall_evenly(start, steps - 1, 2 * schedule.t_min)
-    cut = grid[-2:-1].div(2).clamp(max=schedule.t_min)
-    return torch.cat([grid[:-1], cut, grid[-1:]])
+    return torch.cat([grid[:-1], torch.tensor([schedule.t_min, 0.0], dtype=torch.float64)])
 
 
 def edm_grid(
@@ -298,7 +297,7 @@ class GuidedPredictor:
     def run_network(self, zt, t):
         """The network's output (B, C_out, H, W), guided or not, at one time for all."""
         net, y, cond = self.model.net, self.labels, self.cond
-        level = float(self.model.schedule.b(t) / self.model.schedule.a(t))    # infinite where a = 0
+        level = noise_level(self.model.schedule, t)
         low, high = self.cfg_interval
         t = t.expand(len(zt))
         with torch.autocast(zt.device.type, self.amp, enabled=self.amp is not None):
@@ -496,8 +495,16 @@ def build_model(meta, weights=None):
     weights: the state dict that the network will get, to be compared before memory is taken
     for it. UserError for an unknown name, when the network is not that of the weights, or
     when the autoencoder is missing or another one."""
+    schedule, space = build_schedule(meta), build_space(meta)
+    if weights is not None:
+        check_sizes(schedule, meta["model"], weights)
+    return ViT(schedule, **meta["model"]), schedule, space
+
+
+def build_space(meta):
+    """The space of a checkpoint's meta. UserError as `build_model`."""
     check_names(meta)
-    vae, schedule = meta["vae"], build_schedule(meta)
+    vae = meta["vae"]
     if meta["space"] != "pixel" and not vae:
         raise UserError("this model works on latents, and its checkpoint names no autoencoder: "
                         "give Stable Diffusion's, --vae sd or a file")
@@ -510,9 +517,7 @@ def build_model(meta, weights=None):
     if meta["size"] % square:
         raise UserError(f"the checkpoint's size {meta['size']} is no multiple of {square}, the "
                         "pixels along the side of a token")
-    if weights is not None:
-        check_sizes(schedule, meta["model"], weights)
-    return ViT(schedule, **meta["model"]), schedule, space
+    return space
 
 
 def build_schedule(meta):
@@ -548,17 +553,13 @@ def check_weights(ckpt, kind):
 def check_names(meta):
     """UserError for a name in a checkpoint's meta that is in no registry of this
     program."""
-    registries = dict(schedule=SCHEDULES, predict=PREDICTIONS, space=SPACES, task=TASKS)
+    before = dict(task="generate", economy="drop", block="dit", clock="angle")  # there was a choice
+    names = before | meta | meta["model"]
+    registries = dict(schedule=SCHEDULES, predict=PREDICTIONS, space=SPACES, task=TASKS,
+                      economy=ECONOMIES, block=BLOCKS, clock=CLOCKS)
     for field, registry in registries.items():
-        name = meta.get(field, "generate")
-        if name not in registry:
-            raise UserError(f"the checkpoint's {field} is {name}; this program knows "
-                            f"{', '.join(registry)}")
-    # Checkpoints from before there was a choice have the first of them.
-    for field, registry in (("economy", ECONOMIES), ("block", BLOCKS), ("clock", CLOCKS)):
-        name = meta["model"].get(field, next(iter(registry)))
-        if name not in registry:
-            raise UserError(f"the checkpoint's {field} is {name}; this program knows "
+        if names[field] not in registry:
+            raise UserError(f"the checkpoint's {field} is {names[field]}; this program knows "
                             f"{', '.join(registry)}")
     guess = meta["model"].get("guess")
     if guess not in (None, meta["predict"]):
@@ -703,7 +704,7 @@ def add_sampling_arguments(p, n, n_help, out, steps=10):
     p.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, math.inf),
                    metavar=("LOW", "HIGH"),
                    help="guide at noise levels b / a in (LOW, HIGH] alone, whatever the schedule: "
-                        ".3 to 3 keeps variety and saves passes")
+                        "elsewhere a call is one pass, not two")
     p.add_argument("--trace", type=parse_path,
                    help="a .png of x_t and of the guess of x0 at every call, of the first two "
                         "images, or of the first picture")
@@ -743,8 +744,7 @@ def check_arguments(args, inputs=()):
     check_guidance(args.cfg, args.cfg_interval)
     if abs(args.seed) >= 2 ** 63:
         raise UserError(f"--seed {args.seed}: must have less than 64 bits")
-    if not 0 <= args.threads <= 1024:
-        raise UserError(f"--threads {args.threads}: must be 0 (torch's own choice) to 1024")
+    set_threads(args.threads)
     if args.trace and not args.trace.lower().endswith(".png"):
         raise UserError(f"--trace {args.trace}: give a name that ends with .png")
     read = {f"--{name}": getattr(args, name) for name in ("vae", *inputs)
@@ -754,13 +754,6 @@ def check_arguments(args, inputs=()):
     if args.trace and is_inside(args.trace, args.out):
         raise UserError(f"--trace {args.trace}: lies in --out {args.out}, and would be one of the "
                         "samples; give another place")
-
-
-def load_asked_model(args):
-    """The model that a command's arguments name, on their device and threads."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return load(args.ckpt, args.weights, args.device, args.vae)
 
 
 class SamplingRun:
@@ -837,7 +830,7 @@ def main(argv=None):
     refuse_moved_flags(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     check_arguments(args)
-    model = load_asked_model(args)
+    model = load(args.ckpt, args.weights, args.device, args.vae)
     check_model(model, args.n)
     classes, labels = model.meta["classes"], args.label
     if labels is None and classes:

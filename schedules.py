@@ -72,10 +72,14 @@ class Schedule:
         t = to_float64(t)
         return [per_image(f(t), like) for f in (self.a, self.b, *self.slopes)]
 
+    def variance(self, a, b):
+        """V = a^2 data_std^2 + b^2: the variance of x_t, without slopes."""
+        return a ** 2 * self.data_std ** 2 + b ** 2
+
     def input_scale(self, t):
         """1 / sqrt V, float64: the network's input x_t / sqrt V has variance 1 at all t."""
         t = to_float64(t)
-        return (self.a(t) ** 2 * self.data_std ** 2 + self.b(t) ** 2).rsqrt()   # [EDM] c_in
+        return self.variance(self.a(t), self.b(t)).rsqrt()                      # [EDM] c_in
 
     def angle(self, t):
         """The noise level as an angle in [0, pi/2], float64: always finite, and smooth."""
@@ -104,7 +108,7 @@ class Schedule:
         a, b: at one time. -> (w, (1 - w) / a); nothing is divided by a"""
         if self.fades:
             return 1 - a, torch.ones_like(a)                                    # [DDM] as released
-        V = a ** 2 * self.data_std ** 2 + b ** 2
+        V = self.variance(a, b)
         return b ** 2 / V, a * self.data_std ** 2 / V               # [EDM] the second is c_skip
 
     def start_time(self, predict, sigma=200.0):
@@ -313,14 +317,12 @@ class UnitPrediction(Prediction):
     The plain squared error of F is EDM's loss on the image with lambda = 1 / c_out^2."""
 
     def target(self, x0, eps, a, b, schedule):
-        data_std = schedule.data_std
-        V = a ** 2 * data_std ** 2 + b ** 2
+        data_std, V = schedule.data_std, schedule.variance(a, b)
         return [(b * x0 - a * data_std ** 2 * eps) / (data_std * V.sqrt())]     # [EDM] target F
 
     def split(self, fields, xt, a, b, schedule):
         F, = fields
-        data_std = schedule.data_std
-        V = a ** 2 * data_std ** 2 + b ** 2
+        data_std, V = schedule.data_std, schedule.variance(a, b)
         # [EDM] c_skip x_t + c_out F
         x0 = (a * data_std ** 2 / V) * xt + (b * data_std / V.sqrt()) * F
         eps = (b / V) * xt - (a * data_std / V.sqrt()) * F

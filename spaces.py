@@ -66,7 +66,8 @@ class PixelSpace:
     for none."""
     name, factor, sha = "pixel", 1, ""
 
-    def __init__(self, channels):
+    def __init__(self, channels, weights=None):
+        """For images of so many channels. weights: of the other space, None here."""
         self.channels = channels
 
     def encode(self, x):
@@ -76,11 +77,6 @@ class PixelSpace:
     def decode(self, z):
         """z (B, C, H, W) -> the same, in [-1, 1] up to the network's errors."""
         return z
-
-
-def build_pixel_space(channels, weights=None):
-    """Build the PixelSpace of images of so many channels; weights are not used."""
-    return PixelSpace(channels)
 
 
 def build_latent_space(channels, weights):
@@ -105,7 +101,7 @@ class Latents:
 
     def __init__(self, images, kept, places):
         """kept (all, L, h, 2w or w): an array.  places (n,): image i is kept[places[i]]."""
-        self.size, self.channels, self.maps = images.size, images.channels, 0
+        self.channels, self.maps = images.channels, 0
         self.classes, self.labels = images.classes, images.labels
         self.rows = images.rows                            # image i has the label labels[rows[i]]
         self.kept, self.places = kept, places
@@ -314,4 +310,4 @@ def encode_once(
 
 
 # (channels of the images, file of weights) -> a space
-SPACES = {"pixel": build_pixel_space, "latent": build_latent_space}
+SPACES = {"pixel": PixelSpace, "latent": build_latent_space}

@@ -42,7 +42,7 @@ from running.journal import Journal
 from running.options import Options, check, options_parser, resolve_options
 from running.setup import (
     STAGES, absolute_path, compile_blocks, describe_data, describe_model, keeps_unit,
-    load_first_stage, load_optimizers, load_run_images, mask_ratio, network_options, open_space,
+    load_first_stage, load_optimizers, load_run_images, mask_ratio, open_space,
     read_state, require_hidden_tokens, require_output_outside, require_same_data,
     require_same_view, shard_indices, split_batch, step_cost, take_measured)
 from sample import build_schedule, load_weights
@@ -64,12 +64,12 @@ class Setup:
     `prepare`, may take long (it encodes all images in latent space): by then the run has
     its folder, and a signal is heard.
 
-    o: Options. ckpt: a checkpoint that is continued exactly, or None. first: (weights,
-    meta) of a first stage to start from, or None. stage: "train" or "finetune". UserError
-    for whatever the options, the machine and the images do not allow together."""
+    o: Options. ckpt: a checkpoint that is continued exactly, or None. first: the FirstStage
+    to start from, or None. UserError for whatever the options, the machine and the images
+    do not allow together."""
 
-    def __init__(self, o, ckpt=None, first=None, stage="train"):
-        self.o, self.ckpt, self.first, self.stage = o, ckpt, first, stage
+    def __init__(self, o, ckpt=None, first=None):
+        self.o, self.ckpt, self.first = o, ckpt, first
         self.machine = start_machine(o.device, o.threads)
         self.micro, self.shards = split_batch(o, self.machine.world)
         self.dtype = amp_type(o.amp, self.machine.device)
@@ -108,8 +108,7 @@ class Setup:
         else:
             if not keeps_unit(o, self.first):
                 measured = take_measured(o, self.images, self.space, self.machine.device)
-            self.meta = describe_model(o, self.images, self.space, self.first, self.stage,
-                                       measured)
+            self.meta = describe_model(o, self.images, self.space, self.first, measured)
             self.meta |= dict(shards=self.machine.world * self.shards, data=self.data)
         self.schedule = build_schedule(self.meta)
         # A reconstruction has no time: t = 0, where x_t is the image.
@@ -123,20 +122,17 @@ class Setup:
         """The share of hidden tokens at a progress in [0, 1]."""
         return mask_ratio(self.o, progress)
 
-    def stream(self, step, shard):
-        """The whole numbers that all draws of one shard of one step are a function of."""
-        return self.o.seed, STAGES.index(self.stage), step, self.machine.rank * self.shards + shard
-
     def generator(self, step, shard):
         """A generator on the device for the draws of one shard of one step."""
-        seed = seeded(*self.stream(step, shard)).initial_seed()
+        shard = self.machine.rank * self.shards + shard                 # over all processes
+        seed = seeded(self.o.seed, STAGES.index(self.o.stage), step, shard).initial_seed()
         return torch.Generator(self.machine.device).manual_seed(seed)
 
     def batches(self, step):
         """An endless iterator of this process's (x, y), `shards` of them a step, from
         `step` on."""
         o, rank = self.o, self.machine.rank
-        seed = (o.seed, STAGES.index(self.stage))
+        seed = (o.seed, STAGES.index(o.stage))
         order = (shard_indices(len(self.images), seed,
                                k * o.batch + (rank * self.shards + j) * self.micro, self.micro)
                  for k in itertools.count(step) for j in range(self.shards))
@@ -174,8 +170,7 @@ class Learner:
         torch.manual_seed(self.o.seed)                      # of the first weights
         self.net = ViT(setup.schedule, **setup.meta["model"])
         if setup.first:
-            weights, meta = setup.first
-            load_first_stage(self.net, weights, meta["classes"], setup.classes)
+            load_first_stage(self.net, setup.first, setup.classes)
         if self.net.guess is not None and measured is not None:
             self.net.guess.fit(patchify(measured, self.o.patch).flatten(0, 1))
         self.net.checkpoint_blocks = self.o.checkpoint_blocks
@@ -322,12 +317,11 @@ def train_step(setup, learner, batches, ratio, lr):
 
 # --- the loop -----------------------------------------------------------------------------
 
-def train(o, ckpt=None, first=None, stage="train", on_step=None):
+def train(o, ckpt=None, first=None, on_step=None):
     """Train with options `o`.
 
     ckpt      a checkpoint to continue exactly
-    first     (weights, meta) of a first stage to start from
-    stage     "train" or "finetune"
+    first     the FirstStage to start from
     on_step   on_step(step, numbers) is called after every step, for a logger of your own;
               numbers: a dict of loss, lr, ratio and progress
     -> the run's folder, None after --dry-run. UserError for what cannot be, in one line"""
@@ -335,9 +329,9 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
     if o.objective == "reconstruct":                    # the output is the hidden image itself
         o = dataclasses.replace(o, predict="x0")
     if o.dry_run:
-        print(describe_cost(o, network_options, f"{stage}.py", sys.argv[1:]))
+        print(describe_cost(o, f"{o.stage}.py", sys.argv[1:]))
         return None
-    setup = Setup(o, ckpt, first, stage)
+    setup = Setup(o, ckpt, first)
     with Journal(setup) as journal:
         learner = Learner(setup, setup.prepare())
         plan = make_plan(setup)
@@ -355,27 +349,27 @@ def train(o, ckpt=None, first=None, stage="train", on_step=None):
 
 
 def make_plan(setup):
-    """The Plan of a run: --steps, or --minutes (4 when neither is given)."""
+    """The Plan of a run: --steps, or --minutes."""
     o, ckpt = setup.o, setup.ckpt
-    minutes = None if o.steps else o.minutes or 4.0
+    minutes = None if o.steps else o.minutes or o.default_minutes
     return Plan(o.steps, minutes, lambda p: step_cost(o, setup.side ** 2, p), o.sample_every,
                 read_state(ckpt) if ckpt else None, ckpt["seconds"] if ckpt else 0.0)
 
 
-def continue_run(o, ckpt, stage):
+def continue_run(o, ckpt):
     """Continue a run, unless its plan is fulfilled: torchrun --max-restarts repeats
     commands."""
     if ckpt["step"] >= (o.steps or ckpt["meta"]["plan"] or math.inf):
         print(f"{o.out} is finished: {ckpt['step']} steps; a larger --steps continues it")
     else:
-        train(o, ckpt, stage=stage)
+        train(o, ckpt)
 
 
 def main(argv=None):
     given = vars(options_parser(Options, __doc__.split("\n")[0]).parse_args(argv))
-    o, ckpt = resolve_options(Options, given, "train")
+    o, ckpt = resolve_options(Options, given)
     if ckpt:
-        continue_run(o, ckpt, "train")
+        continue_run(o, ckpt)
     else:
         train(o)
 

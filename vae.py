@@ -24,9 +24,7 @@ z (B, L, H / f, W / f).
 import hashlib
 import math
 import re
-import signal
 import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -41,11 +39,12 @@ from tqdm import tqdm
 
 from data import holdout, load_images
 from plumbing.console import (
-    UserError, build_parser, describe_error, parse_path, replacing, run_command)
+    UserError, build_parser, describe_error, give_back_signals, parse_path, replacing,
+    run_command, take_signals)
 from plumbing.downloads import fetch_published, is_published, list_published
 from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.layout import require_autoencoder
-from plumbing.machine import pick_device
+from plumbing.machine import pick_device, set_threads
 from plumbing.sheets import save_picture
 from plumbing.writer import is_inside
 from tasks import psnr
@@ -177,7 +176,7 @@ class AutoencoderKL(nn.Module):
         groups,          # of every GroupNorm
         latent=4,        # channels of z
         channels=3,      # channels of the image
-        # 1 / standard deviation of z. Files of weights do not hold it. This class does not
+        # 1 / standard deviation of z. Published files do not hold it. This class does not
         # apply it; LatentSpace does, where it has no statistics.
         scaling=1.0,
     ):
@@ -402,24 +401,19 @@ def load_vae(path, config="sd"):
 def stop_signals():
     """Note Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 in a block; a second one ends it at once.
 
-    What is ignored (by nohup) stays so.  -> a list, of the numbers that came so far"""
-    came, before = [], {}
+    -> a list, of the numbers that came so far"""
+    came = []
 
     def note(number, frame):
         if came:
             raise SystemExit(128 + number)                # files that are open here are removed
         came.append(number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, None)
-        is_main = threading.current_thread() is threading.main_thread()       # Python's own rule
-        if number and is_main and signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, note)
+    taken = take_signals(note)
     try:
         yield came
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        give_back_signals(taken)
 
 
 def draw_training_images(images, batch, generator):
@@ -552,8 +546,6 @@ def check_vae_options(o, out, picture, factor):
             raise UserError(f"--{name} {value}: must be positive")
     if not 0 <= o.seed < 2**32:
         raise UserError(f"--seed {o.seed}: must lie between 0 and 2^32")
-    if not 0 <= o.threads <= 1024:
-        raise UserError(f"--threads {o.threads}: must be 0 to 1024")
     if o.steps is not None and o.minutes is not None:
         raise UserError("--steps and --minutes: give one of them")
     if o.size % factor:
@@ -582,9 +574,9 @@ def measure_latents(vae, images, device, seed=0):
     return latent_statistics(vae, (to_float(images.take(some)[0]).to(device) for some in order))
 
 
-def take_some(images, seed=0):
+def take_some(images):
     """At most 1,024 images of a data set, a random part. -> x (n, C, H, W) in [-1, 1]"""
-    return to_float(images.take(choose_subset(len(images), 1024, seed))[0])
+    return to_float(images.take(choose_subset(len(images), 1024))[0])
 
 
 def draw_reconstructions(x, reconstructed, columns=8):
@@ -616,7 +608,7 @@ def run_training(o):
     out, picture = Path(o.out), Path(o.picture or o.out.removesuffix(".pt") + ".png")
     device = pick_device(o.device)
     check_vae_options(o, out, picture, factor)
-    torch.set_num_threads(o.threads or torch.get_num_threads())
+    set_threads(o.threads)
     images, held_out = load_split(o)
     torch.manual_seed(o.seed)                                                # of the first weights
     vae = AutoencoderKL(**PRESETS["tiny"], channels=images.channels).to(device)

@@ -24,6 +24,7 @@ from functools import partial
 import finetune
 import train
 from claims.bench import Bench, format_distances, format_spread, format_table
+from plumbing.console import count_nouns
 
 SCALES = {
     "smoke": dict(steps=6, minutes=1, model="tiny", train=["--batch", 4], n=10, batch=10),
@@ -133,7 +134,7 @@ def describe_arms(benches, cells):
     floor = format_distances(next(iter(cells.values())), 1)
     head = (f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} samples "
             f"of {CALLS} calls, {args.seeds} seed(s) from {args.seed}, floor {floor}. "
-            f"{scale['minutes']} minutes of training an arm.")
+            f"{count_nouns(scale['minutes'], 'minute')} of training an arm.")
     rows = []
     for name, cell in cells.items():
         arm, last = ARMS[name], last_stage(name)

@@ -33,7 +33,6 @@ from plumbing.machine import amp_type
 from plumbing.sheets import draw_sheet, save_picture
 from running.cost import training_flop
 from running.options import Options, recorded_options
-from running.setup import network_options
 from sample import load, sample
 
 NEVER = 10**9                   # for --sample-every
@@ -177,7 +176,7 @@ class Bench:
         total = 0
         for name in names:
             config = json.loads((self.folder / name / "config.json").read_text())
-            total += training_flop(Options(**recorded_options(Options, config)), network_options)
+            total += training_flop(Options(**recorded_options(Options, config)))
         return total / 1e15
 
     # --- numbers

@@ -29,6 +29,7 @@ import train
 from claims.bench import (
     PROXY_ORDER, Bench, count_better, describe_rates, format_distances, format_spread,
     format_table, refuse_gray, tenth_of)
+from plumbing.console import count_nouns
 
 # minutes: of an arm. short: of a run that chooses a rate or a weight.
 SCALES = {
@@ -230,7 +231,7 @@ def describe_classes(benches, cells):
     parts = [
         f"Distances to {args.data}, pixel / random-conv / swd (not FID), {scale['n']} "
         f"class-conditional samples of {CALLS} calls, {args.seeds} seed(s) from {args.seed}, floor "
-        f"{floor}. {scale['minutes']} minutes of training an arm.",
+        f"{floor}. {count_nouns(scale['minutes'], 'minute')} of training an arm.",
         format_table(["arm", "seconds a step", "steps", "PFLOP", "val_loss",
                       "before its last stage", f"after it, in {EARLY} of the time",
                       "after it, in all of the time"], rows),

@@ -196,26 +196,40 @@ def find_status(command):
     return 2
 
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+         if hasattr(signal, name)]                  # Windows has two of them
+
+
+def take_signals(handler, is_free=lambda before: before is not signal.SIG_IGN):
+    """Let a handler hear the signals that stop a program; as it stands here, all but those
+    that are ignored (by nohup).
+
+    is_free(its handler so far): whether a signal is taken. -> {signal: that handler}"""
+    if threading.current_thread() is not threading.main_thread():       # Python's own rule
+        return {}
+    return {number: signal.signal(number, handler) for number in STOPS
+            if is_free(signal.getsignal(number))}
+
+
+def give_back_signals(taken):
+    """Undo `take_signals`."""
+    for number, handler in taken.items():
+        signal.signal(number, handler)
+
+
 @contextmanager
 def unwinding():
     """While it lasts, a signal that would end the process at once is a SystemExit, so that
     temporary files vanish. A signal that somebody handles stays his."""
-    taken = {}
-
     def leave(number, frame):
         signal.signal(number, signal.SIG_IGN)       # a second one would disturb the tidying
         raise SystemExit(128 + number)              # what a shell expects after a signal
 
-    is_main = threading.current_thread() is threading.main_thread()
-    for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if is_main else ():
-        number = getattr(signal, name, None)        # Windows has only the first
-        if number and signal.getsignal(number) is signal.SIG_DFL:
-            taken[number] = signal.signal(number, leave)
+    taken = take_signals(leave, lambda before: before is signal.SIG_DFL)
     try:
         yield
     finally:
-        for number, before in taken.items():
-            signal.signal(number, before)
+        give_back_signals(taken)
 
 
 @contextmanager

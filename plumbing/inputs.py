@@ -216,10 +216,6 @@ class SinglePicture:
         self.path, self.names, self.notes = Path(path), [Path(path).name], []
         self.part = ""
 
-    def file_of(self, name):
-        """The path of the file that holds a picture: its own."""
-        return self.path
-
     def picture(self, name):
         return open_picture(self.path)
 

@@ -145,6 +145,14 @@ class Machine:
             dist.destroy_process_group()
 
 
+def set_threads(threads):
+    """--threads of a command: 0 leaves torch's own choice. UserError out of range."""
+    if not 0 <= threads <= 1024:
+        raise UserError(f"--threads {threads}: must be 0 (torch's own choice) to 1024")
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def start_machine(device="auto", threads=0):
     """Join the other processes of torchrun, if there are any, and choose device and
     threads.

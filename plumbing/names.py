@@ -26,11 +26,6 @@ def normal_name(name):
     return unicodedata.normalize("NFC", name)
 
 
-def same_name(a, b):
-    """Whether two names are the same text, however their accents are written."""
-    return normal_name(a) == normal_name(b)
-
-
 def split_name(name):
     """The folders of a file's name and the name itself, without '.', '..' and the root."""
     return [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]

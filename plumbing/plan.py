@@ -13,8 +13,8 @@ planned from the clock:
 A ramp of the mask makes steps dearer or cheaper as it goes on, so a step is counted by its
 cost:
 
-    seconds left = (seconds per unit of cost) x (steps left) x (mean cost from progress to
-    1)
+    seconds left = (seconds per unit of cost) x (steps left)
+                 x (mean cost from progress to 1)
                  + (seconds of one evaluation) x (evaluations left)
 
 A machine that slows down or speeds up by 2 at any moment but the last twentieth therefore

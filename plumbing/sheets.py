@@ -1,9 +1,9 @@
 """Sheets: pictures in a table with titles, and plots with numbers at their axes. All
 figures of the project are made here.
 
-    draw_sheet([("patch", [tile, tile]), ("block", [tile, tile])], ["ratio 0.5", "ratio
-    0.9"]).save("mask.png") draw_plot([("loss", "gray", [(0, 1.0), (100, 0.3)])], 300, 160,
-    "step", "loss")
+    rows = [("patch", [tile, tile]), ("block", [tile, tile])]
+    draw_sheet(rows, ["ratio 0.5", "ratio 0.9"]).save("mask.png")
+    draw_plot([("loss", "gray", [(0, 1.0), (100, 0.3)])], 300, 160, "step", "loss")
 
 A picture is a PIL image or a tensor uint8 (C, H, W), C 1 or 3.
 """

@@ -32,11 +32,11 @@ import torch
 from torch import nn
 
 from data import load_images
-from mask import Mask, visible_count
+from mask import Mask
 from plumbing.downloads import DOWNLOADS, is_published
 from plumbing.muon import POLYNOMIALS
 from plumbing.sources import class_folders, open_images
-from running.setup import mask_ratio
+from running.setup import network_options, visible_shares
 from schedules import SCHEDULES
 from spaces import SPACES
 from vit import Block, ViT
@@ -169,7 +169,7 @@ def count_classes(o):
     return len(set(class_folders(open_images(path, part="train"))))
 
 
-def build_without_numbers(o, network_options):
+def build_without_numbers(o):
     """The network of options `o` on the meta device, and its space. -> (net, space)"""
     channels = 1 if o.gray else 3
     is_open = o.vae is None or is_published(o.vae, "vae")   # a recipe without its files, or sd:
@@ -180,11 +180,6 @@ def build_without_numbers(o, network_options):
     with torch.device("meta"):
         settings = network_options(o, channels, space, count_classes(o))
         return ViT(SCHEDULES[o.schedule], **settings), space
-
-
-def visible_shares(o, tokens):
-    """How often a run sees each number of tokens: {K: times out of 1001}."""
-    return Counter(visible_count(tokens, mask_ratio(o, i / 1000)) for i in range(1001))
 
 
 def list_parts(counts, unit):
@@ -265,11 +260,11 @@ def mean_cost(o, net, side):
     return mean, {k: blocks for k, (_, blocks) in costs.items()}
 
 
-def training_flop(o, network_options):
+def training_flop(o):
     """What a run computes: forward, backward and Muon.
 
-    o: Options with --steps. network_options: as in `describe_cost`. -> FLOP"""
-    net, space = build_without_numbers(o, network_options)
+    o: Options with --steps. -> FLOP"""
+    net, space = build_without_numbers(o)
     mean, _ = mean_cost(o, net, o.size // space.factor // o.patch)
     step = training_flop_per_add(o) * o.batch * sum(mean.values())
     if o.optimizer == "muon":
@@ -277,11 +272,9 @@ def training_flop(o, network_options):
     return o.steps * step
 
 
-def describe_cost(o, network_options, script, arguments):
-    """What `python script arguments` would train and what it would take, as text.
-
-    o: Options. network_options(o, channels, space, classes) -> the options of a ViT."""
-    net, space = build_without_numbers(o, network_options)
+def describe_cost(o, script, arguments):
+    """What `python script arguments` would train and what it would take, as text."""
+    net, space = build_without_numbers(o)
     square = space.factor * o.patch                                   # pixels along a token's side
     side = o.size // space.factor // o.patch
     mean, blocks = mean_cost(o, net, side)

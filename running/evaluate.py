@@ -47,7 +47,7 @@ def validate(
     top = schedule.angle(schedule.start_time(model.predict))
     ts = schedule.time_at((torch.arange(levels, dtype=torch.float64) + 0.5) / levels * top)
     chosen = choose_subset(len(images), count)
-    repeats = min(levels, math.ceil(8 * levels / len(chosen)))          # each level: 8 or more
+    repeats = min(levels, math.ceil(8 * levels / len(chosen)))      # each level: 8, or all images
     level = (torch.arange(repeats)[:, None] + torch.arange(len(chosen))).flatten() % levels
     errors = []
     for some in torch.arange(repeats * len(chosen)).split(batch):

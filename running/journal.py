@@ -19,7 +19,6 @@ import json
 import math
 import signal
 import sys
-import threading
 import time
 
 import torch
@@ -29,17 +28,16 @@ from mask import visible_count
 from plumbing.checkpoint import (
     VERSION, checkpoint_step, keep_copy, name_newest, open_run_folder, remove_old_copies,
     save_atomic, unlink_link)
-from plumbing.console import UserError, is_first_here, replacing
+from plumbing.console import (
+    UserError, give_back_signals, is_first_here, replacing, take_signals)
 from plumbing.sheets import draw_plot, save_picture
 from running.evaluate import evaluate_model
-from running.setup import read_state, token_counts
+from running.setup import read_state, visible_shares
 from sample import DiffusionModel
 
 COLUMNS = ["step", "seconds", "images", "loss", "val_loss", "lr", "ratio", "visible",
            "images_per_second"]
 LOG_EVERY = 10                                  # steps
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-         if hasattr(signal, name)]              # Windows has two of them
 
 
 # --- the log and its picture --------------------------------------------------------------
@@ -106,10 +104,7 @@ class Journal:
         if config:
             self.files.append(config)           # it is also the lock: it stays open
         self.o = dataclasses.replace(self.setup.o, out=str(self.folder))
-        if threading.current_thread() is threading.main_thread():       # Python's own rule
-            for number in STOPS:                # nohup ignores SIGHUP: so do we then
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self.handlers[number] = signal.signal(number, self.ask_to_stop)
+        self.handlers = take_signals(self.ask_to_stop)
         return self
 
     def open_folder(self):
@@ -124,8 +119,7 @@ class Journal:
         return folder, config
 
     def __exit__(self, kind, error, trace):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        give_back_signals(self.handlers)
         if kind is not None:
             self.rescue()
         # `run_command` prints the first process's errors only, but in a step any may fail.
@@ -171,7 +165,7 @@ class Journal:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             config, resumed = self.files[0], self.setup.ckpt is not None
             config.truncate(0)
-            config.write(json.dumps(dataclasses.asdict(self.o) | dict(stage=self.setup.stage),
+            config.write(json.dumps(dataclasses.asdict(self.o) | dict(stage=self.o.stage),
                                     indent=1))
             config.flush()
             self.log = open_log(self.folder / "log.csv", plan.step if resumed else -1)
@@ -181,7 +175,7 @@ class Journal:
             if plan.step == 0:
                 ratio = self.setup.ratio(0)
                 self.write_row(0.0, "", f"{self.evaluate():.6g}", 0.0, ratio, 0.0)
-        self.bar = tqdm(total=plan.total, initial=plan.step, desc=self.setup.stage, unit="step",
+        self.bar = tqdm(total=plan.total, initial=plan.step, desc=self.o.stage, unit="step",
                         disable=None if self.is_writer else True, dynamic_ncols=True)
         self.since = time.monotonic()
         plan.start_watch()
@@ -191,7 +185,7 @@ class Journal:
         differs."""
         o, setup, world = self.o, self.setup, self.machine.world
         parameters = sum(q.numel() for q in self.learner.net.parameters()) / 1e6
-        counts = ", ".join(map(str, token_counts(o, self.tokens)))
+        counts = ", ".join(map(str, sorted(visible_shares(o, self.tokens))))
         dtype = str(setup.dtype or torch.float32).removeprefix("torch.")
         continued = f", continued at step {self.plan.step}" if setup.ckpt else ""
         of = "from" if setup.classes else "of"
@@ -299,8 +293,8 @@ class Journal:
         self.log.write(",".join(map(str, row)) + "\n")
 
     def evaluate(self):
-        """Validation loss and a picture in samples/, both of the averaged weights. ->
-        val_loss"""
+        """Validation loss and a picture in samples/, both of the averaged weights.
+        -> val_loss"""
         begun, setup = time.monotonic(), self.setup
         model = DiffusionModel(self.learner.average, setup.schedule, setup.space,
                                self.o.predict, setup.meta, self.machine.device)

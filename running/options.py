@@ -66,7 +66,8 @@ def option(
 @dataclass(frozen=True)
 class Options:
     """All options of a run, topic by topic."""
-    stage: ClassVar[str] = "train"                           # the script that reads them; no option
+    stage: ClassVar[str] = "train"                     # the script that reads them; no option
+    default_minutes: ClassVar[float] = 4.0             # without --minutes and --steps
 
     data: str = option(
         "data", "faces", "images: a folder, a .zip, cifar-10-python.tar.gz, faces (drawn by "
@@ -104,9 +105,6 @@ class Options:
     ramp: str = option(
         "mask", "constant", "how the share goes from --mask-from to --mask", choices=RATIOS,
         explain=True)
-    ramp_share: float = option(
-        "mask", None, "share of the run after which a ramp has arrived; left out: the ramp's own",
-        kind=float)
     policy: str = option(
         "mask", "patch", "which tokens are hidden", choices=POLICIES, explain=True)
     block: int = option("mask", 4, "side of the squares of --policy block, in tokens")
@@ -346,10 +344,6 @@ def check_mask(o):
     refuse(is_ramp and o.mask_from is None, "--ramp needs --mask-from, the share it starts at")
     refuse(not is_ramp and o.mask_from is not None,
            "--mask-from needs a --ramp that is not constant")
-    refuse(o.ramp_share is not None and not 0 < o.ramp_share <= 1,
-           "--ramp-share must be in (0, 1]")
-    refuse(o.ramp_share is not None and not is_ramp,
-           "--ramp-share is the length of a ramp: it needs --ramp")
     refuse(o.policy != Options.policy and not hides,
            "--policy says which tokens are hidden: it needs --mask; without one, --policy patch")
     refuse(o.economy == "route" and not hides and o.stage == "train",  # stage two has no choice
@@ -463,7 +457,8 @@ def check(o):
 # The autoencoder is named by where it lies now; its hash says whether it is the same one.
 MAY_CHANGE = {
     "steps", "out", "resume", "save_every", "sample_every", "keep", "vae", "latents",
-    "cache_latents", "device", "threads", "workers", "cache_gb", "compile", "checkpoint_blocks"}
+    "cache_latents", "device", "threads", "workers", "cache_gb", "compile", "checkpoint_blocks",
+    "dry_run"}
 
 
 def is_same_value(one, other):
@@ -497,9 +492,6 @@ def check_same_run(options, given, out, ckpt):
             raise UserError(
                 f"{flag_name(f)} {given[f.name]}: the run in {out} has {was}; resume it without "
                 f"this flag (--steps makes it longer), or start another run with another --out")
-    refuse(ckpt["config"].get("lr_end", 0.05) is None,
-           f"--resume: the run in {out} is of a version in which --lr-end could be left out; it "
-           "cannot be continued, but finetune.py --from can start from it")
     steps, plan = given.get("steps"), ckpt["meta"]["plan"]
     refuse(steps is not None and steps < (plan or 0),
            f"--steps {steps}: the run in {out} has a plan of {plan} steps; a resumed run can only "
@@ -509,8 +501,6 @@ def check_same_run(options, given, out, ckpt):
 def recorded_options(options, config):
     """What a run did, by its config. Of options younger than the run: what such runs did;
     one that is gone now is left out. options: a class. -> {name: value}"""
-    if config.get("lr_end", 0.05) is None:                  # for a while it could be left out
-        config = config | dict(lr_end=0.05)
     return {f.name: config.get(f.name, f.metadata["before"]) for f in dataclasses.fields(options)}
 
 
@@ -523,16 +513,16 @@ def continue_options(options, given, out, ckpt):
     return options(**(kept | changed | dict(out=str(out))))
 
 
-def resolve_options(options, given, stage):
+def resolve_options(options, given):
     """The run's options: defaults < recipe < command line or, with --resume, the run's own.
 
-    options: Options or TuneOptions. given: {name: value} of the command line. stage:
-    "train" or "finetune". -> (options, checkpoint to continue or None). A new run without
-    --out has no name yet: `open_run_folder` finds one. UserError when a run would be
-    overwritten, or would become another run."""
+    options: Options or TuneOptions. given: {name: value} of the command line. -> (options,
+    checkpoint to continue or None). A new run without --out has no name yet:
+    `open_run_folder` finds one. UserError when a run would be overwritten, or would become
+    another run."""
     if {"steps", "minutes"} <= given.keys():
         raise UserError("--steps and --minutes: give one of them")
-    o = options(**recipe_options(options(**given).recipe, stage, given))
+    o = options(**recipe_options(options(**given).recipe, options.stage, given))
     out = find_run(o.out, o.resume)
     if not (out and (out / "last.pt").exists()):
         says_what = given.keys() - (MAY_CHANGE - {"steps"})
@@ -547,8 +537,8 @@ def resolve_options(options, given, stage):
     ckpt = read_checkpoint(out / "last.pt", "config", *CONTINUED)
     require_same_meaning(ckpt, out / "last.pt", trains=True)
     made_by = ckpt["meta"]["stage"]
-    refuse(made_by != stage,
-           f"--resume: {out} was made by {made_by}.py, not by {stage}.py; give the --out of the "
-           f"run to continue")
+    refuse(made_by != options.stage,
+           f"--resume: {out} was made by {made_by}.py, not by {options.stage}.py; give the --out "
+           f"of the run to continue")
     check_same_run(options, given, out, ckpt)
     return continue_options(options, given, out, ckpt), ckpt

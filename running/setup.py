@@ -10,19 +10,21 @@ Shapes: n images, B batch, h x w tokens.
 import hashlib
 import math
 import os
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from data import holdout, load_images
+from data import holdout, keep_fraction, load_images
 from mask import ratio_at, visible_count
 from plumbing.console import UserError
 from plumbing.downloads import is_published
 from plumbing.images import choose_subset, seeded, to_float
 from plumbing.names import normal_name
 from plumbing.writer import is_inside
-from sample import build_model
+from sample import build_space, check_weights
 from schedules import SCHEDULES
 from spaces import SPACES
 from tasks import TASKS, make_condition
@@ -76,40 +78,37 @@ def load_run_images(o, machine):
     if held_out.maps != images.maps:
         raise UserError(f"--val {o.val}: its pictures and those of --data {o.data} do not both "
                         f"have maps for --task {o.task}; give a fraction of --data")
-    if o.fraction < 1:
-        chosen = torch.randperm(len(images), generator=seeded(o.seed, 7))
-        images = images.subset(chosen[:max(1, round(o.fraction * len(images)))])
-    return images, held_out
+    return keep_fraction(images, o.fraction, o.seed), held_out
 
 
 def open_space(o, channels, ckpt=None, first=None):
-    """The space of a run. ckpt, first: a run to continue or the (weights, meta) of a first
-    stage, whose autoencoder it must be. UserError for another one, and for a size that does
-    not fit."""
+    """The space of a run. ckpt, first: a run to continue or a FirstStage, whose autoencoder
+    it must be. UserError for another one, and for a size that does not fit."""
     if ckpt:
-        space = build_model(ckpt["meta"] | dict(vae=o.vae), ckpt["model"])[2]
+        space = build_space(ckpt["meta"] | dict(vae=o.vae))
+        check_weights(ckpt, "model")
     else:
         space = SPACES[o.space](channels, o.vae)
-    is_released = first and not first[1]["vae_sha"] and o.space == "latent"     # it names none
+    is_released = first and not first.meta["vae_sha"] and o.space == "latent"     # it names none
     square = space.factor * o.patch
     if o.size % square:
         raise UserError(f"--size {o.size}: must be a multiple of {square}, the autoencoder's "
                         f"factor {space.factor} times --patch {o.patch}")
-    if first and space.sha != first[1]["vae_sha"] and not is_released:
+    if first and space.sha != first.meta["vae_sha"] and not is_released:
         raise UserError(f"--vae {o.vae}: is not the autoencoder of the first stage; its SHA-256 "
-                        f"begins with {space.sha}, not {first[1]['vae_sha']}")
+                        f"begins with {space.sha}, not {first.meta['vae_sha']}")
     return space
 
 
 def mask_ratio(o, progress):
     """The share of hidden tokens at a progress in [0, 1]."""
     low = o.mask if o.mask_from is None else o.mask_from
-    return ratio_at(o.ramp, progress, low, o.mask, share=o.ramp_share)
+    return ratio_at(o.ramp, progress, low, o.mask)
 
 
-def token_counts(o, tokens):
-    """All numbers of visible tokens that a run of options `o` goes through, ascending."""
-    return sorted({visible_count(tokens, mask_ratio(o, i / 1000)) for i in range(1001)})
+def visible_shares(o, tokens):
+    """How often a run sees each number of tokens: {K: times out of 1001}."""
+    return Counter(visible_count(tokens, mask_ratio(o, i / 1000)) for i in range(1001))
 
 
 def step_cost(o, tokens, progress):
@@ -124,7 +123,7 @@ def step_cost(o, tokens, progress):
 def require_hidden_tokens(o, tokens):
     """UserError for a mask that hides nothing, and for a reconstruction in which some
     moment hides nothing."""
-    if (o.mask or o.mask_from) and token_counts(o, tokens) == [tokens]:
+    if (o.mask or o.mask_from) and list(visible_shares(o, tokens)) == [tokens]:
         raise UserError(f"--mask {o.mask}: hides none of {tokens} tokens; give a larger share, or "
                         "leave it out")
     ratio = min(mask_ratio(o, 0), mask_ratio(o, 1))
@@ -194,11 +193,17 @@ def require_output_outside(o):
 
 # --- what a checkpoint remembers ----------------------------------------------------------
 
+class FirstStage(NamedTuple):
+    """What a second stage starts from."""
+    weights: dict           # raw or averaged, name -> tensor
+    meta: dict              # the checkpoint's
+
+
 def network_options(o, channels, space, classes):
     """The arguments of the ViT that options `o` ask for.
 
-    channels: of the images. space: with .channels and .factor. classes: how many. ->
-    dict"""
+    channels: of the images. space: with .channels and .factor. classes: how many.
+    -> dict"""
     is_guessed = o.precondition == "patch" and o.objective == "denoise"
     return dict(channels=space.channels, heads_out=SCHEDULES[o.schedule].head_count(o.predict),
                 patch=o.patch, skips=o.skips, decoder=o.decoder, economy=o.economy,
@@ -207,8 +212,8 @@ def network_options(o, channels, space, classes):
 
 
 def take_measured(o, images, space, device):
-    """Some of what diffusion runs on, to be measured: images, or their latents or maps ->
-    (n, C, H, W), on the CPU."""
+    """Some of what diffusion runs on, to be measured: images, or their latents or maps.
+    -> (n, C, H, W), on the CPU"""
     some, _ = images.take(choose_subset(len(images), 1024, o.seed))
     some, _ = make_condition(o.task, to_float(some), images.maps, g=seeded(o.seed, 8))
     return space.encode(some.to(device)).cpu()
@@ -221,30 +226,29 @@ def measure_std(z):
 
 def keeps_unit(o, first):
     """Whether a second stage keeps what its first one measured of the data: unless it goes
-    from pictures to maps or back. first: (weights, meta), or None."""
+    from pictures to maps or back. first: a FirstStage, or None."""
     return bool(first) and (
-        TASKS[first[1].get("task", "generate")].exact == TASKS[o.task].exact)
+        TASKS[first.meta.get("task", "generate")].exact == TASKS[o.task].exact)
 
 
 def describe_model(
     o,              # Options
     images,         # the training images, or their latents
     space,          # the space of the diffusion
-    first,          # (weights, meta) of a first stage, or None
-    stage,          # "train" or "finetune"
+    first,          # a FirstStage, or None
     measured,       # from `take_measured`; None: the first stage's unit is kept
 ):
     """All that a reader of the checkpoint needs to build its model again. -> dict, the
     `meta`"""
-    data_std = first[1]["data_std"] if measured is None else measure_std(measured)
+    data_std = first.meta["data_std"] if measured is None else measure_std(measured)
     classes = list(images.classes) if o.labels else []
     network = network_options(o, images.channels, space, len(classes))
     if first:
         for name, before in (("block", "dit"), ("clock", "angle")):     # of an older first stage
-            network[name] = first[1]["model"].get(name, before)
-        require_same_network(first[1]["model"], network)
+            network[name] = first.meta["model"].get(name, before)
+        require_same_network(first.meta["model"], network)
     return dict(
-        stage=stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
+        stage=o.stage, objective=o.objective, recon_target=o.recon_target, ratio=o.mask,
         schedule=o.schedule, predict=o.predict, space=o.space, task=o.task,
         channels=images.channels, size=o.size, classes=classes, vae=absolute_path(o.vae),
         vae_sha=space.sha, data_std=data_std, plan=None, progress=0.0, skipped=0,
@@ -280,20 +284,20 @@ def read_state(ckpt):
 
 # --- weights ------------------------------------------------------------------------------
 
-def load_first_stage(net, weights, classes_there, classes_here):
+def load_first_stage(net, first, classes):
     """Load a first stage's weights. Classes keep their embedding by name. Inputs that the
     first stage did not have (other classes, a condition of another shape) start fresh.
 
     UserError when anything else differs."""
     mine, may_differ = net.state_dict(), ("embed_class", "embed_cond")
-    weights = {k: v for k, v in weights.items() if k in mine or not k.startswith(may_differ)}
+    weights = {k: v for k, v in first.weights.items() if k in mine or not k.startswith(may_differ)}
     cond = "embed_cond.weight"
     if cond in weights and weights[cond].shape != mine[cond].shape:
         del weights[cond]                       # of another task
     if "embed_class.weight" in weights:
         rows = mine["embed_class.weight"].clone()
-        there = [normal_name(name) for name in classes_there]
-        for i, name in enumerate(map(normal_name, classes_here)):
+        there = [normal_name(name) for name in first.meta["classes"]]
+        for i, name in enumerate(map(normal_name, classes)):
             if name in there:
                 rows[i] = weights["embed_class.weight"][there.index(name)]
         weights["embed_class.weight"] = rows

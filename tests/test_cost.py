@@ -9,7 +9,6 @@ import vit
 from mask import draw
 from running.cost import count_parameters, count_positions, estimate_memory, forward_cost
 from running.options import Options
-from running.setup import network_options
 from schedules import SCHEDULES
 from vit import ECONOMIES, MODELS, ViT
 
@@ -60,10 +59,10 @@ def test_the_count_is_torchs_own(variant, visible):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_computes_what_its_dry_run_says_times_its_images(optimizer):
     o = Options(steps=7, batch=5, mask=0.75, optimizer=optimizer)
-    lines = running.cost.describe_cost(o, network_options, "train.py", []).splitlines()
+    lines = running.cost.describe_cost(o, "train.py", []).splitlines()
     said = {line.split()[0]: float(line.split()[1]) for line in lines if "GFLOP" in line}
     wanted = 7 * (5 * said["training"] + said.get("optimizer", 0.0))
-    found = running.cost.training_flop(o, network_options)
+    found = running.cost.training_flop(o)
     assert found / 1e9 == pytest.approx(wanted, rel=1e-3)           # four digits are printed
 
 

@@ -189,7 +189,7 @@ def test_more_than_one_percent_and_more_than_ten_broken_files_are_too_many(tmp_p
         for i in range(total):
             z.writestr(f"{i}.png", b"no" if i < broken else picture)
     if survives:
-        assert load_images(tmp_path / "in.zip", 4).n == total - broken
+        assert len(load_images(tmp_path / "in.zip", 4)) == total - broken
         assert capsys.readouterr().err.count("(not an image)") == 5    # the first few are named
     else:
         with pytest.raises(UserError, match=f"{broken} of {total}"):
@@ -219,7 +219,7 @@ def test_classes_are_the_first_level_folders_in_order_of_their_names(classy):
 def test_a_zip_is_the_folder_it_was_packed_from(classy, tmp_path, top, cache_gb):
     folder = load_images(classy, 8, labels=True)
     packed = load_images(pack(classy, tmp_path / "c.zip", top), 8, labels=True, cache_gb=cache_gb)
-    assert packed.classes == folder.classes and packed.skipped == [] and folder.n == 12
+    assert packed.classes == folder.classes and packed.skipped == [] and len(folder) == 12
     assert equal(packed.take(range(12)), folder.take(range(12)))
 
 
@@ -323,7 +323,7 @@ def test_a_file_that_breaks_later_gives_way_to_the_next_and_is_named_once(classy
 def test_a_subset_is_those_images_in_that_order(classy):
     images = load_images(classy, 8, labels=True)
     part = images.subset([8, 2, 5]).subset([2, 0])
-    assert part.n == 2 and equal(part.take([0, 1]), images.take([5, 8]))
+    assert len(part) == 2 and equal(part.take([0, 1]), images.take([5, 8]))
     assert part.classes == images.classes
 
 
@@ -332,7 +332,7 @@ def test_a_fraction_holds_out_other_images_than_it_leaves_and_always_the_same(cl
     images = load_images(classy, 8)
     train, out = holdout(images, val)
     rows = sorted(train.rows.tolist() + out.rows.tolist())
-    assert out.n == held and rows == list(range(12))
+    assert len(out) == held and rows == list(range(12))
     assert torch.equal(holdout(images, val)[1].rows, out.rows)
     if held == 3:
         assert not torch.equal(holdout(images, val, seed=1)[1].rows, out.rows)
@@ -341,7 +341,7 @@ def test_a_fraction_holds_out_other_images_than_it_leaves_and_always_the_same(cl
 def test_at_most_1024_images_are_held_out():
     images = data.Images(1, 3, torch.zeros(9000, dtype=torch.int64),
                          pixels=torch.zeros(9000, 3, 1, 1, dtype=torch.uint8))
-    assert holdout(images, 0.5)[1].n == 1024
+    assert len(holdout(images, 0.5)[1]) == 1024
 
 
 def test_a_path_holds_out_its_own_images_at_the_same_size_and_classes(classy, tmp_path):
@@ -429,7 +429,7 @@ def test_the_faces_are_a_data_set_like_any_other():
                  for p in drawn.pixels]
     assert plain.classes == [] and not y.any()
     assert np.abs(x[:, 0].numpy().astype(int) - np.stack(reference)).max() <= 1
-    assert load_images("faces", 8).n == 8192
+    assert len(load_images("faces", 8)) == 8192
     for bad in (dict(count=0, size=16), dict(count=2, size=4), dict(size=0)):
         with pytest.raises(UserError):
             load_images("faces", **bad)

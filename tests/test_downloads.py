@@ -313,7 +313,7 @@ def test_pets_are_packed_once_with_a_class_for_each_breed(server, monkeypatch, t
                                       "basset_hound/basset_hound_10.jpg"]
         assert archive.read("Abyssinian/Abyssinian_2.jpg") == pictures["Abyssinian_2.jpg"]
     (tmp_path / "cache/pets/images.tar.gz").unlink()           # it is needed no more
-    assert load_images("pets", 7).n == 2 and len(server.asked) == 1
+    assert len(load_images("pets", 7)) == 2 and len(server.asked) == 1
 
 
 def test_sd_is_an_autoencoder_that_a_checkpoint_knows_by_this_name(server, monkeypatch, tmp_path):
@@ -342,7 +342,7 @@ def test_a_path_of_this_name_wins_and_a_line_says_so(server, monkeypatch, tmp_pa
     (tmp_path / "cifar10" / "ant").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save("cifar10/ant/0.png")
     assert not is_published("cifar10", "data")
-    assert load_images("cifar10", 8).n == 1
+    assert len(load_images("cifar10", 8)) == 1
     assert "the path of this name is read" in capsys.readouterr().err and server.asked == []
 
 

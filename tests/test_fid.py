@@ -615,6 +615,22 @@ def test_samples_of_one_size_against_photographs_are_warned_about_and_can_be_mea
     assert "A has" not in capsys.readouterr().err
 
 
+def test_faces_are_drawn_at_the_size_of_the_pictures_but_at_most_256(tmp_path, monkeypatch):
+    sizes, real = [], fid.draw_faces
+
+    def few(n, size, seed):
+        sizes.append(size)
+        return real(2, size, seed)
+
+    monkeypatch.setattr(fid, "draw_faces", few)
+    for side in (20, 3000):
+        folder = tmp_path / str(side)
+        folder.mkdir()
+        Image.new("L", (side, side + 1)).save(folder / "0.png")
+        fid.open_sets(fid.parser().parse_args([str(folder), "faces", "--proxy"]))
+    assert sizes == [20, 256]
+
+
 def test_statistics_of_squares_are_never_compared_with_others(photographs, few_features, capsys):
     assert status(fid, ["photos", "--size", "16", "--save", "ref.npz"]) == 0
     assert status(fid, ["small", "ref.npz", "--size", "16"]) == 0

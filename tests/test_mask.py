@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from mask import (POLICIES, RAMP_END, RATIOS, Mask, draw, patchify, ratio_at, unpatchify,
+from mask import (POLICIES, RATIOS, Mask, draw, patchify, ratio_at, unpatchify,
                   visible_count)
 
 ratios = st.floats(0, 0.999)
@@ -163,19 +163,6 @@ def test_lmds_ramps_are_at_the_top_after_two_thirds_of_training_and_stay_there(r
     used = [ratio_at(ramp, i / 900, 0.15, 0.75) for i in range(901)]
     assert all(r == 0.75 for r in used[600:]) and used[450] < 0.75
     assert RATIOS[ramp](0.66, 0.15, 0.75) < 0.75
-
-
-@pytest.mark.parametrize("ramp", RAMP_END)
-@given(st.floats(0.05, 1))
-def test_a_share_stretches_a_ramp_and_changes_nothing_else(ramp, share):
-    for i in range(101):
-        u = i / 100
-        shared = ratio_at(ramp, u * share, 0.15, 0.75, 1000, share)
-        whole = ratio_at(ramp, u * RAMP_END[ramp], 0.15, 0.75, 1000)
-        assert shared == pytest.approx(whole, abs=2e-3)
-    assert ratio_at(ramp, share, 0.15, 0.75, share=share) == 0.75
-    assert ratio_at(ramp, 1, 0.15, 0.75, share=share) == 0.75
-    assert ratio_at(ramp, 0.4 * share, 0.15, 0.75, share=share) < 0.75
 
 
 def test_a_mask_is_a_value():

@@ -81,8 +81,7 @@ REFUSED = [
     ["--decoder", "-1"], ["--economy", "route", "--skips"],
 
     ["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "linear"],
-    ["--ramp", "linear"], ["--mask-from", "0.1"], ["--ramp-share", "0.5"],
-    ["--ramp", "linear", "--mask-from", "0.1", "--ramp-share", "0"],
+    ["--ramp", "linear"], ["--mask-from", "0.1"],
     ["--policy", "block"], ["--block", "0"], ["--block", "2"], ["--economy", "route"],
 
     ["--weighting", "ddm", "--predict", "unit"],
@@ -290,19 +289,8 @@ def test_a_resumed_run_of_minutes_does_not_take_its_recipes_steps_for_the_users(
     ckpt["config"] |= dict(recipe="ddm", steps=None, minutes=60.0)
     ckpt["meta"]["plan"] = 10**8                                 # more than the recipe's steps
     save_atomic(ckpt, Path("runs/a/last.pt"))
-    o, _ = resolve_options(Options, dict(recipe="ddm", out="runs/a", resume=True), "train")
+    o, _ = resolve_options(Options, dict(recipe="ddm", out="runs/a", resume=True))
     assert (o.minutes, o.steps) == (60.0, None)
-
-
-def test_a_run_whose_lr_end_was_left_out_is_not_continued_at_another_rate(photos):
-    go(photos, "--steps", 2, "--mask", 0.5, "--out", "runs/a")
-    ckpt = read("runs/a/last.pt")
-    ckpt["config"]["lr_end"] = None
-    save_atomic(ckpt, Path("runs/a/last.pt"))
-    with pytest.raises(UserError, match="finetune.py --from can start"):
-        train.main(["--out", "runs/a", "--resume", "--steps", "3"])
-    finetune.main(["--from", "runs/a", "--steps", "1", "--out", "runs/b"])
-    assert config("runs/b")["lr_end"] == 0.05
 
 
 def test_an_existing_run_is_not_overwritten(photos):
@@ -397,12 +385,3 @@ def test_finetune_refuses_what_does_not_fit(photos):
                             (["--from", "nowhere"], "does not exist")):
         with pytest.raises(UserError, match=word):
             finetune.main(["--steps", "2", *arguments])
-
-
-@pytest.mark.parametrize("arguments", [
-    ["--probe"], ["--no-probe"], ["--probe", "--from", "x", "--data", "y"],
-    ["--probe-noise", "0.1"], ["--probe-noise=0.1"]], ids=" ".join)
-def test_a_probe_asked_of_finetune_names_the_command_that_probes(arguments, capsys):
-    assert status(finetune, arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "python probe.py" in error

@@ -137,16 +137,16 @@ def test_the_command_measures_any_checkpoint_beside_what_knows_nothing(run, obje
 
 def test_the_untrained_network_is_given_what_the_trained_one_is(colours, run, monkeypatch):
     """The axes of the data's patches are measured, not trained."""
-    built, real = [], probe.build_model
+    built, real = [], probe.ViT
 
-    def watch(*arguments):
-        built.append(real(*arguments))
+    def watch(*arguments, **sizes):
+        built.append(real(*arguments, **sizes))
         return built[-1]
 
-    monkeypatch.setattr(probe, "build_model", watch)
+    monkeypatch.setattr(probe, "ViT", watch)
     model = load(run("denoise"), device="cpu")
     probe.probe_accuracy(model, *[load_images(colours, 16, labels=True)] * 2)
-    ours, fresh = model.net.guess.state_dict(), built[0][0].guess.state_dict()
+    ours, fresh = model.net.guess.state_dict(), built[0].guess.state_dict()
     assert ours.keys() == fresh.keys() and ours
     assert all(torch.equal(ours[name], fresh[name]) for name in ours)
 
@@ -191,6 +191,14 @@ def test_what_cannot_be_probed_is_refused_in_one_line(colours, run, arguments, w
     with pytest.raises(UserError, match=word) as error:
         probe.main(["--from", run("denoise"), *(places.get(a, a) for a in arguments)])
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_without_its_options_is_one_line(run, tmp_path):
+    ckpt = torch.load(Path(run("denoise")) / "last.pt", weights_only=False)
+    del ckpt["config"]
+    torch.save(ckpt, tmp_path / "bare.pt")
+    with pytest.raises(UserError, match="has no options"):
+        probe.main(["--from", str(tmp_path / "bare.pt")])
 
 
 @pytest.mark.parametrize("flags", [["--lr", "1"], ["--mask", "0.5"], ["--steps", "3"]])

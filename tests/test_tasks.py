@@ -10,6 +10,7 @@ from PIL import Image
 
 import running.setup
 import train
+from conftest import status
 from plumbing.console import UserError
 from data import load_images
 from plumbing.faces import draw_faces
@@ -319,7 +320,7 @@ def test_a_new_condition_leaves_the_network_as_it_was():
     with_cond, without = small("superres"), small("generate")
     first = {k: v for k, v in without.net.state_dict().items()}
     net = small("superres", awake=False).net
-    train.load_first_stage(net, first, [], [])
+    train.load_first_stage(net, running.setup.FirstStage(first, dict(classes=[])), [])
     x, t = pictures(2, 8, 1), torch.tensor([0.3, 0.9])
     assert torch.equal(net(x, t, cond=pictures(2, 8, 1, seed=1)), without.net(x, t))
     assert not torch.equal(with_cond.net(x, t, cond=pictures(2, 8, 1, seed=1)),
@@ -328,7 +329,7 @@ def test_a_new_condition_leaves_the_network_as_it_was():
 
 def test_a_condition_of_another_task_starts_afresh():
     first, net = small("superres").net.state_dict(), small("inpaint", awake=False).net
-    train.load_first_stage(net, first, [], [])
+    train.load_first_stage(net, running.setup.FirstStage(first, dict(classes=[])), [])
     assert (net.embed_cond.weight == 0).all() and torch.equal(net.embed.weight,
                                                               first["embed.weight"])
 
@@ -498,7 +499,7 @@ def test_a_picture_without_a_map_is_named(tmp_path, capsys):
 
 @given(st.integers(8, 60))
 def test_tiles_cover_every_place_and_overlap_by_half(length):
-    starts = restore.Tiled(None, 8).starts(length)
+    starts = restore.tile_starts(length, 8)
     assert starts[0] == 0 and starts[-1] == length - 8 and all(0 <= b - a <= 4
                                                                for a, b in zip(starts, starts[1:]))
 
@@ -688,7 +689,7 @@ def test_guidance_of_a_task_needs_a_class(own):
 
 
 def test_a_model_of_reconstruction_takes_holes_by_name_and_refuses_what_it_does_not_read(
-        own, capsys):
+        own, capsys, monkeypatch):
     train.main(
         [*FLAGS, "--objective", "reconstruct", "--decoder", "1", "--mask", "0.5", "--out", "rec"])
     for i, box in enumerate(((0, 0, 10, 14), (10, 0, 20, 14), (0, 0, 20, 6))):
@@ -712,6 +713,9 @@ def test_a_model_of_reconstruction_takes_holes_by_name_and_refuses_what_it_does_
                        (["--task", "edges"], "was trained to reconstruct")):
         with pytest.raises(UserError, match=why):
             restore.main(["--ckpt", "rec", "--input", "mine", *flags])
+    (own / "file").write_text("")
+    monkeypatch.setattr(restore, "reconstruct", None)                   # told before the work
+    assert status(restore, ["--ckpt", "rec", "--input", "mine", "--out", "file/c.png"]) == 2
 
 
 def test_maps_belong_to_their_pictures(tmp_path):

@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint_alone(tmp_path, m
                 ],
                 [
                     "--objective", "reconstruct", "--decoder", "1", "--mask", "0.75", "--mask-from",
-                    "0.25", "--ramp", "cosine", "--ramp-share", "0.6", "--recon-target", "whitened",
+                    "0.25", "--ramp", "cosine", "--recon-target", "whitened",
                 ],
                 [
                     "--predict", "both", "--schedule", "ddm-linear", "--decoder", "1", "--recon",
@@ -767,6 +767,10 @@ def test_a_dry_run_prints_the_published_costs_reads_no_image_and_writes_nothing(
     assert ("4 of 8 x 8 pixels, visible 1, 2, 3" in text and "in the mean" in text
             and "--batch 12 must become" in text)
     assert not Path("runs").exists()
+    monkeypatch.undo()
+    go(photos, "--steps", 1, "--out", "runs/a")
+    train.main(["--out", "runs/a", "--resume", "--steps", "2", "--dry-run"])
+    assert "GFLOP per image" in capsys.readouterr().out and read("runs/a/last.pt")["step"] == 1
 
 
 def test_a_latent_generator_trains_tunes_and_samples_through_its_autoencoder(photos):
@@ -884,7 +888,7 @@ def test_a_reconstruction_is_logged_drawn_tuned_and_not_sampled(photos):
 def test_a_run_from_before_there_were_objectives_is_tuned_and_sampled(photos):
     go(photos, "--steps", 1, "--out", "runs/a")
     old = read("runs/a/last.pt")
-    for name in ("objective", "latents", "cache_latents", "ramp_share"):
+    for name in ("objective", "latents", "cache_latents"):
         del old["config"][name]
     del old["meta"]["objective"], old["meta"]["recon_target"]
     save_atomic(old, Path("runs/a/last.pt"))
@@ -939,10 +943,10 @@ def test_classes_move_to_other_data_by_name(photos):
     """A stage two with other classes keeps the embeddings of those it knows; classes may
     also be dropped or come in fresh."""
     go(photos, "--steps", 3, "--labels", "--out", "runs/a", "--lr", "0.1")
-    weights, meta = read("runs/a/last.pt")["model"], read("runs/a/last.pt")["meta"]
+    weights, meta = (read("runs/a/last.pt")[part] for part in ("model", "meta"))
     net = S.build_model(meta | dict(model=meta["model"] | dict(classes=3)))[0]
     fresh = net.embed_class.weight.detach().clone()
-    train.load_first_stage(net, weights, ["day", "night"], ["dawn", "night", "dusk"])
+    train.load_first_stage(net, running.setup.FirstStage(weights, meta), ["dawn", "night", "dusk"])
     assert torch.equal(net.embed_class.weight[1], weights["embed_class.weight"][1])
     assert torch.equal(net.embed_class.weight[[0, 2]], fresh[[0, 2]])
     finetune.main(["--from", "runs/a", "--no-labels", "--steps", "1", "--out", "runs/plain"])
