@@ -167,12 +167,12 @@ def test_a_messy_folder_loses_only_its_broken_files_and_names_them_in_one_line(t
     save(tmp_path / ".thumbnails" / "a.png"), save(tmp_path / ".hidden.png")
     images = load_images(tmp_path, 8)
     said = capsys.readouterr().err
-    assert images.n == len(images) == len(fine)
+    assert len(images) == len(fine)
     assert images.skipped == ["cut.jpg", "text.png", "zero.png"]
     assert said.count("\n") == 1
     assert said.startswith("skipped 3 of 10 images that could not be used: cut.jpg (")
     assert "text.png (not an image)" in said and "0x" not in said
-    x, y = images.take(range(images.n))
+    x, y = images.take(range(len(images)))
     assert x.shape == (7, 3, 8, 8) and x.dtype == torch.uint8 and y.tolist() == [0] * 7
     assert images.classes == []
     for i, name in enumerate(sorted(fine)):         # each image stands at the place of its own name

@@ -307,7 +307,7 @@ def test_pets_are_packed_once_with_a_class_for_each_breed(server, monkeypatch, t
     blob, pictures = pets()
     serve_instead(server, monkeypatch, "pets", blob)
     images = load_images("pets", 7, labels=True)
-    assert images.classes == ["Abyssinian", "basset_hound"] and images.n == 2
+    assert images.classes == ["Abyssinian", "basset_hound"] and len(images) == 2
     with zipfile.ZipFile(tmp_path / "cache/pets/pets.zip") as archive:
         assert archive.namelist() == ["Abyssinian/Abyssinian_2.jpg",
                                       "basset_hound/basset_hound_10.jpg"]

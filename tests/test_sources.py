@@ -78,7 +78,7 @@ def test_a_zip_has_the_same_classes_however_its_names_are_written(tmp_path, chan
         for shadow in ("__MACOSX/._0.png", "cow/.hidden/0.png", "cow/@eaDir/0.png"):
             archive.writestr(change(shadow), png(9))
     images = load_images(tmp_path / "z.zip", 8, labels=True)
-    assert images.classes == ["ant", "bee", "cow"] and images.n == 3
+    assert images.classes == ["ant", "bee", "cow"] and len(images) == 3
     expected = np.asarray(picture(2)).transpose(2, 0, 1)
     assert (images.take([2])[0][0].numpy() == expected).all()
 
@@ -110,7 +110,7 @@ def test_names_that_are_no_unicode_are_read_counted_and_kept(tmp_path, capsys):
     with safe_screens():  # as every command has them
         images = load_images(os.fsdecode(folder), 8, labels=True, cache_gb=0)
     assert "broken\\udce9.png" in capsys.readouterr().err
-    assert images.n == 2 and images.classes == ["ant", "b\udcfce"]
+    assert len(images) == 2 and images.classes == ["ant", "b\udcfce"]
     assert len(spaces.cache_key(images, vae.LatentSpace(vae.AutoencoderKL([8, 8], 1, 4)), 0)) == 16
     torch.save(images.classes, tmp_path / "classes.pt")
     assert torch.load(tmp_path / "classes.pt", weights_only=True) == images.classes
@@ -398,7 +398,7 @@ def test_a_root_of_train_and_val_is_classes_and_a_held_out_set(tmp_path, capsys,
     root = split_root(tmp_path, packed, top)
     images = load_images(root, 8, labels=True, cache_gb=cache_gb)
     assert "train/ and val/: train/ is read" in capsys.readouterr().err
-    assert images.classes == ["ant", "bee"] and images.n == 4
+    assert images.classes == ["ant", "bee"] and len(images) == 4
     rest, held = holdout(images, "auto", cache_gb=cache_gb)
     assert "val/ is read" in capsys.readouterr().err
     assert rest is images and len(held) == 2 and held.classes == images.classes
@@ -417,7 +417,7 @@ def test_only_exactly_train_and_val_are_parts_of_a_root(tmp_path):
     assert open_images(root).part == "" and len(open_images(root).names) == 6
     save(root / "test" / "ant" / "0.png")
     images = load_images(root, 8, labels=True)
-    assert images.n == 7 and images.classes == ["test", "train", "val"]
+    assert len(images) == 7 and images.classes == ["test", "train", "val"]
     assert len(holdout(images, "auto")[1]) == 1                   # a fraction
     save(tmp_path / "flat" / "train" / "0.png"), save(tmp_path / "flat" / "val" / "0.png")
     assert load_images(tmp_path / "flat", 8).source.names == ["0.png"]
@@ -466,10 +466,10 @@ def test_classes_are_described_by_names_and_numbers():
 def test_each_class_keeps_an_image_to_train_on(seed, capsys):
     images = labelled([1, 2, 30, 1])
     rest, held = holdout(images, 0.5, seed)
-    assert min(rest.count_classes()) == 1 and held.n == 17
+    assert min(rest.count_classes()) == 1 and len(held) == 17
     assert sorted([*rest.rows.tolist(), *held.rows.tolist()]) == list(range(34))
     rest, held = holdout(labelled([1, 1, 1]), 0.3, seed)  # it cannot: it says so
-    assert held.n == 1 and "1 of 3 classes have no image" in capsys.readouterr().err
+    assert len(held) == 1 and "1 of 3 classes have no image" in capsys.readouterr().err
 
 
 # --- processes that decode ----------------------------------------------------------------
