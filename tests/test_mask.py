@@ -76,7 +76,7 @@ def test_a_mask_is_a_function_of_its_generator_and_rows_differ(policy):
     assert len({tuple(row.tolist()) for row in one}) > 1
 
 
-@pytest.mark.parametrize("policy", ["patch", "block"])
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "crop"])  # seldom at the border
 def test_every_token_is_visible_equally_often(policy):
     m = draw(policy, 20000, 4, 8, 0.6, g(), block=2)
     K = visible_count(32, 0.6)

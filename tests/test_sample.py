@@ -98,6 +98,21 @@ def test_every_solver_converges_and_at_least_with_first_order(name, solver):
     assert error(320) < 0.01 and (error(320) < 1e-4 or error(80) / error(320) > 3.5)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_exact_guess_cannot_be_refined(name, solver):
+    """The true image, noise and slopes: then each solver's better x0 is the true one."""
+    schedule = replace(SCHEDULES[name], data_std=0.5)
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(1, 2, 3, 3, generator=generator, dtype=f64)
+    n = schedule.noise(x0, generator)
+    before, t, s = torch.tensor([0.8, 0.6, 0.4], dtype=f64)
+    slopes = n.split(2, 1)[1:]
+    refined = SOLVERS[solver].refine(lambda zt, t: (x0, slopes), schedule,
+                                     schedule.corrupt(x0, n, t), slopes, s, [(before, x0), (t, x0)])
+    assert torch.allclose(refined, x0, atol=1e-9)
+
+
 @pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if solver.order > 1])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_solvers_of_a_higher_order_keep_it_when_the_calls_double(name, solver):

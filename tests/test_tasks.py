@@ -57,7 +57,19 @@ def test_every_task_makes_a_target_like_the_picture_and_the_condition_it_declare
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_the_first_line_of_a_tasks_docstring_is_its_help(task):
     line = task.__doc__.splitlines()[0]
-    assert 10 < len(line) < 60 and line[0].islower() and line[-1] != "."
+    assert 10 < len(line) < 60 and line[0].islower() and line[-1] != ".", (
+        "10 to 60 characters that begin small, without a full stop: it is a part of a sentence")
+
+
+@pytest.mark.parametrize("name", [name for name in CONDITIONED if name != "inpaint"])
+def test_a_users_picture_is_shown_like_one_of_training(name):
+    """`ask` and `make` give the same condition; inpainting draws its holes itself."""
+    task = TASKS[name]
+    maps = int(bool(task.exact))
+    x = pictures(maps=maps)
+    _, cond = make_condition(name, x, maps, g=torch.Generator().manual_seed(0))
+    picture = x[:, :3] if task.zoom == 1 else shrink(x)
+    assert torch.equal(task.ask(picture, None), cond)
 
 
 def test_the_condition_of_inpainting_knows_nothing_of_the_hole():

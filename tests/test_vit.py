@@ -18,15 +18,18 @@ from vit import (
 VARIANTS = {"plain": {}, "skips": dict(skips=True), "decoder": dict(decoder=2),
             "skips+decoder": dict(skips=True, decoder=1), "classes": dict(classes=3),
             "condition": dict(cond_channels=2), "recompute": dict(checkpoint_blocks=True)}
-for name in [e for e in ECONOMIES if e != "drop"]:
+OTHERS = [e for e in ECONOMIES if e != "drop"]
+for name in OTHERS:
     VARIANTS |= {name: dict(economy=name), f"{name}+decoder": dict(economy=name, decoder=1),
                  f"{name}+inputs": dict(economy=name, classes=3, cond_channels=2)}
 for name in [b for b in BLOCKS if b != "dit"]:
     VARIANTS |= {f"{name} {more}": dict(block=name) | options for more, options in (
         ("plain", {}), ("skips", dict(skips=True)), ("decoder", dict(decoder=2)),
-        ("route", dict(economy="route")), ("defer", dict(economy="defer", decoder=1)))}
+        *((e, dict(economy=e)) for e in OTHERS),
+        *((f"{e}+decoder", dict(economy=e, decoder=1)) for e in OTHERS))}
 VARIANTS |= {f"guess {name}": VARIANTS[name] | dict(guess="both")
-             for name in ("plain", "decoder", "classes", "condition", "route", "defer+decoder")}
+             for name in ("plain", "decoder", "classes", "condition", *OTHERS,
+                          *(f"{e}+decoder" for e in OTHERS))}
 every = pytest.mark.parametrize("variant", VARIANTS)
 SEES_HIDDEN = {v: ECONOMIES[options.get("economy", "drop")].hidden_seen
                for v, options in VARIANTS.items()}
@@ -173,18 +176,16 @@ def test_an_economy_builds_its_own_parameters_and_the_network_adds_none_for_it(n
     assert type(economy).__doc__ and len(type(economy).__doc__.splitlines()[0]) <= 100
 
 
-@pytest.mark.parametrize("name", ["drop", "route", "defer"])
+@pytest.mark.parametrize("name", ECONOMIES)
 def test_the_picture_shows_what_the_network_does(name):
     """Each block in the picture is given as many tokens as the picture says."""
     m = draw("patch", 1, 4, 4, 0.5, torch.Generator().manual_seed(0))
     counts = trace_tokens(m, 4, 4, depth=6, decoder=1, economy=name)
     assert counts["decoder[0]"] == 16 and set(counts.values()) == {8, 16}
     i, j = route_span(6)
-    if name == "route":
-        expected = [8 if i <= k < j else 16 for k in range(6)]
-        assert [counts[f"blocks[{k}]"] for k in range(6)] == expected
-    else:
-        assert {counts[f"blocks[{k}]"] for k in range(6)} == {8}
+    known = dict(drop=[8] * 6, defer=[8] * 6, route=[8 if i <= k < j else 16 for k in range(6)])
+    found = [counts[f"blocks[{k}]"] for k in range(6)]
+    assert found == known.get(name, found) and 8 in found
 
 
 @dropping
