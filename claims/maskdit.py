@@ -195,19 +195,19 @@ def measure_classes(bench, images, path, how):
     return bench.distances(images, path, bench.scale["n"], labels=classes, steps=CALLS, **how)
 
 
-def judge_half(cells):
-    """Two sentences. cells: {run: distances, one a seed}"""
+def judge_arm(cells, name):
+    """Two sentences about `half` or `route`. cells: {run: distances, one a seed}"""
     whole = cells["all-tokens-last"]
     of = f"of {len(PROXY_ORDER) * len(whole)} comparisons (a distance and a seed each)"
-    better, worse = count_better(cells["half-early"], whole)
+    better, worse = count_better(cells[f"{name}-early"], whole)
     if worse:
-        verdict = f"**Does not hold here**: in {EARLY} of the time half of the tokens are worse in "
-        verdict += f"{worse} and better in {better} {of}."
+        verdict = f"`{name}`: **does not hold here**, in {EARLY} of the time it is worse than all "
+        verdict += f"tokens in all of it in {worse} and better in {better} {of}."
     else:
-        verdict = f"**Holds here**: in {EARLY} of the time half of the tokens are as good as all "
-        verdict += f"tokens in all of it; they are better in {better} {of}."
-    better, worse = count_better(cells["half-last"], whole)
-    return f"{verdict} In equal time they are better in {better} and worse in {worse} {of}."
+        verdict = f"`{name}`: **holds here**, in {EARLY} of the time it is as good as all tokens "
+        verdict += f"in all of it; it is better in {better} {of}."
+    better, worse = count_better(cells[f"{name}-last"], whole)
+    return f"{verdict} In equal time it is better in {better} and worse in {worse}."
 
 
 def describe_classes(benches, cells):
@@ -238,7 +238,8 @@ def describe_classes(benches, cells):
         *describe_choices(bench),
         "Guidance:",
         format_table(["run", "none", *(f"{scale:g}" for scale in GUIDANCE)], guided),
-        judge_half(cells),
+        judge_arm(cells, "half"),
+        judge_arm(cells, "route"),
     ]
     return "\n\n".join(parts) + "\n"
 

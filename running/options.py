@@ -332,8 +332,8 @@ def check_network(o):
     """Decoder and long skips."""
     refuse(o.decoder < 0, "--decoder is a number of blocks: at least 0")
     refuse(o.skips and not ECONOMIES[o.economy].skips,
-           f"--skips: with --economy {o.economy} a long skip would join blocks that see different "
-           "tokens; leave one out")
+           "--skips: with this --economy a long skip would join blocks that see different tokens; "
+           "leave one out")
 
 
 def check_mask(o):

@@ -242,10 +242,11 @@ def test_a_verdict_follows_its_numbers():
     ends["masked-tenth"] = [floors["near"]]
     assert "**Holds here**" in claims.transfer.judge_transfer(ends)
     ends = {"half-last": [near, far], "half-early": [far, near], "all-tokens-last": [near, near]}
-    assert "worse in 3 and better in 0 of 6" in claims.maskdit.judge_half(ends)
+    assert "in 3 and better in 0 of 6" in claims.maskdit.judge_arm(ends, "half")
     ends["all-tokens-last"] = [far, near]
-    assert "**Holds here**" in claims.maskdit.judge_half(ends)
-    assert "In equal time they are better in 3 and worse in 3" in claims.maskdit.judge_half(ends)
+    verdict = claims.maskdit.judge_arm(ends, "half")
+    assert "**holds here**" in verdict
+    assert "In equal time it is better in 3 and worse in 3" in verdict
     assert "**Holds" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": 4.0})
     assert "less than" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": 1.5})
     assert "Does not" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": 0.0})
