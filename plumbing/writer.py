@@ -95,10 +95,14 @@ class ImageWriter:
         elif self.out.is_dir():
             raise UserError(f"--out {self.out} is a folder; give a name in it")
         else:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             self.part = self.out.with_name(f"{self.out.name}.{os.getpid()}.tmp")    # one a process
-            self.part.unlink(missing_ok=True)
-            open(self.part, "xb").close()                             # told now, not after the work
+            try:                                                      # told now, not after the work
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self.part.unlink(missing_ok=True)
+                open(self.part, "xb").close()
+            except OSError as error:
+                raise UserError(f"--out {self.out} cannot be written ({error.strerror}); give "
+                                "another place") from None
         self.zip = zipfile.ZipFile(self.part, "w") if self.kind == ".zip" else None
         self.signals = unwinding()
 

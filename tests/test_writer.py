@@ -104,3 +104,11 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, how, number, code):
     assert work.stdout.readline() == b"begun\n" and os.listdir(tmp_path)
     work.send_signal(number)
     assert work.wait(20) == code and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["samples.png", "samples.zip", "deep/samples.png"])
+def test_a_place_that_cannot_be_written_is_named_without_a_temporary_name(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*samples\.\w+ cannot be written") as error:
+        ImageWriter(str(tmp_path / "file" / name))
+    assert ".tmp" not in str(error.value)
