@@ -59,8 +59,8 @@ SHARED = "/dev/shm"                              # where worker processes hand o
 class Images:
     """A data set at one size; load_images makes it.
 
-    .size: S.  .channels: C.  .maps: 0, or 1 for one channel more.  .classes:
-    names, [] when unlabelled.  .skipped: names of files that could not be read.
+    .size: S.  .channels: C.  .maps: 0, or 1 for one channel more.  .classes: names, [] when
+    unlabelled.  .skipped: names of files that could not be read.
     Image i is row rows[i] of the pixels in memory, which subsets share, or else of the
     source's names."""
 

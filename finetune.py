@@ -60,8 +60,8 @@ class TuneOptions(Options):
         "run", "model", "start from the raw weights (model) or from their average (ema)",
         choices=("model", "ema"))
     minutes: float = option(
-        "optimisation", None, "length of this stage; 2 when neither this nor --steps is given",
-        kind=float)
+        "optimisation", None, f"length of this stage; {default_minutes:g} when neither this nor "
+        "--steps is given", kind=float)
 
 
 # --- what is inherited --------------------------------------------------------------------

@@ -188,7 +188,7 @@ def linear_ratio(progress, lo, hi):
     """Equal increments until 2/3 of the run, then constant. [LMD]
 
     LMD names a third schedule beside the two below; this form is our reading of it."""
-    return interpolate(lo, hi, min(progress / RAMP_END, 1))                         # [LMD] linear
+    return interpolate(lo, hi, min(progress / RAMP_END, 1))                     # [LMD] linear
 
 
 def piecewise_ratio(progress, lo, hi):

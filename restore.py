@@ -65,6 +65,7 @@ from plumbing.console import (
     UserError, build_parser, count_nouns, parse_path, refuse_unused, run_command)
 from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.inputs import UserPictures
+from plumbing.machine import set_threads
 from plumbing.sheets import draw_sheet
 from plumbing.writer import ImageWriter, is_inside
 from sample import (
@@ -651,6 +652,7 @@ def main(argv=None):
     args = parser().parse_args(argv)
     check_arguments(args, inputs=("input", "holes", "targets"))
     check_inputs(args)
+    set_threads(args.threads)
     model = load(args.ckpt, args.weights, args.device, args.vae)
     if model.meta["objective"] == "reconstruct":
         return reconstruct_to_file(args, model)

@@ -495,7 +495,7 @@ def build_model(meta, weights=None):
     weights: the state dict that the network will get, to be compared before memory is taken
     for it. UserError for an unknown name, when the network is not that of the weights, or
     when the autoencoder is missing or another one."""
-    schedule, space = build_schedule(meta), build_space(meta)
+    space, schedule = build_space(meta), build_schedule(meta)       # the first checks all names
     if weights is not None:
         check_sizes(schedule, meta["model"], weights)
     return ViT(schedule, **meta["model"]), schedule, space
@@ -744,7 +744,6 @@ def check_arguments(args, inputs=()):
     check_guidance(args.cfg, args.cfg_interval)
     if abs(args.seed) >= 2 ** 63:
         raise UserError(f"--seed {args.seed}: must have less than 64 bits")
-    set_threads(args.threads)
     if args.trace and not args.trace.lower().endswith(".png"):
         raise UserError(f"--trace {args.trace}: give a name that ends with .png")
     read = {f"--{name}": getattr(args, name) for name in ("vae", *inputs)
@@ -830,6 +829,7 @@ def main(argv=None):
     refuse_moved_flags(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     check_arguments(args)
+    set_threads(args.threads)
     model = load(args.ckpt, args.weights, args.device, args.vae)
     check_model(model, args.n)
     classes, labels = model.meta["classes"], args.label

@@ -39,8 +39,7 @@ from tqdm import tqdm
 
 from data import holdout, load_images
 from plumbing.console import (
-    UserError, build_parser, describe_error, give_back_signals, parse_path, replacing,
-    run_command, take_signals)
+    UserError, build_parser, describe_error, hearing_signals, parse_path, replacing, run_command)
 from plumbing.downloads import fetch_published, is_published, list_published
 from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.layout import require_autoencoder
@@ -409,11 +408,8 @@ def stop_signals():
             raise SystemExit(128 + number)                # files that are open here are removed
         came.append(number)
 
-    taken = take_signals(note)
-    try:
+    with hearing_signals(note):
         yield came
-    finally:
-        give_back_signals(taken)
 
 
 def draw_training_images(images, batch, generator):

@@ -200,21 +200,21 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGU
          if hasattr(signal, name)]                  # Windows has two of them
 
 
-def take_signals(handler, is_free=lambda before: before is not signal.SIG_IGN):
-    """Let a handler hear the signals that stop a program; as it stands here, all but those
-    that are ignored (by nohup).
+@contextmanager
+def hearing_signals(handler, is_free=lambda before: before is not signal.SIG_IGN):
+    """While it lasts, a handler hears the signals that stop a program; as it stands here,
+    all but those that are ignored (by nohup).
 
-    is_free(its handler so far): whether a signal is taken. -> {signal: that handler}"""
-    if threading.current_thread() is not threading.main_thread():       # Python's own rule
-        return {}
-    return {number: signal.signal(number, handler) for number in STOPS
-            if is_free(signal.getsignal(number))}
-
-
-def give_back_signals(taken):
-    """Undo `take_signals`."""
-    for number, handler in taken.items():
-        signal.signal(number, handler)
+    is_free(its handler so far): whether a signal is taken."""
+    taken = {}
+    if threading.current_thread() is threading.main_thread():           # Python's own rule
+        taken = {number: signal.signal(number, handler) for number in STOPS
+                 if is_free(signal.getsignal(number))}
+    try:
+        yield
+    finally:
+        for number, before in taken.items():
+            signal.signal(number, before)
 
 
 @contextmanager
@@ -225,11 +225,8 @@ def unwinding():
         signal.signal(number, signal.SIG_IGN)       # a second one would disturb the tidying
         raise SystemExit(128 + number)              # what a shell expects after a signal
 
-    taken = take_signals(leave, lambda before: before is signal.SIG_DFL)
-    try:
+    with hearing_signals(leave, lambda before: before is signal.SIG_DFL):
         yield
-    finally:
-        give_back_signals(taken)
 
 
 @contextmanager

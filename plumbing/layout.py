@@ -39,6 +39,11 @@ def is_share(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
+def is_size(value):
+    """a positive number"""
+    return isinstance(value, float) and 0 < value < math.inf
+
+
 def is_time(value):
     """a number that is not negative"""
     return isinstance(value, (int, float)) and 0 <= value < math.inf
@@ -132,7 +137,7 @@ META = {
     "stage": is_name, "objective?": is_name, "recon_target?": is_name, "ratio?": is_share,
     "schedule": is_name, "predict": is_name, "space": is_name, "task?": is_name,
     "channels": is_side, "size": is_side, "classes": is_names, "vae": is_name_or_none,
-    "vae_sha": is_name, "data_std": is_positive_number, "model": is_dict, "plan": is_plan,
+    "vae_sha": is_name, "data_std": is_size, "model": is_dict, "plan": is_plan,
     "progress?": is_share, "skipped": is_count, "shards?": is_count, "data?": is_data}
 
 NETWORK = {

@@ -28,8 +28,7 @@ from mask import visible_count
 from plumbing.checkpoint import (
     VERSION, checkpoint_step, keep_copy, name_newest, open_run_folder, remove_old_copies,
     save_atomic, unlink_link)
-from plumbing.console import (
-    UserError, give_back_signals, is_first_here, replacing, take_signals)
+from plumbing.console import UserError, hearing_signals, is_first_here, replacing
 from plumbing.sheets import draw_plot, save_picture
 from running.evaluate import evaluate_model
 from running.setup import read_state, visible_shares
@@ -92,7 +91,8 @@ class Journal:
     def __init__(self, setup):
         self.setup, self.machine = setup, setup.machine
         self.is_writer = self.machine.rank == 0
-        self.signals, self.handlers, self.files = [], {}, []
+        self.signals, self.files = [], []
+        self.hearing = hearing_signals(self.ask_to_stop)
         self.ended = False
         self.learner = self.log = self.bar = None
 
@@ -104,7 +104,7 @@ class Journal:
         if config:
             self.files.append(config)           # it is also the lock: it stays open
         self.o = dataclasses.replace(self.setup.o, out=str(self.folder))
-        self.handlers = take_signals(self.ask_to_stop)
+        self.hearing.__enter__()
         return self
 
     def open_folder(self):
@@ -119,7 +119,7 @@ class Journal:
         return folder, config
 
     def __exit__(self, kind, error, trace):
-        give_back_signals(self.handlers)
+        self.hearing.__exit__(None, None, None)
         if kind is not None:
             self.rescue()
         # `run_command` prints the first process's errors only, but in a step any may fail.

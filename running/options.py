@@ -145,8 +145,8 @@ class Options:
     steps: int = option(
         "optimisation", None, "number of steps; --minutes decides when left out", kind=int)
     minutes: float = option(
-        "optimisation", None, "length of the run; 4 when neither this nor --steps is given",
-        kind=float)
+        "optimisation", None, f"length of the run; {default_minutes:g} when neither this nor "
+        "--steps is given", kind=float)
     optimizer: str = option(
         "optimisation", "muon", "how gradients become steps: muon orthogonalises those of the "
         "blocks' matrices (plumbing/muon.py), the rest has adamw", choices=("adamw", "muon"),

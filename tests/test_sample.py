@@ -586,3 +586,15 @@ def test_every_grid_and_every_solver_describes_itself_in_one_line():
     for name, entry in [*GRIDS.items(), *((k, solver.refine) for k, solver in SOLVERS.items())]:
         assert entry.__doc__, f"{name}: give it a docstring, --help shows its first line"
         assert 10 < len(entry.__doc__.splitlines()[0]) <= 100, name
+
+
+@pytest.mark.parametrize("field", ["schedule", "predict", "space", "task", "economy", "block",
+                                   "clock"])
+def test_a_checkpoint_with_a_name_of_no_registry_is_one_line(field):
+    meta = dict(schedule="ddm", predict="unit", space="pixel", task="generate", vae=None,
+                vae_sha="", data_std=0.5, size=8, channels=3, model=dict(patch=4))
+    part = meta if field in meta else meta["model"]
+    part[field] = "nonsense"
+    for build in (S.build_model, S.build_space):
+        with pytest.raises(UserError, match=f"the checkpoint's {field} is nonsense"):
+            build(meta)

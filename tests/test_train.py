@@ -750,24 +750,24 @@ def test_every_economy_trains_tunes_and_samples_and_cannot_become_another(
 
 def test_a_dry_run_prints_the_published_costs_reads_no_image_and_writes_nothing(
         photos, capsys, monkeypatch):
-    monkeypatch.setattr(running.setup, "load_images", None)
-    train.main(["--recipe", "maskdit", "--dry-run"])
-    text = capsys.readouterr().out
-    for fact in ("730.12 M are trained",
-                 "0.43 M more are fixed sines and cosines, which papers count: 730.54 M",
-                 "256 of 16 x 16 pixels, visible 128", "65.45 G multiply-adds",
-                 "125.8 with all tokens", "torchrun --nproc_per_node=8 train.py",
-                 "--data PATH --vae PATH",
-                 ):
-        assert fact in text, (fact, text)
-    go(photos, "--labels", "--mask", 0.75, "--ramp", "cosine", "--mask-from", 0.25, "--dry-run",
-       "--batch", 12,
-       )
-    text = capsys.readouterr().out
-    assert ("4 of 8 x 8 pixels, visible 1, 2, 3" in text and "in the mean" in text
-            and "--batch 12 must become" in text)
-    assert not Path("runs").exists()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:                # nothing is read
+        patch.setattr(running.setup, "load_images", None)
+        train.main(["--recipe", "maskdit", "--dry-run"])
+        text = capsys.readouterr().out
+        for fact in ("730.12 M are trained",
+                     "0.43 M more are fixed sines and cosines, which papers count: 730.54 M",
+                     "256 of 16 x 16 pixels, visible 128", "65.45 G multiply-adds",
+                     "125.8 with all tokens", "torchrun --nproc_per_node=8 train.py",
+                     "--data PATH --vae PATH",
+                     ):
+            assert fact in text, (fact, text)
+        go(photos, "--labels", "--mask", 0.75, "--ramp", "cosine", "--mask-from", 0.25, "--dry-run",
+           "--batch", 12,
+           )
+        text = capsys.readouterr().out
+        assert ("4 of 8 x 8 pixels, visible 1, 2, 3" in text and "in the mean" in text
+                and "--batch 12 must become" in text)
+        assert not Path("runs").exists()
     go(photos, "--steps", 1, "--out", "runs/a")
     train.main(["--out", "runs/a", "--resume", "--steps", "2", "--dry-run"])
     assert "GFLOP per image" in capsys.readouterr().out and read("runs/a/last.pt")["step"] == 1
