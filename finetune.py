@@ -19,7 +19,8 @@ better than 1e-3 and 5e-4, while MaskDM takes 1e-5 for a large model at 256 px.
     # to a task: the condition's embedding starts at zero
     python finetune.py --task superres
 
-What this stage inherits. Four values may set an option; the first that there is wins:
+What this stage inherits. An option can get its value from four places. The first that has
+one wins:
 
     given      on the command line
     recipe     of --recipe, for stage two

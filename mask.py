@@ -128,8 +128,9 @@ def block_score(rand, B, h, w, block):
 
     At most one square is cut: a part of it is visible when K is no multiple of block^2, or
     when squares at the edges of the image are incomplete.
-    When K < block^2 nothing else is, so choose `block` small enough: of 8 x 8 tokens K = 6
-    are a part of one square of 4 x 4, or one square of 2 x 2 and a part of another."""
+    When K < block^2 only a part of one square is visible. So choose a small `block`: of
+    8 x 8 tokens with K = 6, block 4 shows 6 tokens of one square; block 2 shows a whole
+    square and half of another."""
     rows, columns = math.ceil(h / block), math.ceil(w / block)
     order = rand(B, rows * columns).argsort(1).float()      # whole numbers: the turn of each square
     order = order.view(B, rows, columns)                                        # (B, rows, columns)
@@ -166,8 +167,8 @@ POLICIES = {"patch": patch_score, "block": block_score, "crop": crop_score}
 
 
 # --- how many: ramps. ramp(progress, lo, hi) -> ratio -------------------------------------
-# progress in [0, 1] is that of the training. Each is monotone, ends at hi and starts at lo,
-# but for the constant one.
+# progress in [0, 1] is that of the training. Each is monotone, starts at lo and ends at hi.
+# The constant one is always hi.
 
 RAMP_END = 2 / 3                    # [LMD] the ramp ends here, then the ratio stays at hi
 
@@ -194,9 +195,9 @@ def linear_ratio(progress, lo, hi):
 def piecewise_ratio(progress, lo, hi):
     """Rise, hold, rise, hold, each for a sixth to a third of the run. [LMD]
 
-    Through (0, lo), (1/6, mid), (1/3, mid), (2/3, hi): .15, .40, .75 in the paper. The
-    released code multiplies the second slope by progress instead of progress - 1/3: its
-    ratio jumps at 1/3 and reaches 1.10."""
+    Through (0, lo), (1/6, mid), (1/3, mid), (2/3, hi): .15, .40, .75 in the released code.
+    It multiplies the second slope by progress instead of progress - 1/3: its ratio jumps
+    at 1/3 and reaches 1.10."""
     mid = interpolate(lo, hi, (0.40 - 0.15) / (0.75 - 0.15))
     if progress < 1 / 3:
         return interpolate(lo, mid, min(6 * progress, 1))                       # [LMD] piecewise
@@ -216,7 +217,7 @@ def cosine_ratio(progress, lo, hi, shift=0.008):
 def cosine4_ratio(progress, lo, hi):
     """A fourth power of a cosine over the whole run, for a ratio that falls to 0. [MaskDiT]
 
-    r = hi + (lo - hi) cos^4(pi progress / 2); the paper has lo = .5 and hi = 0."""
+    r = hi + (lo - hi) cos^4(pi progress / 2); the release has lo = .5 and hi = 0."""
     return interpolate(lo, hi, 1 - math.cos(math.pi / 2 * progress) ** 4)       # [MaskDiT]
 
 
@@ -277,7 +278,7 @@ def draw_policies(side=176, seed=0):
 
 def draw_ramp(name, points=500):
     """Plot a ramp and the staircase that training climbs -> PIL image."""
-    settings = {"constant": (0.9, 0.9), "cosine4": (0.5, 0.0)}                  # as the papers do
+    settings = {"constant": (0.9, 0.9), "cosine4": (0.5, 0.0)}                  # as in the releases
     lo, hi = settings.get(name, (0.15, 0.75))
     times = [i / points for i in range(points + 1)]
     curve = [(time, RATIOS[name](time, lo, hi)) for time in times]

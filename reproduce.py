@@ -16,7 +16,7 @@ not what should.
 
     --scale smoke    does it run? minutes
     --scale cpu      the numbers of RESULTS.md, hours on two cores
-    --scale gpu      the papers' sizes, for one GPU
+    --scale gpu      larger networks and batches, for one GPU
     --arm NAME       train this arm, what it needs, and nothing else
     --compile        faster steps, for all networks alike
     --seeds N        so many seeds: maskdm, transfer, maskdit and ablate have the mean and

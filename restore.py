@@ -29,7 +29,7 @@ A true hole is another matter. An encoder looks everywhere (its group norms and 
 attention are global), so latents beside a hole would tell of what is in it. Therefore:
 
     x_filled = x outside the hole, the mean of what is known inside
-    m        hides each token whose square, or a neighbour's square, meets the hole
+    m        hides each token whose square meets the hole; in latents also its neighbours
     x'       = x outside the hole, decode(z') inside
 
 Two images that differ only inside the hole give the same result, bit for bit.
@@ -81,7 +81,7 @@ GREY = 0.0                                          # what a hidden square looks
 # --- tasks: pictures of any size ----------------------------------------------------------
 
 def tile_starts(length, side):
-    """Where tiles begin along an axis: they overlap by half and end with it."""
+    """Where tiles begin along an axis: they overlap by half or more and end with it."""
     steps = math.ceil(2 * (length - side) / side)
     return [round(i * (length - side) / max(steps, 1)) for i in range(steps + 1)]
 
@@ -166,8 +166,8 @@ def count_tiles(model, height, width):
 
 
 class PassBar:
-    """A bar over the passes of the network. Work on tiles says how much it is before it
-    begins, and after the first passes how long it will take.
+    """A bar over the passes of the network. For pictures in tiles it first says how many
+    passes there are, and after the first ones how long all will take.
 
     total: of all passes, at most. title: of the bar. pictures: how many. tiles: of the
     largest one."""
@@ -397,8 +397,8 @@ def reconstruction_errors(
     Masks are a function of (seed, ratio) and n: the same for every model and every moment
     of training, which training losses under a ramp are not.
     -> {ratio: mean over hidden tokens of |out - patch|^2}, in units of the data's variance,
-    of normalised patches in their own: 1 is what an all-zero guess costs. What the mean
-    image costs is `mean_image_error`."""
+    of normalised patches in their own: 1 is what an all-zero guess costs (1 - 1/P of
+    normalised patches of P values). What the mean image costs is `mean_image_error`."""
     target, net = model.meta["recon_target"], model.net.eval()
     score = build_reconstruction(model.schedule, "unit", net.p, recon_target=target)
     scale = output_unit(model) / model.schedule.data_std if target == "clean" else 1.0
@@ -448,7 +448,7 @@ def recon_targets(model, images, some):
     x, _ = images.take(some)
     z = model.space.encode(to_float(x).to(model.device))
     target = RECON_TARGETS[model.meta["recon_target"]]
-    return target(z, model.schedule.data_std, None, model.net.p).double()
+    return target(z, model.schedule.data_std, None, model.net.p).cpu().double()
 
 
 def choose_zoom(rows, width=512):

@@ -56,7 +56,7 @@ from vit import BLOCKS, CLOCKS, ECONOMIES, ViT
 
 
 # --- time grids: (schedule, start, steps) -> steps + 1 times, falling from start to 0 -----
-# The network was trained at times from t_min on. So no grid has a time in between 0 and it.
+# The network was trained at times from t_min on. So no grid has a time between 0 and t_min.
 
 def fall_evenly(start, steps, low):
     """Equal steps from start to 0: steps + 1 numbers. The last but one is at least low."""
@@ -163,10 +163,9 @@ def refine_heun(
     t, x0 = history[-1]
     there = schedule.step(zt, x0, t, s, slopes=slopes)
     x0_there, slopes_there = predict_x0(there, s)
-    eps = schedule.eps(there, x0_there, s, slopes_there)
-    a, b, *e = schedule.coefficients(t, zt)
-    drift = sum(e_j * kappa_j for e_j, kappa_j in zip(e, slopes))
-    return (x0 + (zt - b * eps - drift) / a) / 2                        # y - sigma (eps + eps') / 2
+    change = schedule.eps(there, x0_there, s, slopes_there) - schedule.eps(zt, x0, t, slopes)
+    a, b, *_ = schedule.coefficients(t, zt)
+    return x0 - b / a * change / 2                                      # y - sigma (eps + eps') / 2
 
 
 def refine_dpm(

@@ -355,7 +355,8 @@ def times(kind, schedule, B, generator=None):
         drawn, generator = "cpu", torch.Generator().manual_seed(generator.initial_seed())
     u = torch.rand(1, generator=generator, device=drawn)
     u = to_float64((u + torch.arange(B, device=drawn) / B) % 1)
-    return TIMES[kind](schedule, u).clamp(T_MIN, 1).to(device)
+    t = TIMES[kind](schedule, u).clamp(T_MIN, 1)
+    return t if device.type == "mps" else t.to(device)      # MPS has no float64: CPU times do
 
 
 def uniform_times(schedule, u):
@@ -372,7 +373,7 @@ def lognormal_times(schedule, u):
 
 
 def angle_times(schedule, u):
-    """Uniform in the noise level as an angle: low, middle and high noise share alike.
+    """Uniform in the noise level as an angle: low, middle and high noise equally often.
 
     Uniform times of `ddm` have half of their angles above 72 of 90 degrees (on the drawn
     faces, data_std .456), where little of an image is left."""

@@ -1,7 +1,7 @@
 """Spaces: where diffusion happens, in pixels or in latents; and latents encoded once.
 
 The idea. A *space* has two methods. `encode` takes images to what the network sees.
-`decode` takes them back. No other file needs to know which space it is given.
+`decode` takes them back. A training step need not know which space it is given.
 
     pixel      encode(x) = x,  decode(z) = z
     latent     encode(x) = z: f x f pixels become one place (vae.py)   LMD, arXiv 2312.07971
@@ -25,10 +25,10 @@ here samples it. It is kept in float32: a kept latent is the encoder's answer, n
 rounding.
 
 A file grows chunk by chunk under another name and is forced to disk after each chunk. It
-gets its own name when it is complete. After kill -9 all complete chunks are kept but the
-last, which may be torn. A lock makes one process encode while all others wait, those of
-other runs too. Nothing else depends on a finished file: it may be deleted, and is made
-again when needed.
+gets its own name when it is complete. After kill -9 all complete chunks are kept, but for
+the last one, which may be damaged. A lock makes one process encode while all others wait,
+those of other runs too. Nothing else depends on a finished file: it may be deleted, and is
+made again when needed.
 
 Shapes: n images, B batch, C channels of an image, L latent channels, H x W pixels,
 h = w places along a side, f pixels per place; x (B, C, H, W) in [-1, 1]; z (B, L, h, w).
@@ -216,7 +216,7 @@ def append_latents(
         for chunk, (x, y) in zip(chunks, images.batches(chunks, workers)):
             if not torch.equal(y, images.labels[images.rows[chunk]]):       # see Images.decode
                 raise UserError("an image of another class would take the place of one that "
-                                "cannot be read; mend it or remove it")
+                                "cannot be read; repair it or remove it")
             file.write(encode(x).astype("<f4").tobytes())
             file.flush()
             os.fsync(file.fileno())

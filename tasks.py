@@ -19,6 +19,10 @@ shown to the network at every time, without noise. The diffusion runs on the *ta
 The maps of the built-in faces are exact. Other pictures need maps of your own (--targets);
 for edges the size of the picture's gradient can stand in.
 
+The released DDM reads the condition with a pretrained Swin-B and cross-attention. Here its
+patches are embedded and added. It fills holes with -1 and does not show where they are;
+here they are grey, and a channel shows them.
+
 A map has one channel. It is predicted as a gray picture of C channels, and the C guesses
 are averaged. So a task changes neither the network's width nor the autoencoder. Any masked,
 unconditional model is the first stage of any task. The embedding of the condition starts

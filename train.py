@@ -237,7 +237,8 @@ class Learner:
             self.scaler.unscale_(optimizer)
         gradients = [q.grad for q in self.net.parameters() if q.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).norm().item()
-        if math.isfinite(norm):
+        is_finite = math.isfinite(norm)
+        if is_finite:
             if norm > self.o.clip:      # else no multiplication by 1: it costs 5 % of a step
                 torch._foreach_mul_(gradients, self.o.clip / norm)
             for group in self.groups():
@@ -249,16 +250,17 @@ class Learner:
             with torch.no_grad():       # else autograd would keep the history of every average
                 torch._foreach_lerp_(list(self.average.parameters()),
                                      list(self.net.parameters()), 1 - decay)
-        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        self.skipped += not math.isfinite(norm)
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        self.skipped += not is_finite
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         self.is_whole = True
-        if self.skipped_in_a_row >= TOO_MANY:
-            raise UserError(f"the last {TOO_MANY} gradients, up to step {self.step}, were not "
-                            "finite: try a smaller --lr or --amp off")
+        if self.skipped_in_a_row >= TOO_MANY:       # not counted, so that the journal saves the run
+            remedy = ", or leave out --compile" if self.o.compile else ""
+            raise UserError(f"the last {TOO_MANY} gradients, up to step {self.step + 1}, were not "
+                            f"finite: try a smaller --lr or --amp off{remedy}")
+        self.step += 1
 
 
 # --- a step -------------------------------------------------------------------------------

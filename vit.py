@@ -15,8 +15,8 @@ zero. The small sizes have them with three later changes (RotaryBlock).
     u = decoder(u, c)                                  2306.09305): light blocks, all tokens
     out = head(u)                        (B, C_out, H, W)
 
-With a PatchGuess the network is given each patch along the data's principal axes, and out
-is the best linear guess about a patch from itself plus what the network adds.
+With a PatchGuess the network is given each patch along the data's principal axes. What it
+answers is added to the best linear guess about a patch that uses this patch alone.
 Dropping is one token economy of three (ECONOMIES). Hidden tokens may instead take a shorter
 route (TREAD, 2501.04765), or leave late, after a light mixer has seen them (MicroDiT,
 2407.15811). The mask says which tokens those are. It is a value drawn outside, whatever is
@@ -26,9 +26,8 @@ Options: long skips (U-ViT, the network of MaskDM), a decoder, classes, a condit
 
 Every residual branch starts at zero (adaLN-zero) and so does the head. At step 0 a gradient
 reaches the head alone, at step 1 the embedding and the gates, from step 2 on everything.
-With a decoder, what lies before its connector waits one step more. Do not look for a
-gradient of the encoder's embedding and gates before step 2, or of its attention before
-step 3.
+With a decoder it is the same: its connector starts with random weights, so nothing waits
+for it. Do not look for a gradient of the attention before step 2.
 
 Shapes: B batch, N tokens of an h x w grid, K visible, D width, D' that of light blocks,
 P = p p C values per patch, P' of the condition image, P'' of the output; zt (B, C, H, W),

@@ -124,6 +124,7 @@ def train_recipe(bench, name):
     else:
         bench.train_arm(name, train.main, *flags, "--mask", arm.mask, "--steps", steps[0],
                         before=(last,))
+        # before: so that --arm NAME trains the last stage, too
         bench.train_arm(last, finetune.main, "--from", bench.folder / name, *arm.flags,
                         "--steps", steps[1], before=(name,))
 

@@ -128,10 +128,10 @@ class Bench:
         for the last stages of such runs."""
         return {rate: f"{name}-rate-{rate:g}{end}" for rate in self.scale["rates"]}
 
-    def image_flags(self):
-        """What every command is told about the images."""
+    def image_flags(self, data=None):
+        """What every command is told about the images. data: None means --data."""
         gray = ["--gray"] if self.args.gray else []
-        return ["--data", self.args.data, "--size", self.args.size, *gray]
+        return ["--data", data or self.args.data, "--size", self.args.size, *gray]
 
     def machine_flags(self):
         """What every command is told about the machine."""
@@ -298,7 +298,8 @@ def time_to_reach(lengths, distances, goal):
 
 
 def measure_speed_up(baseline, method, margin=0.0):
-    """The baseline's time to its own best distance over the method's time to it.
+    """How many times as fast the method is as good as the baseline's best: the baseline's
+    time to that distance over the method's.
 
     Both: (lengths in minutes, distances). margin: a distance larger than the best by such a
     share is as good, for both.

@@ -1,8 +1,9 @@
 """[LMD] A rising mask against a fixed one, in latents.
 
-The claim (LMD, arXiv 2312.07971). When hidden latents are to be reconstructed, a hidden
-share that rises as training goes on learns as much as a fixed one in a third of the time or
-less.
+The claim (LMD, arXiv 2312.07971). Training is at least three times as fast as MAE's. Two
+things differ from MAE: latents, and a hidden share that rises as training goes on. Here
+only the second is tested: does a rising share learn as much as a fixed one in a third of
+the time?
 
 Arms. `fixed-0.75` and `fixed-0.15` hide a fixed share of the tokens; `piecewise` and
 `cosine` start at 0.15 and rise to 0.75. All work in the latents of one autoencoder, which
@@ -52,7 +53,7 @@ PROBED = ("fixed-0.75", "cosine")
 TIMED = (0.15, 0.45, 0.75)                                  # hidden shares that are timed
 RATIOS = ("0.15", "0.4", "0.55", "0.75")                    # the cells' keys
 SHOWN = 256                                                 # pictures of a mean PSNR
-CLAIMED = 3                                                 # times as fast
+CLAIMED = 3                                                 # times as fast as MAE
 
 
 def run_lmd(args):
@@ -118,6 +119,12 @@ def count_fifth(bench, name, fifths=1):
     return fifths * max(1, round(12 * bench.scale["minutes"] / mean_step(bench, name)))
 
 
+def describe_fifth(bench, name, fifth):
+    """An arm after so many fifths of its steps. -> step, minutes, its checkpoint"""
+    step = count_fifth(bench, name, fifth)
+    return step, step * mean_step(bench, name, fifth / 5) / 60, f"{name}/{step:06d}.pt"
+
+
 def train_reconstruction(bench, name):
     """Train an arm, with a checkpoint every fifth of its steps."""
     ramp, low, high = ARMS[name]
@@ -146,10 +153,8 @@ def measure_errors(bench, path, held_out):
 
 def measure_fifth(bench, name, fifth, held_out):
     """An arm after so many fifths of its steps -> a row of the table."""
-    step = count_fifth(bench, name, fifth)
-    path = f"{name}/{step:06d}.pt"
+    step, minutes, path = describe_fifth(bench, name, fifth)
     cell = bench.measure_once(path, measure_errors, bench, path, held_out)
-    minutes = step * mean_step(bench, name, fifth / 5) / 60
     return [name, f"{minutes:.1f}", step, *(f"{cell[ratio]:.4f}" for ratio in RATIOS),
             f"{cell['psnr']:.2f}"]
 
@@ -185,28 +190,28 @@ def list_ramp_speed_ups(bench):
     for ratio in RATIOS:
         curves = []
         for name in PROBED:
-            steps = [count_fifth(bench, name, fifth) for fifth in bench.scale["fifths"]]
-            minutes = [step * mean_step(bench, name, fifth / 5) / 60
-                       for step, fifth in zip(steps, bench.scale["fifths"])]
-            errors = [bench.cells[f"{name}/{step:06d}.pt"][ratio] for step in steps]
-            curves.append((minutes, errors))
+            points = [describe_fifth(bench, name, fifth) for fifth in bench.scale["fifths"]]
+            curves.append(([minutes for _, minutes, _ in points],
+                           [bench.cells[path][ratio] for *_, path in points]))
         factors[ratio] = measure_speed_up(*curves)
     return factors
 
 
 def judge_ramp(factors):
     """One sentence. factors: {ratio: a speed-up}"""
-    least = np.nan_to_num(list(factors.values())).min()     # nan: cannot be told
-    if least >= CLAIMED:
+    known = [factor for factor in factors.values() if not np.isnan(factor)]
+    if not known:
+        verdict = "**Cannot be told here**"
+    elif min(known) >= CLAIMED:
         verdict = "**Holds here**"
-    elif least > 1:
+    elif min(known) > 1:
         verdict = "**Faster here, but less than claimed**"
     else:
         verdict = "**Does not hold here**"
     found = ", ".join(f"{format_spread([factor], 2)} at {ratio}"
                       for ratio, factor in factors.items())
-    return (f"{verdict}: `cosine` is so many times as fast as `fixed-0.75` (the paper: {CLAIMED}; "
-            f"0: never as good; ?: cannot be told): {found}.")
+    return (f"{verdict}: `cosine` is so many times as fast as `fixed-0.75` (the paper, against "
+            f"MAE: {CLAIMED}; 0: never as good; ?: cannot be told): {found}.")
 
 
 def describe_reconstructions(bench, rows, mean, encoding):

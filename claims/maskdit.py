@@ -7,10 +7,10 @@ sees all tokens, class by class, in 0.31 of its time.
 Arms. `all-tokens`; `half`, the paper's; `route`, where the hidden half only skips the
 middle blocks. Each has three quarters of the time at a constant rate, then a last
 quarter on all tokens at a falling rate (`-last`): for `half` that is MaskDiT's
-unmasking tuning, for the others the same decay. The same with 0.31 of the time branches
-off from the first stage (`-early`). Short runs choose each arm's rate, and first the
-weight of the reconstruction: the paper has 0.1 on the denoised image. Here it is on the
-raw output, where it weighs about ten times as much.
+unmasking tuning, for the others the same decay. A second end (`-early`) branches off so
+early that both stages together have 0.31 of the time. Short runs choose each arm's rate,
+and first the weight of the reconstruction: the paper has 0.1 on the denoised image. Here it
+is on the raw output, where it weighs about ten times as much.
 
 Measured. Distances to training images, class-conditional, ten calls, before and after the
 last quarter and with 0.31 of the time; the same for `half` with guidance.
@@ -113,7 +113,7 @@ def weight_runs(bench, end="-end"):
 
 
 def chosen_weight(bench, of_target=False):
-    """The reconstruction's weight; or its target, which a weight of 0 has not."""
+    """The reconstruction's weight; or, with of_target, its target: the default for none."""
     weight = bench.choose_by_loss(weight_runs(bench))
     if of_target:
         return "noisy" if weight else "clean"

@@ -68,34 +68,31 @@ def target_of(bench):
     return bench.args.target or "faces"
 
 
-def transfer_flags(bench):
-    """The flags of every arm, apart from its data."""
-    args, scale = bench.args, bench.scale
-    return ["--size", args.size, *(["--gray"] if args.gray else []), "--model", scale["model"],
-            *scale["train"]]
+def transfer_flags(bench, data=None):
+    """The flags of an arm that is trained from nothing. data: None means --data."""
+    return [*bench.image_flags(data), "--model", bench.scale["model"], *bench.scale["train"]]
 
 
 def count_steps_in(bench, name, minutes):
     """How many steps a network takes in some minutes; `unmasked` sees all tokens."""
-    common = ["--data", bench.args.data, *transfer_flags(bench)]
-    networks = {arm: [*common, *flags] for arm, flags in FIRST.items()}
+    networks = {arm: [*transfer_flags(bench), *flags] for arm, flags in FIRST.items()}
     return max(1, round(60 * minutes / bench.seconds_per_step(networks, visits=2)[name]))
 
 
 def train_transfers(bench):
     """Both pre-trained models and what they become, then the arms from nothing."""
-    flags, target, scale = transfer_flags(bench), target_of(bench), bench.scale
+    target, scale = target_of(bench), bench.scale
     tune = partial(count_steps_in, bench, "unmasked", scale["tune"])
     both = partial(count_steps_in, bench, "unmasked", scale["pre"] + scale["tune"])
     for name, own in FIRST.items():
         end = f"{name}-tenth"
-        bench.train_arm(name, train.main, "--data", bench.args.data, *flags, *own,
+        bench.train_arm(name, train.main, *transfer_flags(bench), *own,
                         "--steps", partial(count_steps_in, bench, name, scale["pre"]),
                         before=(end,))
         bench.train_arm(end, finetune.main, "--from", bench.folder / name, "--data", target,
                         *TENTH, "--steps", tune)
     for name, (own, is_long) in SCRATCH.items():
-        bench.train_arm(name, train.main, "--data", target, *flags, *own,
+        bench.train_arm(name, train.main, *transfer_flags(bench, target), *own,
                         "--steps", both if is_long else tune)
 
 

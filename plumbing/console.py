@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -251,7 +251,8 @@ def replacing(path, shared=True):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):                     # a file where a folder should be
+            temporary.unlink(missing_ok=True)
         # torch.save makes a RuntimeError of a full disk
         if isinstance(error, OSError) or "inline_container" in str(error):
             # strerror: the system's own words do not name the temporary file

@@ -16,7 +16,8 @@ from plumbing.console import UserError
 def seeded(*key):
     """Make a CPU generator that is a function of some whole numbers.
 
-    Neighbouring keys give independent streams."""
+    Other numbers give an independent stream, but for zeros at the end: (5,) and (5, 0) are
+    one key."""
     entropy = np.random.SeedSequence([number % 2**63 for number in key])
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 

@@ -11,7 +11,7 @@ Shapes: B images, C channels (1 or 3), H x W pixels; uint8.
 """
 import os
 import zipfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from plumbing.console import UserError, unwinding
+from plumbing.console import UserError, replacing, unwinding
 from plumbing.images import grid
 
 
@@ -71,8 +71,8 @@ def encode_png(pixels):
 class ImageWriter:
     """Where samples go, by the name of --out: a .png, a .npz, a .zip or a folder.
 
-    A file is made beside its place and takes it at the end: an old one survives a failure,
-    a link is replaced and not followed, and a signal leaves nothing behind.
+    A file takes its name at the end (`replacing`): an old one survives a failure. That it
+    cannot be written is told at the start of the block.
 
         with ImageWriter("samples.zip") as writer:
             writer.add(images)
@@ -83,28 +83,31 @@ class ImageWriter:
         self.out, self.columns = Path(out), columns
         self.kept, self.n, self.sheet = [], 0, None
         self.kind = self.out.suffix.lower() or "folder"
+        self.stack = ExitStack()
         endings = (".png", ".npz", ".zip")
         if self.kind not in (*endings, "folder") or self.out.name.lower() in endings:
             raise UserError(f"--out {out}: give a name that ends with .png, .npz or .zip, "
                             "or that has no ending for a folder")
+        if self.kind == "folder" and (
+                self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir()))):
+            raise UserError(f"--out {self.out} exists and is not an empty folder: old images "
+                            "would be mixed with new ones; give another name")
+
+    def __enter__(self):
         if self.kind == "folder":
-            if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-                raise UserError(f"--out {self.out} exists and is not an empty folder: old images "
-                                "would be mixed with new ones; give another name")
             self.out.mkdir(parents=True, exist_ok=True)
-        elif self.out.is_dir():
-            raise UserError(f"--out {self.out} is a folder; give a name in it")
-        else:
-            self.part = self.out.with_name(f"{self.out.name}.{os.getpid()}.tmp")    # one a process
-            try:                                                      # told now, not after the work
-                self.out.parent.mkdir(parents=True, exist_ok=True)
-                self.part.unlink(missing_ok=True)
-                open(self.part, "xb").close()
-            except OSError as error:
-                raise UserError(f"--out {self.out} cannot be written ({error.strerror}); give "
-                                "another place") from None
-        self.zip = zipfile.ZipFile(self.part, "w") if self.kind == ".zip" else None
-        self.signals = unwinding()
+            self.stack.enter_context(unwinding())
+            return self
+        with suppress(OSError):                                 # the next line tells why
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.stack.enter_context(replacing(self.out))
+        if self.kind == ".zip":
+            self.zip = self.stack.enter_context(zipfile.ZipFile(self.file, "w"))
+        self.stack.push(self.finish)
+        return self
+
+    def __exit__(self, *error):
+        return self.stack.__exit__(*error)
 
     def add(self, images, names=()):
         """Write uint8 (B, C, H, W) or a list of (C, H, W), of one size in a .png or .npz.
@@ -120,33 +123,11 @@ class ImageWriter:
                 self.kept.append(image)
             self.n += 1
 
-    def __enter__(self):
-        self.signals.__enter__()
-        return self
-
-    def __exit__(self, kind, error, trace):
-        try:
-            if kind is None:
-                self.finish()
-            elif self.zip:
-                with suppress(OSError):             # a full disk: what was written goes anyway
-                    self.zip.close()
-        finally:
-            if self.kind != "folder":
-                self.part.unlink(missing_ok=True)   # unless it has its name by now
-            self.signals.__exit__(None, None, None)
-
-    def finish(self):
-        """Give a file its name, now that all is in it."""
-        if self.kind == "folder":
-            return
-        if self.kind == ".png":
+    def finish(self, kind, error, trace):
+        """The end of the block: write what needs all images, unless there was an error."""
+        if kind is None and self.kind == ".png":
             sheet = self.sheet or grid(torch.stack(self.kept), self.columns)
-            sheet.save(self.part, "PNG")
-        elif self.kind == ".npz":
+            sheet.save(self.file, "PNG")
+        elif kind is None and self.kind == ".npz":
             images = torch.stack(self.kept).permute(0, 2, 3, 1).numpy()
-            with open(self.part, "wb") as file:
-                np.savez_compressed(file, images=images)
-        else:
-            self.zip.close()
-        os.replace(self.part, self.out)
+            np.savez_compressed(self.file, images=images)

@@ -2,8 +2,8 @@
 
 The idea. A training loss depends on the mask ratio, the prediction and the drawn times, so
 it compares nothing. `validate` asks every model the same question, at eight noise levels
-with the same noise: how far is your guess of the clean image? The unit is what the best
-multiple of x_t leaves open, one factor a level, each pixel by itself.
+with the same noise: how far is your guess of the clean image? The unit is the error of the
+best multiple of x_t: one factor for each noise level, the same for all pixels.
 
     val_loss = mean over levels of |x0_hat - x0|^2 / (b^2 data_std^2 / V)
 
@@ -42,7 +42,7 @@ def validate(
     b^2 data_std^2 / V, averaged over `levels` equal steps of angle. An untrained `unit`
     model has 1, other predictions start above; with a PatchGuess (vit.py) all start below.
     It compares mask ratios, and predictions too, for x0_hat comes after `split`. Of few
-    images each is seen at several levels, so that every level has an answer. -> float"""
+    images each is used at several levels, so that every level has some. -> float"""
     schedule, space, task = model.schedule, model.space, model.meta.get("task", "generate")
     top = schedule.angle(schedule.start_time(model.predict))
     ts = schedule.time_at((torch.arange(levels, dtype=torch.float64) + 0.5) / levels * top)
@@ -63,7 +63,6 @@ def validate(
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             out = model.net(zt, t, y, None, cond)
         x0, _ = schedule.split(out, zt, t, model.predict)
-        # What the best multiple of x_t leaves unknown: b^2 data_std^2 / V.
         unknown = (schedule.b(t) * schedule.data_std * schedule.input_scale(t)) ** 2
         errors.append(((x0 - z) ** 2).mean((1, 2, 3)).cpu().double() / unknown)
     return torch.stack([torch.cat(errors)[level == k].mean() for k in range(levels)]).mean().item()

@@ -522,7 +522,7 @@ def resolve_options(options, given):
     another run."""
     if {"steps", "minutes"} <= given.keys():
         raise UserError("--steps and --minutes: give one of them")
-    o = options(**recipe_options(options(**given).recipe, options.stage, given))
+    o = options(**recipe_options(given.get("recipe"), options.stage, given))
     out = find_run(o.out, o.resume)
     if not (out and (out / "last.pt").exists()):
         says_what = given.keys() - (MAY_CHANGE - {"steps"})

@@ -62,6 +62,7 @@ RECIPES = {
             mask=0.0, optimizer="adamw",
             batch=512, lr=5e-5, warmup=0, lr_end=1.0,           # half the rate, half the batch
             steps=75_000, amp="off",                            # TF32; best guided FID at 75k
+            # ours: a new average; there the first stage's goes on
             beta1=0.9, beta2=0.999, wd=0.0, clip=NO_CLIP, ema=0.9999)},
     "lmd": {
         "train": dict(
@@ -77,17 +78,18 @@ RECIPES = {
             optimizer="adamw",                                  # Adan there
             batch=64, lr=7.5e-5, warmup=20_000, lr_end=0.0,     # 3e-4 x 64 / 256; one epoch
             steps=8_000_000,                                    # 400 epochs, its parser's default
-            beta1=0.9, beta2=0.95, wd=0.05, clip=10.0)},        # ours, as in MAE
+            beta1=0.9, beta2=0.95, wd=0.05, clip=10.0)},        # betas ours, as in MAE
     "ddm": {
         "train": dict(
             data=None, size=32,                                 # CIFAR-10
             # ours: 130 M, as many as its U-Net with one decoder (216 M with two)
             model="base", patch=2,
-            # constant h, two heads, weights on; no LPIPS here
+            # constant h, two heads, weights on; the release adds |x0_hat - x0| and LPIPS
             schedule="ddm", predict="both", weighting="ddm", time_sampling="uniform",
             precondition="none",
             optimizer="adamw",
-            # 128 x 2; down to 5e-6 (ours along a cosine, there a power of 0.96)
+            # 128 x 2; down to 5e-6 as its config says (its code goes to 0); ours along a
+            # cosine, there a power of 0.96
             batch=256, lr=1e-4, warmup=0, lr_end=0.05, steps=800_000,
             beta1=0.9, beta2=0.999, wd=0.01, clip=1.0,
             ema=0.999, amp="off")},                             # float32

@@ -114,7 +114,8 @@ def visible_shares(o, tokens):
 def step_cost(o, tokens, progress):
     """What a step costs at a progress, in a unit of its own: the visible tokens, plus all
     tokens in the light decoder, plus a little for everything that does not depend on the
-    mask."""
+    mask. It is exact for dropped tokens only: routed and deferred ones also cost elsewhere.
+    Later plans correct it."""
     size = MODELS[o.model]
     light = size["decoder_width"] ** 2 / (size["depth"] * size["width"] ** 2)
     return visible_count(tokens, mask_ratio(o, progress)) + tokens * (o.decoder * light + 1 / 16)
@@ -178,7 +179,7 @@ def require_same_data(meta, data, out):
             raise UserError(f"{flag}: {where} files of other names; start another run")
         if was.get("used", now["used"]) != now["used"]:
             raise UserError(f"{flag}: {where} other ones of these files: since then a file broke "
-                            "or was mended, or another --cache-gb does not notice a broken one; "
+                            "or was repaired, or another --cache-gb does not notice a broken one; "
                             "others would be held out. Start another run")
 
 

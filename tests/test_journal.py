@@ -163,7 +163,7 @@ def test_a_resumed_run_goes_on_with_its_own_images_and_classes_or_says_so():
         train.main(["--out", "runs/a", "--resume", "--steps", "6"])
 
 
-def test_a_file_that_breaks_or_is_mended_does_not_move_the_held_out_images():
+def test_a_file_that_breaks_or_is_repaired_does_not_move_the_held_out_images():
     for i in range(30):
         paint(Path("things") / f"{i:02d}.png", 8 * i)
     whole, torn = Path("things/07.png").read_bytes(), Path("things/07.png").read_bytes()[:60]
@@ -171,7 +171,7 @@ def test_a_file_that_breaks_or_is_mended_does_not_move_the_held_out_images():
     train.main(["--data", "things", *TINY, "--steps", "2", "--val", "0.2", "--out", "runs/a"])
     go_on = lambda: train.main(["--out", "runs/a", "--resume", "--steps", "3"])  # noqa: E731
     Path("things/07.png").write_bytes(whole)
-    with pytest.raises(UserError, match="a file broke or was mended.* Start another run"):
+    with pytest.raises(UserError, match="a file broke or was repaired.* Start another run"):
         go_on()
     Path("things/07.png").write_bytes(torn)
     old = read("runs/a/last.pt")
