@@ -220,7 +220,9 @@ def test_a_speed_up_that_nobody_can_know_is_none():
     assert "Cannot be told" in claims.maskdm.judge_speed_up(unknown)
     some = claims.maskdm.judge_speed_up(unknown | {"swd": [5.0]})
     assert "**Holds here**" in some and "in 1 of 2 it cannot be told" in some
-    assert "Does not hold" in claims.lmd.judge_ramp({"0.15": 3.0, "0.75": np.nan})
+    assert "Cannot be told" in claims.lmd.judge_ramp({"0.15": np.nan, "0.75": np.nan})
+    some = claims.lmd.judge_ramp({"0.15": 3.0, "0.75": np.nan})
+    assert "**Holds here**" in some and "? at 0.75" in some
 
 
 def test_a_verdict_follows_its_numbers():
