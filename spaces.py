@@ -302,7 +302,7 @@ def encode_once(
                       f"{path}, {megabytes:.0f} MB", flush=True)
         try:
             kept = np.load(path, mmap_mode="r")
-        except ValueError as error:
+        except (ValueError, EOFError) as error:                 # EOFError: it is empty
             raise UserError(f"{path} is damaged ({describe_error(error)}): delete it, "
                             "it is made again") from None
         latents.append(Latents(images, kept, torch.searchsorted(merged.rows, images.rows)))

@@ -277,7 +277,7 @@ def run_picture_command(description, draw, out, **numbers):
     out = given.pop("out")
     try:
         ending, kinds = Path(out).suffix.lower(), Image.registered_extensions()
-        if ending not in kinds:
+        if kinds.get(ending) not in Image.SAVE:             # some kinds can only be read
             raise UserError(f"give a name that ends with .png, not with {ending or 'nothing'}")
         with replacing(out) as file:
             draw(**given).save(file, kinds[ending])

@@ -22,7 +22,7 @@ import torch.distributed as dist
 # one in hundreds of runs would abort after its last line.
 import torch.distributed.nn.functional  # noqa: F401
 
-from plumbing.console import UserError
+from plumbing.console import UserError, describe_error
 
 
 # --- devices ------------------------------------------------------------------------------
@@ -187,7 +187,11 @@ def join_group(backend):
     and one in three attempts would try to reach a dead one. So each attempt has keys of its
     own."""
     patience = timedelta(minutes=10)                    # to meet: all start at once
-    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    except ValueError as error:                         # another program set WORLD_SIZE
+        raise UserError(f"{describe_error(error)}: start with torchrun, or unset "
+                        "WORLD_SIZE") from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
     # Later one process may decode or encode its data while the others wait. NCCL itself

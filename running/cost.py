@@ -36,7 +36,7 @@ from mask import Mask
 from plumbing.downloads import DOWNLOADS, is_published
 from plumbing.muon import POLYNOMIALS
 from plumbing.sources import class_folders, open_images
-from running.setup import network_options, visible_shares
+from running.setup import network_options, require_whole_tokens, visible_shares
 from schedules import SCHEDULES
 from spaces import SPACES
 from vit import Block, ViT
@@ -177,6 +177,7 @@ def build_without_numbers(o):
         space = SimpleNamespace(channels=4, factor=8)
     else:
         space = SPACES[o.space](channels, o.vae)
+    require_whole_tokens(o, space)
     with torch.device("meta"):
         settings = network_options(o, channels, space, count_classes(o))
         return ViT(SCHEDULES[o.schedule], **settings), space

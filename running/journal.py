@@ -43,13 +43,17 @@ LOG_EVERY = 10                                  # steps
 
 def open_log(path, step):
     """log.csv for appending, cut back to `step`: what ran after the checkpoint will run
-    again."""
+    again. UserError for a damaged one."""
     rows = []
-    if path.exists():
-        with open(path, newline="") as f:       # a torn last line has no last field
-            rows = [row for row in csv.DictReader(f)
-                    if row["images_per_second"] and int(row["step"]) <= step]
-    lines = [COLUMNS] + [[row[column] for column in COLUMNS] for row in rows]
+    try:
+        if path.exists():
+            with open(path, newline="") as f:   # a torn last line has no last field
+                rows = [row for row in csv.DictReader(f)
+                        if row["images_per_second"] and int(row["step"]) <= step]
+        lines = [COLUMNS] + [[row[column] for column in COLUMNS] for row in rows]
+    except (KeyError, ValueError, csv.Error):
+        raise UserError(f"{path} is damaged: delete it, and the run goes on with "
+                        "a new one") from None
     with replacing(path, shared=False) as f:
         f.write("".join(",".join(line) + "\n" for line in lines).encode())
     return open(path, "a", newline="", buffering=1)

@@ -90,14 +90,19 @@ def open_space(o, channels, ckpt=None, first=None):
     else:
         space = SPACES[o.space](channels, o.vae)
     is_released = first and not first.meta["vae_sha"] and o.space == "latent"     # it names none
-    square = space.factor * o.patch
-    if o.size % square:
-        raise UserError(f"--size {o.size}: must be a multiple of {square}, the autoencoder's "
-                        f"factor {space.factor} times --patch {o.patch}")
+    require_whole_tokens(o, space)
     if first and space.sha != first.meta["vae_sha"] and not is_released:
         raise UserError(f"--vae {o.vae}: is not the autoencoder of the first stage; its SHA-256 "
                         f"begins with {space.sha}, not {first.meta['vae_sha']}")
     return space
+
+
+def require_whole_tokens(o, space):
+    """UserError for images that are no whole number of tokens in their space."""
+    square = space.factor * o.patch
+    if o.size % square:
+        raise UserError(f"--size {o.size}: must be a multiple of {square}, the autoencoder's "
+                        f"factor {space.factor} times --patch {o.patch}")
 
 
 def mask_ratio(o, progress):

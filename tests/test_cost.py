@@ -7,7 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import running.cost
 import vit
 from mask import draw
-from running.cost import count_parameters, count_positions, estimate_memory, forward_cost
+from plumbing.console import UserError
+from running.cost import (
+    count_parameters, count_positions, describe_cost, estimate_memory, forward_cost)
 from running.options import Options
 from schedules import SCHEDULES
 from vit import ECONOMIES, MODELS, ViT
@@ -182,3 +184,9 @@ def test_what_muon_takes_is_torchs_own_count():
             orthogonalise(torch.ones(1, *q.shape))
     assert counter.get_total_flops() == 2 * running.cost.orthogonalisation_cost(net)
     assert running.cost.describe_optimizer(Options(optimizer="adamw"), net) == []
+
+
+def test_a_dry_run_refuses_images_that_are_no_whole_number_of_tokens():
+    o = Options(space="latent", size=4, patch=4)
+    with pytest.raises(UserError, match="--size 4: must be a multiple of 32"):
+        describe_cost(o, "train.py", [])

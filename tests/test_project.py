@@ -96,3 +96,8 @@ def test_the_command_line_keeps_false_and_none_apart_from_absent():
 def test_each_concept_draws_its_picture(script, tmp_path, monkeypatch):
     assert run_script(script, ["--out", tmp_path / "picture.png"], monkeypatch) == 0
     assert Image.open(tmp_path / "picture.png").size[0] > 400
+
+
+def test_a_kind_of_picture_that_can_only_be_read_is_refused(tmp_path, monkeypatch, capsys):
+    assert run_script("mask.py", ["--out", tmp_path / "picture.psd"], monkeypatch) == 2
+    assert "ends with .png, not with .psd" in capsys.readouterr().err

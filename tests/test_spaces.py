@@ -182,10 +182,11 @@ def test_many_processes_encode_once_and_all_read_it(tmp_path):
     assert len(files(tmp_path / "latents")) == 1
 
 
-def test_a_damaged_file_is_named(tmp_path):
+@pytest.mark.parametrize("kept", [-100, 60, 0])
+def test_a_damaged_file_is_named(tmp_path, kept):
     encode_once([images()], space(), tmp_path, True)
     (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-100])
+    path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match="delete it"):
         encode_once([images()], space(), tmp_path, True)
 

@@ -254,6 +254,29 @@ def test_a_run_killed_before_its_first_checkpoint_starts_a_log_of_its_own(photos
     assert [r["step"] for r in rows("runs/a")] == ["0", "3"]
 
 
+@pytest.mark.parametrize("damage", [lambda log: log.replace(b"images_per_second", b"images"),
+                                    lambda log: log.replace(b"\n3,", b"\nx3,"),
+                                    lambda log: log + b"\xff\n"])
+def test_a_damaged_log_is_named_and_a_new_one_takes_its_place(photos, damage):
+    go(photos, "--steps", 3, "--out", "runs/a")
+    log = Path("runs/a/log.csv")
+    log.write_bytes(damage(log.read_bytes()))
+    with pytest.raises(UserError, match="log.csv is damaged: delete it"):
+        go(photos, "--steps", 5, "--out", "runs/a", "--resume")
+    log.unlink()
+    go(photos, "--steps", 5, "--out", "runs/a", "--resume")
+    assert [r["step"] for r in rows("runs/a")][-1] == "5"
+
+
+def test_a_world_without_a_meeting_place_is_refused_in_one_line(photos, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in dict(RANK="0", WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start with torchrun, or unset WORLD_SIZE"):
+        go(photos, "--steps", 1, "--batch", 4, "--device", "cpu", "--out", "runs/a")
+
+
 @pytest.mark.processes
 def test_two_runs_never_share_a_folder(photos):
     """Two that begin in the same second get two names; a second one in the folder of a
