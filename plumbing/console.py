@@ -105,8 +105,9 @@ def count_nouns(number, noun):
 
 
 def parse_int(text):
-    """A whole number as people write it. Python would also take 1_000 and other digits."""
-    if not re.fullmatch(r"[+-]?[0-9]+", text):
+    """A whole number as people write it, of at most 18 digits: torch has 64 bits. Python
+    would also take 1_000 and other digits."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
         raise ValueError(text)
     return int(text)
 
