@@ -105,9 +105,9 @@ def count_nouns(number, noun):
 
 
 def parse_int(text):
-    """A whole number as people write it, of at most 18 digits: torch has 64 bits. Python
+    """A whole number as people write it, of at most 19 digits: torch has 64 bits. Python
     would also take 1_000 and other digits."""
-    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+    if not re.fullmatch(r"[+-]?[0-9]{1,19}", text):
         raise ValueError(text)
     return int(text)
 
