@@ -217,7 +217,7 @@ def judge_ramp(factors):
 def describe_reconstructions(bench, rows, mean, encoding):
     """The claim's tables of one seed, as text. mean: the mean image's error. encoding:
     images a second."""
-    args, cell = bench.args, bench.cells[f"fixed-0.75/{count_fifth(bench, 'fixed-0.75', 5):06d}.pt"]
+    args, cell = bench.args, bench.cells[describe_fifth(bench, "fixed-0.75", 5)[-1]]
     table = format_table(["arm", "minutes", "step", *(f"error at {ratio}" for ratio in RATIOS),
                           "PSNR at 0.75, dB"], rows)
     batch = bench.log("cosine", "images") / bench.log("cosine", "step")

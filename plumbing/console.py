@@ -105,11 +105,11 @@ def count_nouns(number, noun):
 
 
 def parse_int(text):
-    """A whole number as people write it, of at most 19 digits: torch has 64 bits. Python
-    would also take 1_000 and other digits."""
-    if not re.fullmatch(r"[+-]?[0-9]{1,19}", text):
+    """A whole number as people write it, of 64 bits as torch has them. Python would also
+    take 1_000, other digits and any length."""
+    if not re.fullmatch(r"[+-]?[0-9]+", text) or abs(number := int(text)) >= 2 ** 63:
         raise ValueError(text)
-    return int(text)
+    return number
 
 
 def parse_float(text):

@@ -161,6 +161,8 @@ def start_machine(device="auto", threads=0):
     GPUs."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if rank >= world:                                   # it would train, and write nothing
+        raise UserError(f"RANK is {rank}, WORLD_SIZE {world}: start with torchrun, or unset RANK")
     if world > 1 and ":" in device:
         raise UserError(f"--device {device}: each of {local_world} processes has a GPU of its own; "
                         "give cuda, or set CUDA_VISIBLE_DEVICES")

@@ -51,6 +51,9 @@ def open_log(path, step):
                 rows = [row for row in csv.DictReader(f)
                         if row["images_per_second"] and int(row["step"]) <= step]
         lines = [COLUMNS] + [[row[column] for column in COLUMNS] for row in rows]
+        for line in lines[1:]:
+            for field in line:
+                float(field or 0)               # else the loss curve could not be drawn
     except (KeyError, ValueError, csv.Error):
         raise UserError(f"{path} is damaged: delete it, and the run goes on with "
                         "a new one") from None
@@ -168,12 +171,12 @@ class Journal:
             unlink_link(self.folder / "samples")
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             config, resumed = self.files[0], self.setup.ckpt is not None
-            config.truncate(0)
+            self.log = open_log(self.folder / "log.csv", plan.step if resumed else -1)
+            self.files.append(self.log)
+            config.truncate(0)                      # only now: a damaged log changes nothing
             config.write(json.dumps(dataclasses.asdict(self.o) | dict(stage=self.o.stage),
                                     indent=1))
             config.flush()
-            self.log = open_log(self.folder / "log.csv", plan.step if resumed else -1)
-            self.files.append(self.log)
             print("\n".join([*self.describe(), *self.describe_longer_plan(learning_rate)]),
                   flush=True)
             if plan.step == 0:

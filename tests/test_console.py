@@ -44,7 +44,7 @@ def test_numbers_are_whole_numbers_as_people_write_them(capsys):
     for bad in (["--size=1_000"], ["--size", "\uff11\uff12"], ["--size",
                                                                " 5"], ["--lr",
                                                                        "1_0.5"], ["--size", "5.0"],
-                ["--size", "9" * 20]):
+                ["--size", "9" * 20], ["--size", str(2 ** 63)], ["--size", str(-2 ** 63)]):
         with pytest.raises(SystemExit) as stop:
             parser.parse_args(bad)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -256,13 +256,16 @@ def test_a_run_killed_before_its_first_checkpoint_starts_a_log_of_its_own(photos
 
 @pytest.mark.parametrize("damage", [lambda log: log.replace(b"images_per_second", b"images"),
                                     lambda log: log.replace(b"\n3,", b"\nx3,"),
+                                    lambda log: log.replace(b"\n3,", b"\n3,n/a"),
                                     lambda log: log + b"\xff\n"])
 def test_a_damaged_log_is_named_and_a_new_one_takes_its_place(photos, damage):
     go(photos, "--steps", 3, "--out", "runs/a")
     log = Path("runs/a/log.csv")
     log.write_bytes(damage(log.read_bytes()))
+    config = Path("runs/a/config.json").read_bytes()
     with pytest.raises(UserError, match="log.csv is damaged: delete it"):
         go(photos, "--steps", 5, "--out", "runs/a", "--resume")
+    assert Path("runs/a/config.json").read_bytes() == config
     log.unlink()
     go(photos, "--steps", 5, "--out", "runs/a", "--resume")
     assert [r["step"] for r in rows("runs/a")][-1] == "5"
@@ -274,6 +277,13 @@ def test_a_world_without_a_meeting_place_is_refused_in_one_line(photos, monkeypa
     for name, value in dict(RANK="0", WORLD_SIZE="2").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="start with torchrun, or unset WORLD_SIZE"):
+        go(photos, "--steps", 1, "--batch", 4, "--device", "cpu", "--out", "runs/a")
+
+
+def test_a_rank_outside_its_world_is_refused_in_one_line(photos, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match="RANK is 1, WORLD_SIZE 1: .* unset RANK"):
         go(photos, "--steps", 1, "--batch", 4, "--device", "cpu", "--out", "runs/a")
 
 
