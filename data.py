@@ -366,7 +366,7 @@ def load_images(
         raise UserError(f"--size {size}: an image has at least one pixel")
     if str(source) == "faces":
         return load_faces(size, gray, labels, seed, count, targets)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     source = open_images(source, " (or 'faces')", part)
     if targets is not None:
         source = Paired(source, open_images(targets, part=source.part))

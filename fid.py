@@ -51,7 +51,7 @@ from plumbing.downloads import is_published, list_published
 from plumbing.faces import draw_faces
 from plumbing.images import to_float
 from plumbing.inception import load_inception
-from plumbing.machine import pick_device
+from plumbing.machine import pick_device, require_one_process
 from plumbing.pictures import crop_square, to_8_bit, turn_upright
 from plumbing.sources import open_images
 from plumbing.writer import refuse_overwriting
@@ -479,6 +479,8 @@ def refuse_other_files(path):
                         "which np.savez('images.npz', images=array) writes")
     if ending in (".gz", ".tgz", ".tar", ".7z", ".rar", ".xz", ".bz2"):
         raise UserError(f"{path}: unpack it, and give the folder")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is a pipe or a device; give a folder, a .zip or a .npz")
     if path.is_file() and ending in Image.registered_extensions():
         raise UserError(f"{path}: is one picture; give a folder of pictures, a .zip or a .npz")
 
@@ -614,7 +616,8 @@ def require_memory(count, size):
 def check_measurement(o):
     """UserError for arguments that do not go together."""
     if o.proxy:
-        refuse_unused(o, parser(), ("inception", "protocol", "batch"), "--proxy needs no network")
+        refuse_unused(o, parser(), ("inception", "protocol", "batch", "device"),
+                      "--proxy needs no network")
     if o.B is None and (o.proxy or not o.save):
         raise UserError("B is missing: python fid.py A B (A alone goes with --save only)")
     if o.save:
@@ -636,7 +639,7 @@ def measure_statistics(o, sets, device):
     Statistics}. Two saved statistics need no weights."""
     images = {path: s for path, s in sets.items() if isinstance(s, MeasuredPictures)}
     if not images:
-        refuse_unused(o, parser(), ("inception", "protocol", "size", "n", "batch"),
+        refuse_unused(o, parser(), ("inception", "protocol", "size", "n", "batch", "device"),
                       "both sets are saved statistics already")
         return sets
     net, weights = load_inception(o.inception)
@@ -675,6 +678,7 @@ def open_sets(o):
 
 def run_measurement(o):
     """The command's work, from parsed arguments."""
+    require_one_process("fid.py")
     check_measurement(o)
     device = pick_device(o.device)
     sets = open_sets(o)

@@ -22,7 +22,6 @@ Shapes: n images, B batch, D width, K classes; f (n, D), y (n,), W (D + 1, K) wi
 """
 import argparse
 import math
-import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -38,7 +37,7 @@ from plumbing.checkpoint import newest_checkpoint, read_checkpoint
 from plumbing.console import UserError, build_parser, parse_path, run_command
 from plumbing.downloads import list_published
 from plumbing.images import seeded, to_float
-from plumbing.machine import set_threads
+from plumbing.machine import require_one_process, set_threads
 from running.options import Options, is_same_value, recorded_options
 from sample import load
 from spaces import encode_once
@@ -228,6 +227,8 @@ def check_probed(o, given, model, source):
     if (1 if o.gray else 3) != meta["channels"] or o.size < 1 or o.size % square:
         raise UserError(f"--size {o.size}, --gray: this model takes {meta['channels']} channel(s) "
                         f"and multiples of {square} pixels")
+    if "latents" in given and not o.cache_latents:
+        raise UserError("--latents is where --no-cache-latents keeps nothing; leave one out")
     if model.space.name != "latent" and ("latents" in given or "cache_latents" in given):
         raise UserError("--latents and --no-cache-latents are about models of --space latent; "
                         "leave them out")
@@ -246,8 +247,7 @@ def load_parts(o):
 
 def probe_checkpoint(given):
     """Probe a checkpoint with the options that were given, a dict, and print one line."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("probe.py is the work of one process: start it without torchrun")
+    require_one_process("probe.py")
     source = given.get("from_") or str(newest_checkpoint())
     o = inherit_probe_options(given, read_checkpoint(source, "config")["config"])
     check_numbers(o)

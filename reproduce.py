@@ -39,7 +39,7 @@ from claims.tasks import run_tasks
 from claims.transfer import run_transfer
 from plumbing.console import UserError, build_parser, parse_path, run_command
 from plumbing.downloads import list_published
-from plumbing.machine import set_threads
+from plumbing.machine import require_one_process, set_threads
 from plumbing.writer import refuse_overwriting
 
 # The first line of each function's docstring is its help text.
@@ -87,6 +87,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    require_one_process("reproduce.py")
     if args.scale == "smoke" and args.out == REAL:
         args.out = SMOKE                                    # never mixed with the real thing
     if args.seeds < 1:

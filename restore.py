@@ -65,7 +65,7 @@ from plumbing.console import (
     UserError, build_parser, count_nouns, parse_path, refuse_unused, run_command)
 from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.inputs import UserPictures
-from plumbing.machine import set_threads
+from plumbing.machine import require_one_process, set_threads
 from plumbing.sheets import draw_sheet
 from plumbing.writer import ImageWriter, is_inside
 from sample import (
@@ -526,9 +526,12 @@ def check_inputs(args):
     if args.input is None:
         raise UserError("--input: give the pictures to work on, a folder or a .zip (python "
                         "sample.py makes images from noise)")
-    if Path(args.input).is_dir() and is_inside(args.out, args.input):
-        raise UserError(f"--out {args.out}: lies in --input {args.input}, and would be one of its "
-                        "pictures next time; give another place")
+    for flag, out in (("--out", args.out), ("--trace", args.trace)):
+        for name in ("input", "holes", "targets"):
+            folder = getattr(args, name)
+            if out and folder and Path(folder).is_dir() and is_inside(out, folder):
+                raise UserError(f"{flag} {out}: lies in --{name} {folder}, and would be one of its "
+                                "pictures next time; give another place")
     if args.out.lower().endswith(".npz"):
         raise UserError(f"--out {args.out}: pictures of different sizes do not fit into a .npz; "
                         "give a .png, a .zip or a folder")
@@ -591,7 +594,9 @@ def reconstruct_to_file(args, model):
             holes = torch.cat([one.hole for one in inputs])
             done = inpaint_hole(model, x, holes, args.label, names=names)
         else:
-            ratio = meta["ratio"] if args.ratio is None else args.ratio
+            ratio = meta.get("ratio") if args.ratio is None else args.ratio
+            if ratio is None:
+                raise UserError("--ratio: the checkpoint names none; give a share of the tokens")
             done = reconstruct(model, x, ratio, seed, labels=args.label, batch=args.batch)
         writer.sheet = draw_reconstruction(done, names)
     print(f"{describe_reconstruction(done)}; wrote {args.out}, seed {seed}")
@@ -650,6 +655,7 @@ def print_scores(task, scores):
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    require_one_process("restore.py")
     check_arguments(args, inputs=("input", "holes", "targets"))
     check_inputs(args)
     set_threads(args.threads)

@@ -27,6 +27,7 @@ Every image has a seed of its own, so it does not depend on the batch that it wa
 Shapes: B batch, C channels; x_t (B, C, H, W), zt in the code; t in [0, 1].
 """
 import math
+import os
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -38,13 +39,14 @@ import plumbing  # before torch: how its threads wait
 import torch
 from tqdm import tqdm
 
+from losses import OBJECTIVES, RECON_TARGETS
 from plumbing.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
 from plumbing.console import (
     UserError, build_parser, count_nouns, describe_error, parse_path, run_command)
 from plumbing.downloads import is_published
 from plumbing.images import seeded, to_uint8
 from plumbing.layout import is_share
-from plumbing.machine import amp_type, pick_device, set_threads
+from plumbing.machine import amp_type, pick_device, require_one_process, set_threads
 from plumbing.names import normal_name
 from plumbing.released import FACTOR
 from plumbing.trace import Trace
@@ -507,11 +509,14 @@ def build_space(meta):
     if meta["space"] != "pixel" and not vae:
         raise UserError("this model works on latents, and its checkpoint names no autoencoder: "
                         "give Stable Diffusion's, --vae sd or a file")
-    if vae and not (is_published(vae, "vae") or Path(vae).expanduser().exists()):
+    if vae and not (is_published(vae, "vae") or os.path.exists(os.path.expanduser(vae))):
         raise UserError(f"the autoencoder of this model is not at {vae} any more: "
                         "say with --vae where it is")
     space = SPACES[meta["space"]](meta["channels"], vae)
     check_autoencoder(space, meta)
+    if space.channels != meta["model"]["channels"]:
+        raise UserError(f"the checkpoint's network takes {meta['model']['channels']} channel(s), "
+                        f"its images have {space.channels}")
     square = space.factor * meta["model"]["patch"]
     if meta["size"] % square:
         raise UserError(f"the checkpoint's size {meta['size']} is no multiple of {square}, the "
@@ -552,10 +557,13 @@ def check_weights(ckpt, kind):
 def check_names(meta):
     """UserError for a name in a checkpoint's meta that is in no registry of this
     program."""
-    before = dict(task="generate", economy="drop", block="dit", clock="angle")  # there was a choice
+    # before there was a choice
+    before = dict(task="generate", economy="drop", block="dit", clock="angle",
+                  objective="denoise", recon_target="clean")
     names = before | meta | meta["model"]
     registries = dict(schedule=SCHEDULES, predict=PREDICTIONS, space=SPACES, task=TASKS,
-                      economy=ECONOMIES, block=BLOCKS, clock=CLOCKS)
+                      economy=ECONOMIES, block=BLOCKS, clock=CLOCKS, objective=OBJECTIVES,
+                      recon_target=RECON_TARGETS)
     for field, registry in registries.items():
         if names[field] not in registry:
             raise UserError(f"the checkpoint's {field} is {names[field]}; this program knows "
@@ -664,7 +672,7 @@ def load(path=None, weights="ema", device="auto", vae=None):
     dropout = ckpt.get("config", {}).get("label_dropout")
     known = dict(step=ckpt["step"], version=ckpt["version"],
                  label_dropout=dropout if is_share(dropout) else None)
-    meta = dict(task="generate", objective="denoise") | meta | known
+    meta = dict(task="generate", objective="denoise", recon_target="clean") | meta | known
     return DiffusionModel(net.to(device).eval(), schedule, space, meta["predict"], meta, device)
 
 
@@ -710,7 +718,8 @@ def add_sampling_arguments(p, n, n_help, out, steps=10):
     p.add_argument("--seed", type=int, default=0,
                    help="image i is a function of (seed, i); -1 picks a seed and prints it")
     p.add_argument("--batch", type=int, default=64,
-                   help="images (or tiles of a large one) made at once; it changes no result")
+                   help="images (or tiles of a large one) made at once; it changes no result "
+                        "but for rounding")
     p.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
                    help="mixed precision of the network; auto: bf16 where the hardware has it")
     p.add_argument("--out", type=parse_path, default=out,
@@ -741,6 +750,8 @@ def check_arguments(args, inputs=()):
     check_counts(n=args.n, steps=args.steps, batch=args.batch)
     check_path(args.churn, args.time_grid, args.solver)
     check_guidance(args.cfg, args.cfg_interval)
+    if args.label is not None and args.cfg == 0:
+        raise UserError(f"--label {args.label}: --cfg 0 knows no class; leave one of them out")
     if abs(args.seed) >= 2 ** 63:
         raise UserError(f"--seed {args.seed}: must have less than 64 bits")
     if args.trace and not args.trace.lower().endswith(".png"):
@@ -827,6 +838,7 @@ def write_samples(run, n, labels):
 def main(argv=None):
     refuse_moved_flags(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
+    require_one_process("sample.py")
     check_arguments(args)
     set_threads(args.threads)
     model = load(args.ckpt, args.weights, args.device, args.vae)

@@ -166,6 +166,25 @@ def cache_key(images, space, flip):
     return sha.hexdigest()[:16]
 
 
+def kept_shape(images, space, flip):
+    """The shape of the array of kept latents: (n, L, h, 2w), without flips (n, L, h, w)."""
+    side = images.size // space.factor
+    return len(images), space.channels, side, side * (1 + flip)
+
+
+def open_latents(path, shape):
+    """The array of a file of kept latents, as a memory map. UserError unless it is of this
+    shape."""
+    try:
+        kept = np.load(path, mmap_mode="r")
+        if (kept.shape, kept.dtype) != (shape, np.float32):
+            raise ValueError(f"{kept.dtype} {kept.shape}, not float32 {shape}")
+    except (ValueError, EOFError, AttributeError) as error:     # EOFError: it is empty
+        raise UserError(f"{path} is damaged ({describe_error(error)}): delete it, "
+                        "it is made again") from None
+    return kept
+
+
 def build_header(shape):
     """The first bytes of a .npy file of float32 with this shape."""
     header = BytesIO()
@@ -236,7 +255,6 @@ def write_cache(
 
     -> how many images this call encoded
     UserError when the file system has no locks; OSError when the disk is full."""
-    side = images.size // space.factor
     part = path.with_suffix(".part" if fcntl else f".{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     if part.is_symlink():                           # a link to elsewhere is replaced, not followed
@@ -253,7 +271,7 @@ def write_cache(
             if part.exists() and part.stat().st_size == 0:
                 part.unlink()
             return 0
-        done = start_or_continue(file, (len(images), space.channels, side, side * (1 + flip)))
+        done = start_or_continue(file, kept_shape(images, space, flip))
         append_latents(file, images, done, encode, workers, progress)
         if fcntl:
             os.replace(part, path)                                         # while we have the lock
@@ -300,11 +318,7 @@ def encode_once(
                 seconds, megabytes = perf_counter() - started, path.stat().st_size / 1e6
                 print(f"encoded {count} images in {seconds:.1f} s, once for this and later runs: "
                       f"{path}, {megabytes:.0f} MB", flush=True)
-        try:
-            kept = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:                 # EOFError: it is empty
-            raise UserError(f"{path} is damaged ({describe_error(error)}): delete it, "
-                            "it is made again") from None
+        kept = open_latents(path, kept_shape(merged, space, flip))
         latents.append(Latents(images, kept, torch.searchsorted(merged.rows, images.rows)))
     return latents, CachedSpace(space)
 

@@ -23,6 +23,7 @@ z (B, L, H / f, W / f).
 """
 import hashlib
 import math
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ from plumbing.console import (
 from plumbing.downloads import fetch_published, is_published, list_published
 from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.layout import require_autoencoder
-from plumbing.machine import pick_device, set_threads
+from plumbing.machine import pick_device, require_one_process, set_threads
 from plumbing.sheets import save_picture
 from plumbing.writer import is_inside
 from tasks import psnr
@@ -371,7 +372,7 @@ def load_vae(path, config="sd"):
     missing, unexpected and misshapen tensors."""
     if is_published(path, "vae"):
         path, = fetch_published(str(path))
-    path = find_weights(Path(path).expanduser())
+    path = find_weights(Path(os.path.expanduser(path)))
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; train an autoencoder (python vae.py) "
                         "or give sd, which downloads Stable Diffusion's")
@@ -548,9 +549,13 @@ def check_vae_options(o, out, picture, factor):
         raise UserError(f"--size {o.size}: must be a multiple of {factor}, the pixels along a side "
                         "of one place of the latents")
     for name, path, ending in (("out", out, ".pt"), ("picture", picture, ".png")):
-        if path.suffix != ending or not path.parent.is_dir() or path.is_dir():
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        if path.suffix != ending or not writable or path.is_dir():
             raise UserError(f"--{name} {path}: wants a name that ends with {ending}, "
-                            "in a folder that exists")
+                            "in a folder that exists and can be written")
+    if out.exists():                    # runs of latents can do nothing without theirs
+        raise UserError(f"--out {out}: exists already, and runs may need it; give another name, "
+                        "or delete it first")
     # Of a folder of images, the picture would become one, or take the place of one.
     if Path(o.data).is_dir() and is_inside(picture, o.data):
         raise UserError(f"--picture {picture}: lies in --data {o.data}; give another place")
@@ -602,6 +607,7 @@ def run_training(o):
     UserError as of check_vae_options, load_images and train_vae."""
     factor = 2 ** (len(PRESETS["tiny"]["widths"]) - 1)
     out, picture = Path(o.out), Path(o.picture or o.out.removesuffix(".pt") + ".png")
+    require_one_process("vae.py")
     device = pick_device(o.device)
     check_vae_options(o, out, picture, factor)
     set_threads(o.threads)

@@ -184,7 +184,13 @@ class Bench:
 
     def read_cells(self):
         """All numbers that are known by now. Another process may have measured some."""
-        return json.loads(self.file.read_bytes()) if self.file.exists() else {}
+        try:
+            cells = json.loads(self.file.read_bytes()) if self.file.exists() else {}
+        except ValueError:
+            cells = None
+        if not isinstance(cells, dict):
+            raise UserError(f"{self.file} is damaged: delete it, its numbers are measured anew")
+        return cells
 
     def measure_once(self, key, measure, *arguments):
         """The number (or numbers) called `key`: remembered, or measure(*arguments) now."""

@@ -36,7 +36,7 @@ CONTINUED = ("model", "ema", "optimizer", "scaler", "rng", "seconds")       # wh
 
 def newest_checkpoint():
     """The newest run's last.pt. UserError when there is none."""
-    name = os.fsdecode(LATEST.read_bytes()).strip() if LATEST.is_file() else ""
+    name = os.fsdecode(LATEST.read_bytes()).strip("\r\n") if LATEST.is_file() else ""
     if not name:
         raise UserError(f"no run found: {LATEST} does not exist or is empty; "
                         "train one first (python train.py) or name a checkpoint")
@@ -59,7 +59,7 @@ def read_checkpoint(path, *parts):
     A released file of DiT or MaskDiT becomes one (plumbing/released.py). UserError for a
     file that is missing, damaged, of a newer version or not laid out like a checkpoint."""
     path = find_checkpoint(path)
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist; train one first (python train.py) "
                         "or give another path")
     try:
@@ -85,7 +85,8 @@ def read_checkpoint(path, *parts):
 
 def checkpoint_step(path):
     """The step of one of our own checkpoints, read without its weights."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    is_mapped = str(path).isprintable()         # torch maps no name that is no Unicode
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)["step"]
 
 
 def save_atomic(value, path):
@@ -166,9 +167,20 @@ def keep_copy(path, copy_to):
     os.replace(temporary, copy_to)
 
 
+def list_copies(folder):
+    """A run's numbered checkpoints, the newest one last."""
+    numbered = [path for path in folder.glob("*.pt") if path.stem.isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.stem))    # 1000000 comes after 999500
+
+
+def find_last(folder):
+    """A run's last checkpoint, or None: last.pt. Where that is gone, or was never made (the
+    number is written first), the newest numbered one."""
+    last = folder / "last.pt"
+    return last if last.exists() else next(reversed(list_copies(folder)), None)
+
+
 def remove_old_copies(folder, keep):
     """Of a run's numbered checkpoints only the newest `keep` stay; 0: all of them."""
-    numbered = [path for path in folder.glob("*.pt") if path.stem.isdecimal()]
-    numbered.sort(key=lambda path: int(path.stem))          # 1000000 comes after 999500
-    for path in numbered[:-keep] if keep else []:
+    for path in list_copies(folder)[:-keep] if keep else []:
         path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -168,7 +169,7 @@ def run_command(command):
 
 def is_first_here():
     """Whether this is the first process of this machine: it speaks for all of them."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return "WORLD_SIZE" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def is_out_of_memory(error):
@@ -269,6 +270,11 @@ def run_picture_command(description, draw, out, **numbers):
     --out.
 
     numbers: an option each, name=(default, help)."""
+    run_command(partial(draw_to_file, description, draw, out, numbers))
+
+
+def draw_to_file(description, draw, out, numbers):
+    """What `run_picture_command` does, from its arguments."""
     parser = build_parser(description)
     parser.add_argument("--out", type=parse_path, default=out, help="the picture to write")
     for name, (default, text) in numbers.items():

@@ -84,7 +84,7 @@ def is_published(path, kind):
 
 def cache_folder():
     """Where downloads are kept."""
-    return Path(os.environ.get("GLIMPSE_CACHE") or "~/.cache/glimpse").expanduser()
+    return Path(os.path.expanduser(os.environ.get("GLIMPSE_CACHE") or "~/.cache/glimpse"))
 
 
 def find_address(name, file):

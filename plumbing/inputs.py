@@ -25,7 +25,8 @@ from PIL import Image
 from plumbing.console import UserError, describe_error
 from plumbing.images import seeded, to_float, to_uint8
 from plumbing.names import normal_name
-from plumbing.pictures import crop_square, open_picture, to_8_bit, turn_upright
+from plumbing.pictures import (
+    crop_square, open_picture, to_8_bit, turn_upright, upright_size)
 from plumbing.sources import Paired, open_images
 
 
@@ -142,34 +143,39 @@ class UserPictures:
         """Picture `name`, the i-th -> x, hole, truth."""
         with self.source.picture(name) as picture:
             x = picture_to_tensor(picture, self.mode, self.side)
+            size = upright_size(picture)                           # before any square is cut
             hole = None
             if self.needs_hole:
-                hole = self.read_hole(name, picture, i, x.shape[2:])
+                hole = self.read_hole(name, picture, i, x.shape[2:], size)
         truth = None
         if self.targets:
-            size = tuple(self.zoom * k for k in x.shape[2:])
+            size = tuple(self.zoom * k for k in size)
             side = self.side and self.side * self.zoom
             truth = self.read_partner(self.targets, name, size, self.target_mode, side)
         return x, hole, truth
 
     def read_partner(self, pairs, name, size, mode, side, prepare=lambda picture: picture):
-        """The file that belongs to picture `name`. -> (1, C, *size)
+        """The file that belongs to picture `name`. size: its width and height, upright and
+        before any square is cut. -> (1, C, H, W)
 
         UserError when it is missing, unreadable or of another size."""
         try:
             with pairs.map(name) as picture:
+                width, height = upright_size(picture)
                 out = picture_to_tensor(prepare(picture), mode, side)
         except Exception as error:
             raise UserError(f"{name}: {describe_error(error)}") from None
-        if out.shape[2:] != size:
-            raise UserError(f"{name}: its {pairs.what} has {out.shape[3]} x {out.shape[2]} pixels, "
-                            f"it should have {size[1]} x {size[0]}")
+        if (width, height) != size:
+            raise UserError(f"{name}: its {pairs.what} has {width} x {height} pixels, "
+                            f"it should have {size[0]} x {size[1]}")
         return out
 
-    def read_hole(self, name, picture, i, size):
-        """Where to paint. -> (1, 1, *size) bool. UserError for none and for everywhere."""
+    def read_hole(self, name, picture, i, shape, size):
+        """Where to paint. shape: (H, W) of x. size: as in `read_partner`.
+
+        -> (1, 1, H, W) bool. UserError for none and for everywhere."""
         if self.random:
-            return self.draw_holes(1, *size, seeded(self.seed, i, 1))
+            return self.draw_holes(1, *shape, seeded(self.seed, i, 1))
         if self.holes:
             mask = self.read_partner(self.holes, name, size, "L", self.side, flatten_over_black)
             hole, everywhere = mask > 0, "its mask is white"

@@ -159,8 +159,8 @@ def start_machine(device="auto", threads=0):
 
     -> Machine. UserError for a device that this machine lacks, or more processes than
     GPUs."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    rank, world = read_variable("RANK", 0), read_variable("WORLD_SIZE", 1)
+    local_world = read_variable("LOCAL_WORLD_SIZE", world)
     if rank >= world:                                   # it would train, and write nothing
         raise UserError(f"RANK is {rank}, WORLD_SIZE {world}: start with torchrun, or unset RANK")
     if world > 1 and ":" in device:
@@ -180,6 +180,22 @@ def start_machine(device="auto", threads=0):
         end_with_parent()
         join_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Machine(rank, world, local_world, device)
+
+
+def read_variable(name, default):
+    """A whole number that torchrun has put into the environment. UserError for anything
+    else."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text}, not a whole number: start with torchrun, or unset it")
+    return int(text)
+
+
+def require_one_process(command):
+    """UserError when torchrun has started a command that is the work of one process: each
+    of them would write the same files."""
+    if read_variable("WORLD_SIZE", 1) != 1:
+        raise UserError(f"{command} is the work of one process: start it without torchrun")
 
 
 def join_group(backend):
@@ -215,7 +231,7 @@ def end_with_parent():
 
 def start_cuda(device, world, local_world):
     """The GPU of this process, chosen and set. -> its device, with a number"""
-    index = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else device.index or 0
+    index = read_variable("LOCAL_RANK", 0) if world > 1 else device.index or 0
     gpus = torch.cuda.device_count()
     if world > 1 and local_world > gpus:
         raise UserError(f"{local_world} processes but {gpus} GPU(s): "

@@ -11,6 +11,8 @@ no damage of the pixels: they are used as they lie.
 
 Shapes: C channels (3, or 1 for gray), size the side in pixels.
 """
+import os
+
 import numpy as np
 from PIL import Image, PngImagePlugin
 from PIL.Image import Transpose
@@ -36,7 +38,11 @@ TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLI
 def open_picture(file):
     """Open a path or a file object with Pillow; its header is read and its pixels are not.
 
-    -> PIL picture.  Image.DecompressionBombError for too many pixels."""
+    -> PIL picture.  Image.DecompressionBombError for too many pixels, OSError for a pipe or
+    a device, which would never end."""
+    is_path = isinstance(file, (str, os.PathLike))
+    if is_path and os.path.exists(file) and not os.path.isfile(file):
+        raise OSError("a pipe, a device or a folder, not a file")
     picture = Image.open(file, formats=FORMATS)
     limit = Image.MAX_IMAGE_PIXELS             # above it Pillow warns; it raises above twice of it
     if limit and picture.width * picture.height > limit:

@@ -389,8 +389,8 @@ def open_images(path, also="", part=""):
     that part alone of a root that holds exactly these two.  UserError for anything else."""
     if is_published(path, "data"):
         return PUBLISHED[str(path)](*fetch_published(str(path)))
-    given, path = path, Path(path).expanduser()
-    if not str(given) or not path.exists():
+    given, path = path, Path(os.path.expanduser(path))
+    if not str(given) or not (path.is_dir() or path.is_file()):       # nor a pipe, a device
         raise UserError(f"{given or 'an empty name'}: there is no such file or folder; give a "
                         f"folder or a .zip{also}, or a name that is downloaded "
                         f"({list_published('data')})")

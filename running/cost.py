@@ -23,6 +23,7 @@ MaskDiT's 65.4 at half of the tokens.
 
 Shapes: h x w tokens, K of them visible, D the width of a block.
 """
+import os
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -163,7 +164,7 @@ def count_classes(o):
         return 1000
     if is_published(o.data, "data"):
         return DOWNLOADS[o.data].classes
-    path = Path(o.data).expanduser()
+    path = Path(os.path.expanduser(o.data))
     if o.data == "faces" or not path.exists():              # a wrong path gets its one clear line
         return len(load_images(o.data, o.size, labels=True, count=1).classes)
     return len(set(class_folders(open_images(path, part="train"))))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mask import visible_count
 from plumbing.checkpoint import (
-    VERSION, checkpoint_step, keep_copy, name_newest, open_run_folder, remove_old_copies,
+    VERSION, checkpoint_step, find_last, keep_copy, name_newest, open_run_folder, remove_old_copies,
     save_atomic, unlink_link)
 from plumbing.console import UserError, hearing_signals, is_first_here, replacing
 from plumbing.sheets import draw_plot, save_picture
@@ -118,8 +118,8 @@ class Journal:
         """The run's folder and its lock. UserError when another process trained there while
         this one read its images."""
         folder, config = open_run_folder(self.setup.o.out)
-        last, ckpt = folder / "last.pt", self.setup.ckpt
-        if last.exists() != bool(ckpt) or (ckpt and checkpoint_step(last) != ckpt["step"]):
+        last, ckpt = find_last(folder), self.setup.ckpt
+        if bool(last) != bool(ckpt) or (ckpt and checkpoint_step(last) != ckpt["step"]):
             config.close()
             raise UserError(f"--out {folder}: another process has trained there meanwhile; "
                             "give another --out, or --resume again")
@@ -312,7 +312,7 @@ class Journal:
 
     def save(self, is_numbered):
         """Write last.pt, whole or not at all. One with a number gets that name first: a run
-        that is killed in between makes the steps before it again."""
+        that is killed in between goes on from the number, or from an older last.pt."""
         meta = self.setup.meta | self.plan.state() | dict(skipped=self.learner.skipped)
         last, numbered = self.folder / "last.pt", self.folder / f"{self.plan.step:06d}.pt"
         save_atomic(self.learner.state() | dict(

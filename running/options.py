@@ -13,6 +13,7 @@ instead.
 """
 import argparse
 import dataclasses
+import json
 import math
 import numbers
 import textwrap
@@ -22,7 +23,8 @@ from typing import ClassVar
 
 from losses import OBJECTIVES, RECON_TARGETS, WEIGHTS
 from mask import POLICIES, RATIOS
-from plumbing.checkpoint import CONTINUED, LATEST, newest_checkpoint, read_checkpoint
+from plumbing.checkpoint import (
+    CONTINUED, LATEST, find_last, newest_checkpoint, read_checkpoint)
 from plumbing.console import UserError, build_parser, parse_path
 from plumbing.downloads import list_published
 from running.recipes import RECIPES, recipe_options
@@ -323,6 +325,8 @@ def check_data(o):
            "--latents is where --no-cache-latents keeps nothing; leave one out")
     refuse(o.task != "generate" and o.latents != Options.latents,
            "--latents: with a --task nothing is kept, its conditions are made of pixels")
+    refuse(o.task != "generate" and not o.cache_latents,
+           "--no-cache-latents: with a --task nothing is kept anyway; leave it out")
     refuse(not 0 < o.fraction <= 1, "--fraction must be in (0, 1]")
     refuse(not 0 <= o.workers <= 512, "--workers must be 0 to 512, about one for each core")
     refuse(not 0 <= o.cache_gb < math.inf, "--cache-gb must be at least 0")
@@ -344,6 +348,8 @@ def check_mask(o):
     refuse(is_ramp and o.mask_from is None, "--ramp needs --mask-from, the share it starts at")
     refuse(not is_ramp and o.mask_from is not None,
            "--mask-from needs a --ramp that is not constant")
+    refuse(is_ramp and o.mask_from == o.mask,
+           "--mask-from is --mask itself, so nothing would rise: leave it and --ramp out")
     refuse(o.policy != Options.policy and not hides,
            "--policy says which tokens are hidden: it needs --mask; without one, --policy patch")
     refuse(o.economy == "route" and not hides and o.stage == "train",  # stage two has no choice
@@ -421,8 +427,9 @@ def check_optimisation(o):
     """Lengths, batches, rates."""
     refuse(not 1 <= o.batch <= 2**20 or (o.micro_batch is not None and o.micro_batch < 1),
            "--batch and --micro-batch must be at least 1, and a batch at most 1048576 images")
-    refuse(o.steps is not None and o.steps < 1, "--steps must be at least 1")
-    refuse(o.minutes is not None and not is_positive(o.minutes), "--minutes must be positive")
+    refuse(o.steps is not None and not 1 <= o.steps <= 10**15, "--steps must be 1 to 10^15")
+    refuse(o.minutes is not None and not 0 < o.minutes <= 10**7,
+           "--minutes must be positive, and at most 10^7 (19 years)")
     refuse(not (is_positive(o.lr) and is_positive(o.clip)), "--lr and --clip must be positive")
     refuse(o.warmup < 0 or not 0 <= o.wd < math.inf, "--warmup and --wd must be at least 0")
     refuse(not (0 <= o.ema < 1 and 0 <= o.beta1 < 1 and 0 <= o.beta2 < 1),
@@ -471,9 +478,22 @@ def is_same_value(one, other):
 def find_run(out, resume):
     """The folder that `out` names, or the newest run's to resume. -> Path, or None: a new
     one."""
+    refuse(bool(out) and Path(out).absolute() == LATEST.absolute(),
+           f"--out {out}: this file names the newest run; give another name, or --resume alone")
     if out:
         return Path(out)
     return newest_checkpoint().parent if resume and LATEST.exists() else None
+
+
+def require_own_folder(out):
+    """UserError for a folder with a config.json of somebody else, for a run replaces it."""
+    config, text = out / "config.json", ""
+    try:
+        text = config.read_text() if config.exists() else ""
+        is_own = not text or "stage" in json.loads(text)    # empty: killed while it was written
+    except (OSError, ValueError, TypeError):
+        is_own = False
+    refuse(not is_own, f"--out {out}: its config.json is not a run's; give another folder")
 
 
 def list_runs():
@@ -524,18 +544,21 @@ def resolve_options(options, given):
         raise UserError("--steps and --minutes: give one of them")
     o = options(**recipe_options(given.get("recipe"), options.stage, given))
     out = find_run(o.out, o.resume)
-    if not (out and (out / "last.pt").exists()):
+    last = find_last(out) if out else None
+    if last is None:
         says_what = given.keys() - (MAY_CHANGE - {"steps"})
         refuse(o.resume and not says_what,
                f"--resume: there is no run{f' in {out}' if out else ''}; the runs here are "
                f"{list_runs()}. To start one, say with what (--data faces)")
+        if out:
+            require_own_folder(out)
         if o.resume:
             print(f"nothing to continue{f' in {out}' if out else ''}: starting")
         return dataclasses.replace(o, out=out and str(out)), None
     refuse(not o.resume,
            f"--out {out} already holds a run: add --resume to continue it, or give another --out")
-    ckpt = read_checkpoint(out / "last.pt", "config", *CONTINUED)
-    require_same_meaning(ckpt, out / "last.pt", trains=True)
+    ckpt = read_checkpoint(last, "config", *CONTINUED)
+    require_same_meaning(ckpt, last, trains=True)
     made_by = ckpt["meta"]["stage"]
     refuse(made_by != options.stage,
            f"--resume: {out} was made by {made_by}.py, not by {options.stage}.py; give the --out "

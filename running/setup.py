@@ -191,8 +191,8 @@ def require_same_data(meta, data, out):
 def require_output_outside(o):
     """UserError when the run's folder lies among its images: its pictures would become
     some."""
-    for flag, path in (("--data", o.data), ("--val", o.val)):
-        if Path(path).is_dir() and is_inside(o.out or "runs", path):
+    for flag, path in (("--data", o.data), ("--val", o.val), ("--targets", o.targets)):
+        if path and Path(path).is_dir() and is_inside(o.out or "runs", path):
             raise UserError(f"--out {o.out or 'runs'}: lies in {flag} {path}, and the run's own "
                             "pictures would become images of it; give another folder")
 

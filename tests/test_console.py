@@ -50,6 +50,14 @@ def test_numbers_are_whole_numbers_as_people_write_them(capsys):
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_ctrl_c_ends_a_picture_command_without_a_traceback(tmp_path):
+    code = ("from plumbing.console import run_picture_command\n"
+            "def draw(seed): raise KeyboardInterrupt\n"
+            "run_picture_command('x', draw, 'x.png', seed=(0, 'x'))")
+    done = run_code(code, cwd=tmp_path)
+    assert done.returncode == 130 and not done.stderr and not list(tmp_path.iterdir())
+
+
 COMMAND = "from plumbing.console import run_command\ndef main():\n    {}\nrun_command(main)"
 
 

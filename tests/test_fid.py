@@ -1,5 +1,6 @@
 """fid.py: the distance against closed forms and scipy, the network against its published
 layout, the command against bad input."""
+import os
 import subprocess
 import sys
 import warnings
@@ -527,6 +528,8 @@ def test_the_proxy_command_prints_three_ratios_and_never_a_line_that_begins_with
      ["images", "images", "--proxy", "--seed", "99999999999999999999"],
      ["images", "images", "--proxy", "--protocol", "tf1"],
      ["images", "images", "--proxy", "--inception", "nowhere.pth"],
+     ["images", "images", "--proxy", "--device", "cpu"],
+     ["stats.npz", "stats.npz", "--device", "cpu"], ["images", "pipe"], ["images", os.devnull],
      ["images", "images", "--proxy", "--batch", "7"], ["stats.npz", "stats.npz", "--n", "10"],
      ["stats.npz", "stats.npz", "--size", "64"], ["images", "images", "--device", "nowhere"],
      ["images", "images", "--n", "two"], ["images", "images", "--prox"], []])
@@ -544,6 +547,7 @@ def test_bad_input_is_one_line_and_status_2(folder, argv, capsys, monkeypatch):
     np.savez("shape.npz", **vars(stats()) | dict(sigma=np.eye(2)))
     np.savez("protocol.npz", **vars(stats()) | dict(protocol="xx"))
     (folder / "folder.npz").mkdir()
+    os.mkfifo("pipe")                                               # who reads it waits for ever
     (folder / "small").mkdir()
     Image.new("RGB", (4, 4)).save("small/0.png")
     code = status(fid, argv)

@@ -18,7 +18,8 @@ import running.journal
 import running.setup
 import train
 from conftest import ROOT
-from plumbing.checkpoint import open_run_folder, remove_old_copies, save_atomic
+from plumbing.checkpoint import (checkpoint_step, newest_checkpoint, open_run_folder,
+                                 remove_old_copies, save_atomic)
 from plumbing.console import UserError
 from plumbing.images import choose_subset
 from running.evaluate import validate
@@ -215,9 +216,20 @@ def test_a_kill_between_the_two_names_of_a_checkpoint_loses_neither(
         go(photos, *arguments)
     assert not Path("runs/a/last.pt").exists()
     go(photos, *arguments, "--resume")
-    assert read("runs/a/000002.pt")["step"] == 2
+    assert [row["step"] for row in rows("runs/a")][-1] == "4"
     assert Path("runs/a/000004.pt").samefile("runs/a/last.pt")
     assert not list(Path("runs/a").glob("*.tmp"))
+
+
+def test_a_run_whose_last_checkpoint_is_gone_goes_on_from_the_newest_number(
+        photos, capsys):  # noqa: F811
+    arguments = ["--save-every", 2, "--out", "runs/a"]
+    go(photos, "--steps", 4, *arguments)
+    Path("runs/a/last.pt").unlink()
+    with pytest.raises(UserError, match="already holds a run: add --resume"):
+        go(photos, "--steps", 4, *arguments)
+    go(photos, "--steps", 6, *arguments, "--resume")
+    assert "continued at step 4" in capsys.readouterr().out and read("runs/a/last.pt")["step"] == 6
 
 
 def test_the_newest_checkpoints_stay_beyond_a_million_steps(tmp_path):
@@ -234,6 +246,30 @@ def test_a_run_does_not_write_among_its_images(flags):
     with pytest.raises(UserError, match="lies in --data"):
         train.main(["--data", "photos" if flags else ".", *TINY, "--steps", "1", *flags])
     assert not Path("photos/run").exists() and not Path("runs").exists()
+
+
+def test_the_step_of_a_checkpoint_is_known_whatever_its_folder_is_called(tmp_path):
+    folder = tmp_path / "a\udcffb\n"
+    folder.mkdir()
+    save_atomic(dict(step=7), folder / "last.pt")
+    assert checkpoint_step(folder / "last.pt") == 7
+
+
+@pytest.mark.parametrize("written", ["runs/a \n", "runs/a "])
+def test_a_name_that_ends_with_a_space_is_one(written):
+    Path("runs").mkdir()
+    Path("runs/latest").write_text(written)
+    assert str(newest_checkpoint()) == "runs/a /last.pt"
+
+
+def test_a_run_does_not_write_among_its_targets():
+    for i in range(8):
+        paint(Path("photos") / f"{i}.png", 30 * i)
+        paint(Path("maps") / f"{i}.png", 200)
+    with pytest.raises(UserError, match="lies in --targets maps"):
+        train.main(["--data", "photos", "--targets", "maps", "--task", "saliency", *TINY,
+                    "--steps", "1", "--out", "maps/run"])
+    assert not Path("maps/run").exists()
 
 
 def test_what_a_longer_plan_turns_back_is_told(photos, capsys):  # noqa: F811
@@ -253,16 +289,18 @@ def test_what_a_longer_plan_turns_back_is_told(photos, capsys):  # noqa: F811
 
 def test_links_in_a_runs_folder_are_replaced_and_not_followed(photos):  # noqa: F811
     Path("precious").mkdir()
-    Path("precious/file").write_text("mine")
+    Path("precious/file").write_text('{"stage": "mine"}')
     Path("runs/a").mkdir(parents=True)
     for name in ("config.json", "last.pt", "last.pt.tmp", "log.csv", "log.csv.tmp", "loss.png",
                  "000002.pt", "000002.pt.tmp",
                  ):
         (Path("runs/a") / name).symlink_to(Path("precious/file").resolve())
     Path("runs/a/samples").symlink_to(Path("precious").resolve())
-    Path("runs/a/last.pt").unlink()  # or it would be a run to go on with
+    for name in ("last.pt", "000002.pt"):
+        Path("runs/a", name).unlink()  # or it would be a run to go on with
     go(photos, "--steps", 2, "--save-every", 2, "--out", "runs/a")
-    assert Path("precious/file").read_text() == "mine" and os.listdir("precious") == ["file"]
+    assert Path("precious/file").read_text() == '{"stage": "mine"}'
+    assert os.listdir("precious") == ["file"]
     assert not any(path.is_symlink() for path in Path("runs/a").rglob("*"))
 
 

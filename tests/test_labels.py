@@ -73,10 +73,13 @@ def test_guidance_of_a_model_that_always_saw_the_label_is_refused(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     data = folder_of_classes(tmp_path / "data", WORDS)
     train.main(["--data", data, *FLAGS, "--label-dropout", "0", "--out", "run"])
-    common = ["--ckpt", "run", "--n", "2", "--steps", "1", "--device", "cpu", "--label", "bee"]
+    common = ["--ckpt", "run", "--n", "2", "--steps", "1", "--device", "cpu"]
     for cfg in ("3", "0"):
         with pytest.raises(UserError, match=f"--cfg {cfg}.*--label-dropout 0"):
             sampling.main([*common, "--cfg", cfg])
+    common += ["--label", "bee"]
+    with pytest.raises(UserError, match="--label bee: --cfg 0 knows no class"):
+        sampling.main([*common, "--cfg", "0"])
     model = sampling.load("run", device="cpu")
     with pytest.raises(UserError, match="--label-dropout 0"):
         sampling.sample(model, 1, 1, labels=0, cfg=2.0)

@@ -78,10 +78,12 @@ REFUSED = [
     ["--latents", "x"], ["--out", ""],
     ["--space", "latent", "--vae", "vae.pt", "--latents", "x", "--no-cache-latents"],
     ["--task", "superres", "--space", "latent", "--vae", "vae.pt", "--latents", "x"],
+    ["--task", "superres", "--space", "latent", "--vae", "vae.pt", "--no-cache-latents"],
     ["--decoder", "-1"], ["--economy", "route", "--skips"],
 
     ["--mask", "1"], ["--mask", "-0.1"], ["--mask-from", "2", "--ramp", "linear"],
     ["--ramp", "linear"], ["--mask-from", "0.1"],
+    ["--ramp", "linear", "--mask", "0.5", "--mask-from", "0.5"],
     ["--policy", "block"], ["--block", "0"], ["--block", "2"], ["--economy", "route"],
 
     ["--weighting", "ddm", "--predict", "unit"],
@@ -103,12 +105,13 @@ REFUSED = [
 
     ["--batch", "0"], ["--batch", "9", "--micro-batch", "4"], ["--steps", "0"],
     ["--cache-gb", "-1"], ["--keep", "-1"], ["--workers", "9999"],
-    ["--minutes", "0"], ["--minutes", "nan"], ["--lr", "0"], ["--lr", "nan"], ["--clip", "inf"],
+    ["--steps", "9" * 17], ["--minutes", "1e15"], ["--minutes", "0"], ["--minutes", "nan"],
+    ["--lr", "0"], ["--lr", "nan"], ["--clip", "inf"],
     ["--wd", "-1"], ["--ema", "1"], ["--lr-end", "2"], ["--amp", "fp16"],
 
     ["--steps", "2", "--minutes", "1"], ["--mask", "0.01"],
     ["--recipe", "maskdit"], ["--save-every", "0"], ["--seed", "-1"], ["--threads", "100000"],
-    ["--device", "cuda:99"], ["--device", "foo"], ["--out", "FILE/x"],
+    ["--device", "cuda:99"], ["--device", "foo"], ["--out", "FILE/x"], ["--out", "runs/latest"],
 ]
 
 
@@ -122,6 +125,29 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(photos, arguments
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=str)
+@pytest.mark.parametrize("name, content", [
+    ("000100.pt", "other weights"), ("config.json", '{"name": "other"}'), ("config.json", "3"),
+    ("config.json", "no json")])
+def test_a_folder_with_files_of_others_is_no_place_for_a_run(photos, name, content, resume,
+                                                             capsys):
+    Path("mine").mkdir()
+    Path("mine", name).write_text(content)
+    given = ["--data", photos, *TINY, "--steps", "1", "--out", "mine", *resume]
+    assert status(train, given) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "mine" in error
+    assert [path.name for path in Path("mine").iterdir()] == [name]
+    assert Path("mine", name).read_text() == content
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(photos):
+    for text in ("", '{"stage": "train"}'):
+        Path("begun").mkdir(exist_ok=True)
+        Path("begun/config.json").write_text(text)
+        assert resolve_options(Options, dict(data=photos, out="begun", resume=True))[1] is None
 
 
 def refuse_lines():

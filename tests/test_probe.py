@@ -178,6 +178,7 @@ REFUSED = [(["--noise", "-1"], "--noise"), (["--noise", "nan"], "--noise"), (["-
            (["--no-cache-latents"], "--space latent"), (["--vae", "x"], "--vae"),
            (["--fraction", "0"], "--fraction"), (["--data", "FLAT"], "subfolder"),
            (["--data", "ONE"], "two classes"), (["--from", "nowhere"], "nowhere"),
+           (["--latents", "x", "--no-cache-latents"], "keeps nothing"),
            (["--from", "RECONSTRUCT", "--noise", "0.1"], "which has seen none")]
 
 

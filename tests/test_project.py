@@ -84,6 +84,17 @@ def test_an_unknown_flag_is_exit_2_and_one_line(script, monkeypatch, capsys):
     assert "--no-such-flag" in told and len(told.splitlines()) == 1
 
 
+@pytest.mark.parametrize("script", READERS)
+def test_the_work_of_one_process_is_refused_to_many(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = {"fid.py": ["A", "B"], "reproduce.py": ["ddm"]}.get(script, [])
+    assert run_script(script, words, monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert told == f"error: {script} is the work of one process: start it without torchrun\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_line_keeps_false_and_none_apart_from_absent():
     parser = options_parser(train.Options, "")
     assert vars(parser.parse_args(["--no-flip", "--mask", "0"])) == {"flip": False, "mask": 0.0}

@@ -164,6 +164,8 @@ def test_a_target_is_asked_for_and_refused_where_nothing_reads_it(tmp_path):
         reproduce.main(["transfer", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="--target: only transfer"):
         reproduce.main(["ddm", "--target", "faces", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="--target nowhere: there is no such"):
+        reproduce.main(["transfer", "--target", "nowhere", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
 
@@ -378,6 +380,15 @@ def test_what_another_process_has_measured_meanwhile_is_not_measured_again(tmp_p
     one, other = (claims.bench.Bench("ddm", args, {}) for _ in range(2))
     assert one.measure_once("a", lambda: 1) == 1
     assert other.measure_once("a", lambda: 2) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_damaged_numbers_are_one_line(tmp_path, content):
+    args = reproduce.parser().parse_args(["ddm", "--out", str(tmp_path)])
+    (tmp_path / "ddm").mkdir()
+    (tmp_path / "ddm" / "cells.json").write_text(content)
+    with pytest.raises(UserError, match="cells.json is damaged: delete it"):
+        claims.bench.Bench("ddm", args, {})
 
 
 def test_a_stopped_autoencoder_is_no_autoencoder(tmp_path, monkeypatch):

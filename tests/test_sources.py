@@ -647,6 +647,16 @@ def test_the_latents_are_measured_on_a_random_part_of_a_sorted_set(monkeypatch):
     assert vae.take_some(images).shape == (1024, 3, 4, 4) and seen[-1].max() > 8000
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_pipes_and_homes_of_nobody_are_no_sources(tmp_path):
+    os.mkfifo(tmp_path / "pipe.zip")
+    for path in (tmp_path / "pipe.zip", "~nosuchuser/photos"):
+        with pytest.raises(UserError, match="there is no such file or folder"):
+            open_images(path)
+        with pytest.raises(UserError, match="there is no such file"):
+            vae.load_vae(path)
+
+
 def test_a_home_folder_is_expanded_in_every_path_of_vae(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     args = vae.parser().parse_args(["--data=~/a", "--out", "~/v.pt", "--picture", "~/v.png"])

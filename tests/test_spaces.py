@@ -191,6 +191,16 @@ def test_a_damaged_file_is_named(tmp_path, kept):
         encode_once([images()], space(), tmp_path, True)
 
 
+@pytest.mark.parametrize("change", [
+    lambda kept: kept[1:], lambda kept: kept[..., :1], lambda kept: kept.astype(np.float64)])
+def test_latents_of_another_shape_are_named_as_damaged(tmp_path, change):
+    encode_once([images()], space(), tmp_path, True)
+    (path,) = tmp_path.iterdir()
+    np.save(path, change(np.load(path)))
+    with pytest.raises(UserError, match="damaged .*float.*delete it"):
+        encode_once([images()], space(), tmp_path, True)
+
+
 @pytest.mark.parametrize("locks", [True, False])
 def test_without_locks_the_file_is_the_same(tmp_path, monkeypatch, locks):
     if not locks:

@@ -152,7 +152,10 @@ def test_a_tampered_checkpoint_works_or_is_one_line(tmp_path, count, seed):
     (None, "rng", torch.get_rng_state().to_sparse(), "rng must be"),
     ("state", "exp_avg", None, "not that of this network"),
     ("network", "guess", "unit", "guess is one of unit"), ("network", "guess", 3, "guess must be"),
-    ("network", "guess", None, "not those of the network")])
+    ("network", "guess", None, "not those of the network"),
+    ("meta", "channels", 1, "takes 3 channel"),
+    ("meta", "objective", "guess", "objective is guess"),
+    ("meta", "recon_target", "x", "recon_target is x")])
 def test_what_the_generator_found_is_one_line_or_works(tmp_path, monkeypatch, where, key, value,
                                                        word):
     """A size between the tokens, an integer that torch cannot hold, 0 for 0.0, a long

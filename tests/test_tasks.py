@@ -1,6 +1,7 @@
 """Laws of tasks: a condition says nothing about what it hides, known pixels survive,
 measures equal brute force, tiles make one picture."""
 import math
+import os
 
 import numpy as np
 import pytest
@@ -657,6 +658,44 @@ def test_holes_and_targets_are_checked_before_anything_is_computed(own, monkeypa
     assert not (own / "out").exists()
 
 
+def test_a_mask_and_a_target_are_of_their_pictures_size(own, monkeypatch):
+    """Also where all are cut to the model's square: of another size it lies elsewhere."""
+    train.main([*FLAGS, "--objective", "reconstruct", "--decoder", "1", "--mask", "0.5", "--out",
+                "rec"])
+    monkeypatch.setattr(restore, "restore_pictures", None)  # a network call would fail
+    monkeypatch.setattr(restore, "inpaint_hole", None)
+    for size in ((40, 28), (28, 28), (20, 15)):
+        for i in range(3):
+            mask(own / "holes" / f"f{i}.png", size)
+        for flags in (["--ckpt", "ip"], ["--ckpt", "rec", "--task", "inpaint"]):
+            why = f"mask has {size[0]} x {size[1]} pixels, it should have 20 x 14"
+            with pytest.raises(UserError, match=why):
+                restore.main([*flags, "--input", "mine", "--holes", "holes", "--out", "a.png"])
+    with pytest.raises(UserError, match="target has 20 x 15 pixels, it should have 20 x 14"):
+        restore.main(["--ckpt", "ip", "--input", "mine", "--holes", "random", "--targets", "holes",
+                      "--out", "a.png"])
+
+
+@pytest.mark.parametrize("folder", ["mine", "holes"])
+@pytest.mark.parametrize("flag", ["--out", "--trace"])
+def test_no_result_becomes_a_picture_a_mask_or_a_target(own, flag, folder):
+    for i in range(3):
+        mask(own / "holes" / f"f{i}.png")
+    given = ["--ckpt", "ip", "--input", "mine", "--holes", "holes", "--steps", "1"]
+    with pytest.raises(UserError, match=f"{flag} .*lies in --.* {folder}"):
+        restore.main([*given, flag, f"{folder}/new.png"])
+    assert not (own / folder / "new.png").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_among_pictures_is_skipped_and_does_not_wait(own, capsys):
+    os.mkfifo("mine/pipe.png")
+    restore.main(["--ckpt", "sr", "--input", "mine", "--out", "out", "--steps", "1"])
+    assert "skipped 1 of 4" in capsys.readouterr().err
+    with pytest.raises(UserError, match="pipe"):
+        restore.main(["--ckpt", "sr", "--input", "mine/pipe.png", "--out", "other"])
+
+
 def test_a_mask_painted_white_on_nothing_is_what_is_white(own):
     for i in range(3):
         mask(own / "holes" / f"f{i}.png", mode="RGBA", paint=(255, 255, 255, 255))
@@ -725,6 +764,12 @@ def test_a_model_of_reconstruction_takes_holes_by_name_and_refuses_what_it_does_
                        (["--task", "edges"], "was trained to reconstruct")):
         with pytest.raises(UserError, match=why):
             restore.main(["--ckpt", "rec", "--input", "mine", *flags])
+    ckpt = torch.load("rec/last.pt", weights_only=True)
+    del ckpt["meta"]["ratio"], ckpt["meta"]["recon_target"]             # as a hand may
+    torch.save(ckpt, "bare.pt")
+    with pytest.raises(UserError, match="--ratio: the checkpoint names none"):
+        restore.main(["--ckpt", "bare.pt", "--input", "mine", "--out", "d.png"])
+    restore.main(["--ckpt", "bare.pt", "--input", "mine", "--out", "d.png", "--ratio", "0.5"])
     (own / "file").write_text("")
     monkeypatch.setattr(restore, "reconstruct", None)                   # told before the work
     assert status(restore, ["--ckpt", "rec", "--input", "mine", "--out", "file/c.png"]) == 2

@@ -29,7 +29,7 @@ import vae
 import plumbing.machine
 import plumbing.plan
 from plumbing.checkpoint import open_run_folder, save_atomic
-from conftest import ROOT
+from conftest import ROOT, status
 from plumbing.console import UserError
 from plumbing.machine import amp_type
 from sample import DiffusionModel
@@ -278,6 +278,22 @@ def test_a_world_without_a_meeting_place_is_refused_in_one_line(photos, monkeypa
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="start with torchrun, or unset WORLD_SIZE"):
         go(photos, "--steps", 1, "--batch", 4, "--device", "cpu", "--out", "runs/a")
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["one", "-1", "1.5", ""])
+def test_a_number_of_torchruns_that_is_none_is_refused_in_one_line(photos, monkeypatch, name,
+                                                                   value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name} is {value}, not a whole number"):
+        go(photos, "--steps", 1, "--batch", 4, "--device", "cpu", "--out", "runs/a")
+
+
+def test_a_local_rank_alone_silences_nothing(photos, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert status(train, ["--data", photos, "--steps", "0"]) == 2
+    assert "--steps" in capsys.readouterr().err
 
 
 def test_a_rank_outside_its_world_is_refused_in_one_line(photos, monkeypatch):

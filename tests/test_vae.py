@@ -388,6 +388,7 @@ def test_training_is_reproducible_and_improves(folder):
     out = folder.parent / "vae.pt"
     x, loss, shas = to_float(load_images(folder, 16).take(range(24))[0]), [], []
     for steps in ("1", "40", "40"):
+        out.unlink(missing_ok=True)
         assert status(vae, command(folder, "--steps", steps, "--lr", "0.005")) == 0
         space = load_vae(out)
         loss.append((space.decode(space.encode(x)) - x).square().mean().item())
@@ -415,10 +416,16 @@ def test_minutes_become_a_plan_after_ten_timed_steps(folder, capsys, monkeypatch
     assert max(rates) <= 2e-3 and rates[0] == pytest.approx(2e-3 / 50) and rates[-1] < 1e-5
 
 
-def test_a_training_that_diverges_says_so_and_leaves_the_old_file(folder, capsys):
-    (folder.parent / "vae.pt").write_text("old")
+def test_a_training_that_diverges_says_so_and_leaves_nothing(folder, capsys):
     assert status(vae, command(folder, "--steps", "20", "--lr", "1e30")) == 2
     assert "--lr 1e+30" in capsys.readouterr().err
+    assert not list(folder.parent.glob("vae*"))
+
+
+def test_an_autoencoder_that_runs_may_need_is_never_replaced(folder, capsys):
+    (folder.parent / "vae.pt").write_text("old")
+    assert status(vae, command(folder, "--steps", "1")) == 2
+    assert "exists already" in capsys.readouterr().err
     assert (folder.parent / "vae.pt").read_text() == "old"
 
 
@@ -477,13 +484,11 @@ def test_an_unknown_flag_is_exit_2_without_a_traceback(tmp_path):
     assert "--no-such-flag" in done.stderr
 
 
-def test_ctrl_c_ends_the_command_without_a_traceback_and_leaves_the_old_file(folder, capsys,
-                                                                             monkeypatch):
-    (folder.parent / "vae.pt").write_text("old")
+def test_ctrl_c_ends_the_command_without_a_traceback_and_leaves_nothing(folder, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step",
                         lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     assert status(vae, command(folder, "--steps", "3")) == 130
-    assert (folder.parent / "vae.pt").read_text() == "old"
+    assert not list(folder.parent.glob("vae*"))
 
 
 def test_a_folder_of_diffusers_is_taken_for_the_one_file_of_weights_in_it(tmp_path):
