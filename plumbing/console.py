@@ -177,6 +177,11 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def is_compiler_error(error):
+    """Whether torch.compile failed. Its errors have no public names."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
 def find_status(command):
     """The exit status of a command's main, after its one line where there is one."""
     try:
@@ -189,10 +194,15 @@ def find_status(command):
               "--checkpoint-blocks (train.py, finetune.py), or --batch (sample.py)",
               file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if is_compiler_error(error):            # a cache that was cut short, too
+            print(f"error: --compile: torch cannot compile this ({describe_error(error)[:200]}); "
+                  "delete torch's folder torchinductor_NAME of temporary files, or leave --compile "
+                  "out", file=sys.stderr)
+        elif is_out_of_memory(error):
+            print("error: the memory is full: try a smaller --batch, --size or --cache-gb",
+                  file=sys.stderr)
+        else:
             raise
-        print("error: the memory is full: try a smaller --batch, --size or --cache-gb",
-              file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 2

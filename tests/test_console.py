@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from conftest import ROOT
-from plumbing.console import Screen, UserError, build_parser, escape, parse_path, replacing
+from plumbing.console import (
+    Screen, UserError, build_parser, escape, find_status, parse_path, replacing)
 
 
 def run_code(code, **how):
@@ -123,6 +125,33 @@ def test_a_place_that_cannot_be_written_is_named_without_the_temporary_file(tmp_
         with replacing(path):
             raise AssertionError("the place was not opened first")
     assert f"{path} cannot be written (No such file or directory)" in str(told.value)
+
+
+def test_a_compilers_error_is_one_line(capsys):
+    error = torch._dynamo.exc.TorchDynamoException("file too short\nand a trace")
+    assert find_status(lambda: (_ for _ in ()).throw(error)) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and "--compile" in told and "file too short" in told
+
+
+@pytest.mark.slow
+def test_what_torch_cannot_compile_is_one_line(tmp_path):
+    """Here a compiled kernel in torch's cache that was cut short by a crash."""
+    code = ("import torch\nfrom plumbing.console import run_command\n"
+            "def main(): print(torch.compile(lambda x: 2 * x.sin())(torch.zeros(8)).sum().item())\n"
+            "run_command(main)")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def run():
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+    if run().returncode:
+        pytest.skip("torch.compile does not work here")
+    for kernel in tmp_path.rglob("*.so"):
+        kernel.write_bytes(kernel.read_bytes()[:100])
+    done = run()
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: --compile: torch cannot compile this")
 
 
 def test_a_message_of_many_lines_is_one_line(capsys):
