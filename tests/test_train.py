@@ -840,6 +840,7 @@ def test_a_latent_generator_trains_tunes_and_samples_through_its_autoencoder(pho
         go(photos, "--steps", 2, "--size", 24, "--patch", 4, "--space", "latent", "--vae", "vae.pt",
            "--out", "runs/c",
            )
+    Path("vae.pt").unlink()
     vae.main([
         "--data", photos, "--size", "16", "--steps", "1", "--batch", "4", "--out", "vae.pt",
         "--threads", "1",
@@ -902,6 +903,7 @@ def test_training_on_kept_latents_is_training_on_the_images_without_the_encoder(
     assert all(torch.allclose(kept["model"][k], v, atol=1e-4) for k, v in fresh["model"].items())
     assert [float(r["val_loss"]) for r in rows("runs/kept")
             ] == pytest.approx([float(r["val_loss"]) for r in rows("runs/fresh")], rel=1e-4)
+    Path("vae.pt").unlink()
     vae.main([
         "--data", photos, "--size", "16", "--steps", "1", "--batch", "4", "--out", "vae.pt",
         "--threads", "1",
