@@ -48,7 +48,6 @@ import math
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import plumbing  # before torch: how its threads wait
 
@@ -67,7 +66,7 @@ from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.inputs import UserPictures
 from plumbing.machine import require_one_process, set_threads
 from plumbing.sheets import draw_sheet
-from plumbing.writer import ImageWriter, is_inside
+from plumbing.writer import ImageWriter, refuse_among
 from sample import (
     SamplingRun, add_sampling_arguments, check_arguments, check_guided_labels, choose_seed,
     load, resolve_labels, sample,
@@ -526,12 +525,8 @@ def check_inputs(args):
     if args.input is None:
         raise UserError("--input: give the pictures to work on, a folder or a .zip (python "
                         "sample.py makes images from noise)")
-    for flag, out in (("--out", args.out), ("--trace", args.trace)):
-        for name in ("input", "holes", "targets"):
-            folder = getattr(args, name)
-            if out and folder and Path(folder).is_dir() and is_inside(out, folder):
-                raise UserError(f"{flag} {out}: lies in --{name} {folder}, and would be one of its "
-                                "pictures next time; give another place")
+    refuse_among({"--out": args.out, "--trace": args.trace},
+                 {"--input": args.input, "--holes": args.holes, "--targets": args.targets})
     if args.out.lower().endswith(".npz"):
         raise UserError(f"--out {args.out}: pictures of different sizes do not fit into a .npz; "
                         "give a .png, a .zip or a folder")

@@ -46,7 +46,7 @@ from plumbing.images import choose_subset, grid, to_float, to_uint8
 from plumbing.layout import require_autoencoder
 from plumbing.machine import pick_device, require_one_process, set_threads
 from plumbing.sheets import save_picture
-from plumbing.writer import is_inside
+from plumbing.writer import refuse_among
 from tasks import psnr
 
 
@@ -556,9 +556,7 @@ def check_vae_options(o, out, picture, factor):
     if out.exists():                    # runs of latents can do nothing without theirs
         raise UserError(f"--out {out}: exists already, and runs may need it; give another name, "
                         "or delete it first")
-    # Of a folder of images, the picture would become one, or take the place of one.
-    if Path(o.data).is_dir() and is_inside(picture, o.data):
-        raise UserError(f"--picture {picture}: lies in --data {o.data}; give another place")
+    refuse_among({"--picture": picture}, {"--data": o.data})
 
 
 def load_split(o):

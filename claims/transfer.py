@@ -22,7 +22,7 @@ import train
 from claims.bench import (
     PROXY_ORDER, Bench, count_better, format_distances, format_spread, format_table)
 from plumbing.console import UserError
-from plumbing.sources import open_images
+from plumbing.inputs import open_set
 
 # pre, tune: minutes of the first stage and of the second.
 SCALES = {
@@ -53,10 +53,7 @@ def run_transfer(args):
         raise UserError("--target: transfer needs a second set of images to fine-tune on, such as "
                         "faces for the built-in ones; --data is the set to pre-train on")
     if args.target not in (None, "faces"):
-        try:
-            open_images(args.target)                        # now, not after the first arm
-        except UserError as error:
-            raise UserError(f"--target {error}") from None
+        open_set("--target", args.target)                   # now, not after the first arm
     first = Bench("transfer", args, SCALES[args.scale])
     benches = first.benches
     for bench in benches:

@@ -244,9 +244,14 @@ class Partners(Paired):
 
 
 def open_flag(flag, path):
-    """A source of pictures, or a UserError that names the flag."""
+    """A source of pictures or a single one, or a UserError that names the flag."""
     if Path(path).is_file() and Path(path).suffix.lower() in Image.registered_extensions():
         return SinglePicture(path)
+    return open_set(flag, path)
+
+
+def open_set(flag, path):
+    """A source of pictures, or a UserError that names the flag."""
     try:
         return open_images(path)
     except UserError as error:

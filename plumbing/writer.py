@@ -13,6 +13,7 @@ import os
 import zipfile
 from contextlib import ExitStack, suppress
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,15 @@ def refuse_overwriting(outputs, inputs):
                 raise UserError(f"{flag} {out} would overwrite {name} {path}: "
                                 "give it another name")
         seen[flag] = out
+
+
+def refuse_among(outputs, inputs):
+    """UserError for an output that lies in a folder of inputs: next time it would be one of
+    them. outputs, inputs: {option: path, or None}."""
+    for (flag, out), (name, folder) in product(outputs.items(), inputs.items()):
+        if out and folder and Path(folder).is_dir() and is_inside(out, folder):
+            raise UserError(f"{flag} {out}: lies in {name} {folder}, and would be one of its "
+                            "pictures next time; give another place")
 
 
 def is_inside(path, folder):

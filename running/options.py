@@ -487,7 +487,7 @@ def find_run(out, resume):
 
 def require_own_folder(out):
     """UserError for a folder with a config.json of somebody else, for a run replaces it."""
-    config, text = out / "config.json", ""
+    config = out / "config.json"
     try:
         text = config.read_text() if config.exists() else ""
         is_own = not text or "stage" in json.loads(text)    # empty: killed while it was written

@@ -12,7 +12,6 @@ import math
 import os
 from collections import Counter
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from plumbing.console import UserError
 from plumbing.downloads import is_published
 from plumbing.images import choose_subset, seeded, to_float
 from plumbing.names import normal_name
-from plumbing.writer import is_inside
+from plumbing.writer import refuse_among
 from sample import build_space, check_weights
 from schedules import SCHEDULES
 from spaces import SPACES
@@ -191,10 +190,8 @@ def require_same_data(meta, data, out):
 def require_output_outside(o):
     """UserError when the run's folder lies among its images: its pictures would become
     some."""
-    for flag, path in (("--data", o.data), ("--val", o.val), ("--targets", o.targets)):
-        if path and Path(path).is_dir() and is_inside(o.out or "runs", path):
-            raise UserError(f"--out {o.out or 'runs'}: lies in {flag} {path}, and the run's own "
-                            "pictures would become images of it; give another folder")
+    refuse_among({"--out": o.out or "runs"},
+                 {"--data": o.data, "--val": o.val, "--targets": o.targets})
 
 
 # --- what a checkpoint remembers ----------------------------------------------------------
